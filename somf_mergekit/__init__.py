@@ -1,0 +1,1 @@
+"""Safety realignment of merged models for mergekit: the merge method `somf`."""

@@ -1,0 +1,27 @@
+"""The one error class for mistakes in a recipe, its models or its data."""
+
+from collections.abc import Iterable
+
+import click
+
+
+class RecipeError(click.ClickException, ValueError):
+    """A mistake that the person who wrote the recipe can mend.
+
+    click commands (``mergekit-yaml`` among them) print it as one ``Error: ...`` message and
+    exit with code 1; Python callers can catch it as a ``ValueError``.
+    """
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def raise_together(problems: Iterable[str], heading: str) -> None:
+    """Raise one RecipeError that lists all ``problems``; do nothing where there are none."""
+    found = list(dict.fromkeys(problems))
+    if not found:
+        return
+    if len(found) == 1:
+        raise RecipeError(f"{heading}: {found[0]}")
+    lines = "\n".join(f"  - {problem}" for problem in found)
+    raise RecipeError(f"{heading}: {len(found)} problems\n{lines}")

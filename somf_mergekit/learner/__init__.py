@@ -1,0 +1,1 @@
+"""Learning one shared mask on preference pairs."""

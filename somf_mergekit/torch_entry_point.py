@@ -1,0 +1,15 @@
+"""Called by torch when it is imported (entry point group ``torch.backends``).
+
+Installed as the top-level module ``_somf_mergekit_autoload``, so that ``import torch`` goes on
+working when the package itself is broken, half removed or, in an editable install, gone.
+"""
+
+
+def autoload() -> None:
+    """Make mergekit know ``somf`` as soon as it is imported; never raise."""
+    try:
+        from somf_mergekit.autoload import install
+
+        install()
+    except Exception:  # noqa: S110 - an error here would break torch for everyone
+        pass
