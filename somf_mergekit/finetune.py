@@ -1,4 +1,4 @@
-"""Supervised fine-tuning with transformers' Trainer: how the demo and the benchmarks make models."""
+"""Supervised fine-tuning with transformers' Trainer, for the demo and the benchmarks."""
 
 import tempfile
 from collections.abc import Sequence

@@ -11,5 +11,5 @@ def autoload() -> None:
         from somf_mergekit.autoload import install
 
         install()
-    except Exception:  # noqa: S110 - an error here would break torch for everyone
+    except Exception:  # an error here would break torch for everyone
         pass
