@@ -1,1 +1,26 @@
-"""Safety realignment of merged models for mergekit: the merge method `somf`."""
+"""Safety realignment of merged models for mergekit: the merge method ``somf``.
+
+``MaskSet`` opens learned masks, ``learn(recipe, out_dir)`` learns one, ``register()`` makes
+mergekit know ``somf`` where the automatic registration is switched off.
+"""
+
+from typing import Any
+
+# torch imports this package (through its entry point) whenever it is imported: names are
+# brought in when they are asked for.
+_PLACES = {
+    "MaskSet": "masks",
+    "RecipeError": "errors",
+    "learn": "planner",
+    "register": "autoload",
+}
+
+__all__ = ["MaskSet", "RecipeError", "learn", "register"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PLACES:
+        from importlib import import_module
+
+        return getattr(import_module(f".{_PLACES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

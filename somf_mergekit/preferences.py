@@ -191,13 +191,13 @@ def _explicit_pair(row: dict[str, Any]) -> Pair | str:
 
 
 def _dialogue_pair(row: dict[str, Any]) -> Pair | str:
-    dialogues = [
+    one, two = (
         _turns(row[key]) if isinstance(row[key], str) else _messages(row[key])
         for key in ("chosen", "rejected")
-    ]
-    if not dialogues[0] or not dialogues[1]:
+    )
+    if not one or not two:
         return "unreadable"
-    (*beginning, chosen), (*other, rejected) = dialogues
+    (*beginning, chosen), (*other, rejected) = one, two
     if not beginning or beginning != other:
         return "without a shared beginning"
     if chosen["role"] != "assistant" or rejected["role"] != "assistant":

@@ -1,0 +1,98 @@
+"""Make mergekit know ``somf`` in any process that imports it; can never make an import fail."""
+
+import logging
+import sys
+from types import ModuleType
+
+LOG = logging.getLogger("somf_mergekit")
+
+
+def install() -> None:
+    """Hook the import of mergekit's modules. Imports nothing heavy; called by torch."""
+    import wrapt
+
+    hooks = {
+        # Loaded after torch, whichever of mergekit's modules comes first in a process.
+        "mergekit.merge_methods.registry": _on_registry,
+        "mergekit.plan": _on_plan,
+        "mergekit.merge": _on_merge,
+    }
+    for name, hook in hooks.items():
+        loading = sys.modules.get(name)
+        # A module that is importing torch at this moment is not complete: too early for a hook.
+        if loading is None or not getattr(loading.__spec__, "_initializing", False):
+            wrapt.register_post_import_hook(hook, name)
+
+
+def register() -> None:
+    """Make mergekit know ``somf`` in this process, now. Safe to repeat.
+
+    Raises:
+        ImportError: mergekit is missing.
+    """
+    import mergekit.merge
+    import mergekit.merge_methods.registry
+    import mergekit.plan
+
+    _register_method(mergekit.merge_methods.registry)
+    _wrap_plan()
+    _wrap_merge(mergekit.merge)
+
+
+def _on_registry(module: ModuleType) -> None:
+    _carefully(_register_method, module)
+
+
+def _on_plan(_module: ModuleType) -> None:
+    _carefully(_wrap_plan)
+
+
+def _on_merge(module: ModuleType) -> None:
+    # The planner again: it had no hook where it was the module that imported torch.
+    _carefully(_wrap_plan)
+    _carefully(_wrap_merge, module)
+
+
+def _carefully(action, *arguments) -> None:  # type: ignore[no-untyped-def]
+    """Run an action; an error of ours becomes a warning, never a failed import of mergekit."""
+    try:
+        action(*arguments)
+    except Exception as error:
+        found = "unknown"
+        try:
+            from importlib.metadata import version
+
+            found = version("mergekit")
+        except Exception:
+            pass
+        LOG.warning(
+            "somf-mergekit could not add the merge method 'somf' to mergekit %s: %s: %s",
+            found,
+            type(error).__name__,
+            error,
+        )
+
+
+def _register_method(module: ModuleType) -> None:
+    from .method import SomfMethod
+    from .recipe import METHOD_NAME
+
+    if METHOD_NAME not in {method.spec.name for method in module.registered_methods()}:
+        module.register(SomfMethod())
+
+
+def _wrap_plan() -> None:
+    from .planner import wrap_planner
+
+    wrap_planner()
+
+
+def _wrap_merge(module: ModuleType) -> None:
+    from .planner import wrap_run_merge
+
+    wrap_run_merge(module)
+    # `mergekit-yaml` is safe whichever was imported first: it binds run_merge after this.
+    for name in ("mergekit.scripts.run_yaml", "mergekit.scripts.multimerge"):
+        script = sys.modules.get(name)
+        if script is not None and hasattr(script, "run_merge"):
+            script.run_merge = module.run_merge  # type: ignore[attr-defined]

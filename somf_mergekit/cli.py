@@ -1,0 +1,194 @@
+"""The command ``mergekit-somf``: thin commands over the package."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import machine, recipe
+
+_GIB = 2**30
+
+
+class _Commands(click.Group):
+    """A group whose commands know mergekit's options, without importing mergekit for --help."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_MAKERS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return _MAKERS[cmd_name]() if cmd_name in _MAKERS else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, _first_line(maker)) for name, maker in _MAKERS.items()])
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Parameters of a somf recipe"):
+            formatter.write_dl(
+                [
+                    (p.name, f"{p.help} ({p.type_text}; default: {p.default_text})")
+                    for p in recipe.parameters()
+                ]
+            )
+
+
+@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="somf-mergekit")
+def main() -> None:
+    """Merge language models with mergekit and keep them safe (SOMF)."""
+
+
+def _merge() -> click.Command:
+    """Merge as mergekit-yaml does; works also where the automatic registration is off."""
+    from mergekit.scripts.run_yaml import main as mergekit_yaml
+
+    from .autoload import register
+
+    register()
+
+    def callback(**values: Any) -> None:
+        from . import planner
+
+        planner.read_recipe(values["config_file"])
+        _keep_machine_settings(values)
+        if mergekit_yaml.callback is None:
+            raise click.ClickException("this mergekit has no mergekit-yaml command to call")
+        mergekit_yaml.callback(**values)
+
+    return _with_merge_options("merge", _merge, callback, ("config_file", "out_path"))
+
+
+def _learn() -> click.Command:
+    """Learn the mask of a recipe into a folder, without merging."""
+
+    def callback(recipe_file: str, folder: str, **values: Any) -> None:
+        from . import planner
+
+        masks = planner.learn(recipe_file, folder, _merge_options(values))
+        click.echo(f"mask of {len(masks.names())} tensors in {os.path.dirname(masks.path)}")
+
+    return _with_merge_options("learn", _learn, callback, ("recipe_file", "folder"))
+
+
+def _check() -> click.Command:
+    """Check a recipe, its models and its data; say what would be learned. Loads no weights."""
+
+    def callback(recipe_file: str, **values: Any) -> None:
+        from . import planner, prepass
+
+        planned = planner.planned_merge(planner.read_recipe(recipe_file), _merge_options(values))
+        settings = planned.settings
+        if settings.mask:
+            masks = prepass.mask_for(planned, "")
+            click.echo(f"recipe: right. Mask of {len(masks.names())} tensors: {masks.path}")
+            return
+        data = prepass.checked_data(planned)
+        expected = prepass.forecast(planned, data)
+        click.echo("recipe: right. What would be learned:")
+        for label, text in (
+            ("tensors", f"{expected.tensors:,} at most (those that no model changed get no mask)"),
+            ("mask entries", f"{expected.entries:,} at most"),
+            ("pairs", f"{expected.pairs:,}" + (f"; left out: {data.dropped}" * bool(data.dropped))),
+            ("steps", f"{expected.steps:,} of {settings.batch_size} pairs"),
+            ("micro-batch", f"{expected.micro_batch} pairs"),
+            ("memory", f"{expected.memory / _GIB:.1f} GiB and the activations (forecast)"),
+        ):
+            click.echo(f"  {label + ':':14}{text}")
+
+    return _with_merge_options("check", _check, callback, ("recipe_file",))
+
+
+def _inspect() -> click.Command:
+    """Show how a learned mask is distributed, per layer and kind of tensor: tables and a PNG."""
+
+    @click.command("inspect", help=_inspect.__doc__)
+    @click.argument("mask", type=click.Path())
+    @click.option("--png", type=click.Path(dir_okay=False), help="Where the plot goes.")
+    def command(mask: str, png: str | None) -> None:
+        from . import report
+        from .masks import MaskSet
+
+        masks = MaskSet.open(mask)
+        census = report.MaskCensus(masks)
+        for heading, rows in (
+            ("layer", census.groups("layer")),
+            ("kind", [*census.groups("kind"), census.total()]),
+        ):
+            click.echo(report.summary_table(rows, heading) + "\n")
+        place = png or os.path.join(os.path.dirname(masks.path), "mask.png")
+        report.write_mask_plot(census, place, "What the mask keeps")
+        click.echo(f"plot: {place}")
+
+    return command
+
+
+def _demo() -> click.Command:
+    """Make a small aligned model and two specialists, merge them safely, print what was gained."""
+
+    @click.command("demo", help=_demo.__doc__)
+    @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+    @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+    @click.option("--quiet", is_flag=True, help="Print the table alone.")
+    def command(folder: Path, seed: int, quiet: bool) -> None:
+        from .demo import run_demo
+
+        run_demo(folder, seed=seed, quiet=quiet)
+
+    return command
+
+
+_MAKERS: dict[str, Callable[[], click.Command]] = {
+    "merge": _merge,
+    "learn": _learn,
+    "check": _check,
+    "inspect": _inspect,
+    "demo": _demo,
+}
+
+
+def _with_merge_options(
+    name: str,
+    maker: Callable[[], click.Command],
+    callback: Callable[..., None],
+    arguments: tuple[str, ...],
+) -> click.Command:
+    """Return a command with mergekit-yaml's options and the machine's."""
+    from mergekit.options import PrettyPrintHelp
+    from mergekit.scripts.run_yaml import main as mergekit_yaml
+
+    params: list[click.Parameter] = [click.Argument([argument]) for argument in arguments]
+    params += [p for p in mergekit_yaml.params if isinstance(p, click.Option)]
+    params += [
+        click.Option(
+            [option.flag], type=option.click_type, envvar=option.variable, help=option.help
+        )
+        for option in machine.OPTIONS
+    ]
+    return PrettyPrintHelp(name=name, params=params, callback=callback, help=maker.__doc__)
+
+
+def _keep_machine_settings(values: dict[str, Any]) -> None:
+    """Move the machine's options out of ``values`` to where the pre-pass looks them up."""
+    for option in machine.OPTIONS:
+        value = values.pop(option.name)
+        if value is not None:
+            os.environ[option.variable] = str(value)
+
+
+def _merge_options(values: dict[str, Any]) -> Any:
+    from mergekit.options import MergeOptions
+
+    from .autoload import register
+
+    register()
+    _keep_machine_settings(values)
+    options = MergeOptions(**values)
+    options.apply_global_options()
+    return options
+
+
+def _first_line(maker: Callable[[], click.Command]) -> str:
+    return (maker.__doc__ or "").splitlines()[0]

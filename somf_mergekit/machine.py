@@ -1,0 +1,93 @@
+"""What concerns the machine and not the result: never in a recipe.
+
+Each setting is an option of ``mergekit-somf`` and an environment variable, found out where it is
+not set.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from .errors import RecipeError
+
+
+@dataclass(frozen=True)
+class MachineOption:
+    """One setting: environment variable ``SOMF_<NAME>``, option ``--<name>``."""
+
+    name: str
+    help: str
+    click_type: Any
+
+    @property
+    def variable(self) -> str:
+        """The environment variable."""
+        return f"SOMF_{self.name.upper()}"
+
+    @property
+    def flag(self) -> str:
+        """The command-line option."""
+        return f"--{self.name.replace('_', '-')}"
+
+
+OPTIONS = (
+    MachineOption(
+        "micro_batch_size",
+        "Pairs that go through the model at once while learning; found from the free memory.",
+        click.IntRange(min=1),
+    ),
+    MachineOption(
+        "work_dir",
+        "Where the learned mask goes instead of the output folder's `somf`.",
+        click.Path(file_okay=False),
+    ),
+)
+
+
+def machine_setting(name: str) -> Any:
+    """Return the value of a setting from the environment, None where it is not set.
+
+    Raises:
+        RecipeError: the value is no value of the setting's type.
+    """
+    option = next(option for option in OPTIONS if option.name == name)
+    text = os.environ.get(option.variable)
+    if not text:
+        return None
+    try:
+        return option.click_type.convert(text, None, None)
+    except click.UsageError as error:
+        raise RecipeError(f"environment variable {option.variable}: {error.message}") from error
+
+
+def free_memory(device: str) -> int:
+    """Return the bytes that can still be had on ``device``."""
+    import psutil
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def micro_batch_pairs(config: Any, max_length: int, batch_size: int, free: int) -> int:
+    """Return how many pairs may go through the model at once.
+
+    Args:
+        config: the model's transformers configuration.
+        max_length: tokens of a sequence, at most.
+        batch_size: pairs of an optimiser step; the answer is not larger.
+        free: bytes that activations may take.
+    """
+    chosen = machine_setting("micro_batch_size")
+    if chosen:
+        return min(int(chosen), batch_size)
+    text = config.get_text_config()
+    hidden = text.hidden_size
+    inner = getattr(text, "intermediate_size", None) or 4 * hidden
+    # What the backward pass keeps of a layer, per token: about twelve vectors of the model's
+    # width and four of the feed-forward's, in float32.
+    per_token = 4 * text.num_hidden_layers * (12 * hidden + 4 * inner)
+    return max(1, min(batch_size, free // (2 * max_length * per_token)))

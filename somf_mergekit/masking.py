@@ -1,0 +1,108 @@
+"""The mathematics of masks: pure functions on tensors.
+
+A mask has the weight's shape or a coarser one that broadcasts to it. The formulas are those of
+arXiv 2405.09055 (subspace-oriented model fusion) and arXiv 2312.06173 (concrete masks).
+"""
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+MASK_KINDS = ("soft", "binary", "sampled")
+RESCALES = ("mean", "none")
+# The draw of a `sampled` mask at merge time; optimiser steps count from 0.
+MERGE_STEP = -1
+# Keeps the logistic quantile of a float32 uniform finite (within +-13.8).
+_UNIFORM_EDGE = 1e-6
+
+
+def uniform_noise(shape: torch.Size, *, seed: int, step: int, name: str) -> Tensor:
+    """Return u ~ U(0, 1), float32, as a function of (seed, step, tensor name, entry) alone.
+
+    Drawn on the CPU wherever it is used, so that every device gets the same numbers.
+    """
+    digest = hashlib.blake2b(f"{seed}/{step}/{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
+    return torch.rand(shape, generator=generator, dtype=torch.float32)
+
+
+def concrete_sample(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
+    """Return m = sigmoid((x + log u - log(1 - u)) / T) in the shape of ``logits``, float32."""
+    noise = torch.logit(uniform.to(logits.device), eps=_UNIFORM_EDGE)
+    return noise.add_(logits).div_(temperature).sigmoid_()
+
+
+def logit_of(probability: Tensor) -> Tensor:
+    """Return log(p / (1 - p)), finite also at p = 0 and p = 1."""
+    return torch.logit(probability.float(), eps=_UNIFORM_EDGE)
+
+
+def mask_from_probabilities(
+    probability: Tensor, kind: str, *, temperature: float, seed: int, name: str
+) -> Tensor:
+    """Return the mask that a merge uses, float32 in the shape of ``probability``.
+
+    ``soft`` is the probability itself, ``binary`` is 1 where it is above 0.5, ``sampled`` is one
+    concrete draw that depends on ``seed`` and ``name`` alone.
+
+    Raises:
+        ValueError: ``kind`` is none of MASK_KINDS.
+    """
+    if kind == "soft":
+        return probability.float()
+    if kind == "binary":
+        return (probability > 0.5).float()
+    if kind == "sampled":
+        uniform = uniform_noise(probability.shape, seed=seed, step=MERGE_STEP, name=name)
+        return concrete_sample(logit_of(probability), uniform, temperature)
+    raise ValueError(f"unknown mask kind {kind!r}: expected one of {', '.join(MASK_KINDS)}")
+
+
+def mask_scale(mask: Tensor, rescale: str) -> float:
+    """Return the factor that goes with the mask: 1 / mean(m), or 1 for ``rescale`` none.
+
+    An empty mask (mean 0) keeps nothing of the task vector: its factor is 0, not 1/0.
+
+    Raises:
+        ValueError: ``rescale`` is none of RESCALES.
+    """
+    if rescale == "none":
+        return 1.0
+    if rescale != "mean":
+        raise ValueError(f"unknown rescale {rescale!r}: expected one of {', '.join(RESCALES)}")
+    mean = float(mask.mean(dtype=torch.float32))
+    return 1.0 / mean if mean > 0 else 0.0
+
+
+def masked_task_vector(task_vector: Tensor, mask: Tensor, rescale: str) -> Tensor:
+    """Return delta * m / mean(m), float32 in the shape of ``task_vector``."""
+    return task_vector.float() * (mask * mask_scale(mask, rescale))
+
+
+def logit_gradient(
+    weight_gradient: Tensor, task_vector: Tensor, sample: Tensor, temperature: float, rescale: str
+) -> Tensor:
+    """Return dL/dx of a concrete sample m from g = dL/dW, where W = base + D * m / s, s = mean(m).
+
+    With n mask entries: dL/dm = g D / s - (sum g D m) / (s^2 n), summed over the weights that an
+    entry covers, and dm/dx = m (1 - m) / T. Sums are taken in float32.
+
+    Args:
+        weight_gradient: g, in the weight's shape.
+        task_vector: D, the fused task vector, in the weight's shape.
+        sample: m, in a shape that broadcasts to the weight's.
+        temperature: T.
+        rescale: ``mean``, or ``none`` (s = 1 and no second term).
+
+    Returns:
+        float32 in the shape of ``sample``.
+    """
+    per_entry = (weight_gradient.float() * task_vector.float()).sum_to_size(sample.shape)
+    scale = mask_scale(sample, rescale)
+    gradient = per_entry * scale
+    if rescale == "mean":
+        total = float((per_entry * sample).sum(dtype=torch.float32))
+        gradient -= total * scale * scale / math.prod(sample.shape)
+    return gradient.mul_(sample).mul_(1 - sample).div_(temperature)

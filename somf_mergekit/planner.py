@@ -1,0 +1,264 @@
+"""The only room that touches mergekit's planner: run the pre-pass, hand each task its mask."""
+
+import atexit
+import functools
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import click
+import yaml
+from mergekit.architecture import get_architecture_info
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.options import MergeOptions
+from mergekit.plan import MergePlanner
+from pydantic import ValidationError
+
+from . import machine, recipe
+from .errors import RecipeError, raise_together
+from .masks import MaskSet
+from .method import fusion_parameters
+from .prepass import mask_for
+from .recipe_check import recipe_problems, text_problems
+from .sources import PlannedMerge
+
+ARTIFACT_FOLDER = "somf"
+WRONG_RECIPE = "This recipe is not right"
+_WRAPPED = "_somf_wrapped"
+
+
+def wrap_planner() -> None:
+    """Make mergekit's planner run the pre-pass for recipes of the method somf. Safe to repeat."""
+    for name, wrapper in (("plan_to_disk", _with_folder), ("_plan", _with_prepass)):
+        original = getattr(MergePlanner, name)
+        if not hasattr(original, _WRAPPED):
+            wrapped = functools.wraps(original)(wrapper(original))
+            setattr(wrapped, _WRAPPED, True)
+            setattr(MergePlanner, name, wrapped)
+
+
+def wrap_run_merge(module: Any) -> None:
+    """Make ``module.run_merge`` check somf recipes before any model is touched. Safe to repeat."""
+    original = module.run_merge
+    if hasattr(original, _WRAPPED):
+        return
+
+    @functools.wraps(original)
+    def run_merge(
+        merge_config: MergeConfiguration,
+        out_path: str,
+        options: MergeOptions,
+        config_source: str | None = None,
+    ) -> Any:
+        if merge_config.merge_method == recipe.METHOD_NAME:
+            check_recipe(merge_config, options, config_source)
+            _check_writable(out_path)
+        return original(merge_config, out_path, options, config_source)
+
+    setattr(run_merge, _WRAPPED, True)
+    module.run_merge = run_merge
+
+
+def read_recipe(source: str | os.PathLike[str] | Mapping[str, Any]) -> MergeConfiguration:
+    """Return the recipe in a YAML file, a YAML text, or a mapping.
+
+    Raises:
+        RecipeError: it can't be read, is no recipe of mergekit, or asks for another method.
+    """
+    if isinstance(source, MergeConfiguration):
+        return source
+    place = "the recipe"
+    content: Any = source
+    try:
+        if not isinstance(source, Mapping):
+            text = os.fspath(source)
+            if "\n" not in text:
+                place = text
+                with open(text, encoding="utf-8") as file:
+                    text = file.read()
+            content = yaml.safe_load(text)
+        if not isinstance(content, Mapping):
+            raise RecipeError(f"{place}: a recipe is a mapping of keys, not {content!r:.40}")
+        config = MergeConfiguration.model_validate(dict(content))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"{place} can't be read: {error}") from error
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        raise_together(problems, f"{place} is no recipe of mergekit")
+        raise
+    except RuntimeError as error:
+        raise RecipeError(f"{place}: {error}") from error
+    if config.merge_method != recipe.METHOD_NAME:
+        raise RecipeError(f"{place}: merge_method is {config.merge_method!r}, expected 'somf'")
+    raise_together(text_problems(content, MergeConfiguration), WRONG_RECIPE)
+    return config
+
+
+def check_recipe(
+    config: MergeConfiguration, options: MergeOptions, config_source: str | None = None
+) -> None:
+    """Check what a recipe says, and that each model it names has a configuration.
+
+    Raises:
+        RecipeError: everything that is wrong, together.
+    """
+    problems = []
+    if config_source is not None:
+        content = yaml.safe_load(config_source)
+        problems += text_problems(content, MergeConfiguration)
+    problems += recipe_problems(config, fusion_parameters())
+    for model in sorted(config.referenced_models(), key=str):
+        problems += _model_problems(model, options)
+    raise_together(problems, WRONG_RECIPE)
+
+
+def planned_merge(config: MergeConfiguration, options: MergeOptions) -> PlannedMerge:
+    """Return the plan of a recipe, without running the pre-pass or anything else.
+
+    Raises:
+        RecipeError: the recipe is wrong, or mergekit can't plan it.
+    """
+    check_recipe(config, options)
+    LoaderCache().setup(options=options)
+    base = config.base_model.config(trust_remote_code=options.trust_remote_code)
+    planner = MergePlanner(
+        config.model_copy(deep=True), get_architecture_info(config, options), options, base
+    )
+    return _planned(planner, MergePlanner._plan.__wrapped__)
+
+
+def learn(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    out_dir: str | os.PathLike[str],
+    options: MergeOptions | None = None,
+) -> MaskSet:
+    """Learn the mask of a recipe, without merging.
+
+    Args:
+        source: a recipe's file, its YAML text, or the mapping in it.
+        out_dir: becomes the artifact's folder; a mask learned there from the same recipe, models
+            and data is used again.
+        options: mergekit's options (device, caches, trust_remote_code).
+
+    Raises:
+        RecipeError: the recipe, its models or its data are wrong.
+    """
+    wrap_planner()
+    config = read_recipe(source)
+    if (config.parameters or {}).get("mask"):
+        raise RecipeError("parameters.mask is given: there is nothing to learn")
+    folder = os.path.abspath(out_dir)
+    _check_writable(folder)
+    return mask_for(planned_merge(config, options or MergeOptions()), folder)
+
+
+def _with_folder(original: Callable[..., Any]) -> Callable[..., Any]:
+    def plan_to_disk(self: MergePlanner, out_path: str) -> Any:
+        self._somf_folder = os.path.join(os.path.abspath(out_path), ARTIFACT_FOLDER)
+        return original(self, out_path)
+
+    return plan_to_disk
+
+
+def _with_prepass(original: Callable[[MergePlanner], None]) -> Callable[[MergePlanner], None]:
+    def plan(self: MergePlanner) -> None:
+        if self.config.merge_method != recipe.METHOD_NAME:
+            original(self)
+            return
+        check_recipe(self.config, self.options)
+        planned = _planned(self, original)
+        masks = mask_for(planned, _artifact_folder(self))
+        self._tensors = [(weight, _with_mask(task, masks.path)) for weight, task in planned.tensors]
+
+    return plan
+
+
+def _planned(planner: MergePlanner, plan: Callable[[MergePlanner], None]) -> PlannedMerge:
+    given = planner.config.to_yaml()
+    recipe.join_patterns(planner.config)
+    try:
+        plan(planner)
+    except click.ClickException:
+        raise
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        raise RecipeError(f"mergekit can't plan this merge: {error}") from error
+    planned = PlannedMerge(
+        config=planner.config,
+        recipe=given,
+        options=planner.options,
+        base_model=planner.config.base_model,
+        out_config=planner.out_model_config,
+        tensors=tuple(planner._tensors),
+        tokenizer_task=planner._tokenizer_task,
+    )
+    raise_together(_missing_parameters(planned), WRONG_RECIPE)
+    return planned
+
+
+def _missing_parameters(planned: PlannedMerge) -> list[str]:
+    """Return what the chosen fusion requires of each model and the recipe does not say."""
+    from mergekit import merge_methods
+
+    problems = []
+    for _, task in planned.tensors:
+        fusion = task.parameters["fusion"]
+        required = [p.name for p in merge_methods.get(fusion).spec.input_parameters if p.required]
+        for model, values in task.input_parameters.items():
+            problems += [
+                f"{name} is missing for {model}: {fusion} needs `parameters: {{{name}: ...}}` "
+                "under the model, or one for all under the recipe's parameters"
+                for name in required
+                if model != task.base_model and values.get(name) is None
+            ]
+    return list(dict.fromkeys(problems))
+
+
+def _artifact_folder(planner: MergePlanner) -> str:
+    chosen = machine.machine_setting("work_dir")
+    if chosen:
+        return os.path.abspath(chosen)
+    folder = getattr(planner, "_somf_folder", None)
+    if folder is None:
+        # A merge in memory has no output folder: its mask lives as long as the process.
+        parent = tempfile.mkdtemp(prefix="somf-")
+        atexit.register(shutil.rmtree, parent, ignore_errors=True)
+        folder = os.path.join(parent, ARTIFACT_FOLDER)
+    return str(folder)
+
+
+def _with_mask(task: ExecuteMergeMethodTask, mask: str) -> ExecuteMergeMethodTask:
+    fields = {name: getattr(task, name) for name in type(task).model_fields}
+    fields["parameters"] = {**dict(task.parameters.items()), "mask": mask}
+    return type(task)(**fields)
+
+
+def _model_problems(model: ModelReference, options: MergeOptions) -> list[str]:
+    try:
+        model.config(trust_remote_code=options.trust_remote_code)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return [f"model {model}: its configuration can't be read: {reason}"]
+    if model.lora and not options.lora_merge_cache:
+        return [f"model {model}: an adapter needs mergekit's option --lora-merge-cache DIR"]
+    return []
+
+
+def _check_writable(folder: str) -> None:
+    """Check that files can be made in ``folder``, which need not exist yet.
+
+    Raises:
+        RecipeError: they can't.
+    """
+    existing = os.path.abspath(folder)
+    while not os.path.lexists(existing):
+        existing = os.path.dirname(existing)
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise RecipeError(f"output folder {folder} can't be written: {error.strerror}") from error

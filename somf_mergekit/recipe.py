@@ -1,0 +1,227 @@
+"""What a somf recipe may say: every parameter with its type, range, default and help."""
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+METHOD_NAME = "somf"
+
+# Marks of a parameter: what the merge method itself needs, and what may differ between tensors
+# (filters, gradients over layers), as any parameter of mergekit's may.
+_MERGE: dict[str, Any] = {"merge": True}
+_PER_TENSOR: dict[str, Any] = {"merge": True, "per_tensor": True}
+
+
+class Settings(BaseModel):
+    """The parameters of a somf recipe. mergekit passes them on from ``parameters:``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    safety_dataset: str | None = Field(
+        None,
+        min_length=1,
+        description="Preference pairs the mask is learned on: a hub id, a file (.jsonl, .json, "
+        ".csv, .parquet) or a folder. Required unless `mask` is given.",
+    )
+    safety_split: str = Field("train", min_length=1, description="Split of the dataset.")
+    safety_config: str | None = Field(None, description="Configuration (subset) of a hub dataset.")
+    safety_samples: int | None = Field(
+        None, ge=1, description="How many pairs to use, drawn with `seed`; all where not given."
+    )
+    mask: str | None = Field(
+        None,
+        min_length=1,
+        json_schema_extra=_MERGE,
+        description="Folder or file of a learned mask: nothing is learned.",
+    )
+    fusion: Literal["task_arithmetic"] = Field(
+        "task_arithmetic",
+        json_schema_extra=_MERGE,
+        description="The mergekit method that fuses the masked models; its own parameters keep "
+        "their meaning.",
+    )
+    mask_kind: Literal["soft", "binary", "sampled"] = Field(
+        "soft",
+        json_schema_extra=_PER_TENSOR,
+        description="`soft`: the probability; `binary`: probability > 0.5; `sampled`: one concrete "
+        "draw from `seed`.",
+    )
+    temperature: float = Field(
+        0.5,
+        gt=0,
+        le=10,
+        json_schema_extra=_PER_TENSOR,
+        description="Temperature of the concrete samples.",
+    )
+    init_logit: float = Field(
+        0.0, ge=-20, le=20, description="Where every logit of the mask starts."
+    )
+    mask_rescale: Literal["mean", "none"] = Field(
+        "mean",
+        json_schema_extra=_PER_TENSOR,
+        description="`mean`: divide the mask by its mean, tensor by tensor; `none`: do not.",
+    )
+    learning_rate: float = Field(
+        0.1, gt=0, le=100, description="Step size of Adam on the logits, at its peak."
+    )
+    epochs: int = Field(1, ge=1, le=1000, description="Passes over the pairs, at most.")
+    max_steps: int | None = Field(
+        60, ge=0, description="Optimiser steps, at most; 0 leaves the mask untrained."
+    )
+    batch_size: int = Field(8, ge=1, description="Pairs an optimiser step.")
+    beta: float = Field(0.1, gt=0, le=100, description="Strength of DPO's pull to the reference.")
+    max_length: int = Field(
+        128, ge=8, description="Tokens of a prompt with an answer; longer ones are cut."
+    )
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**63,
+        json_schema_extra=_MERGE,
+        description="Decides the order of the pairs and every random draw.",
+    )
+    reference: Literal["base", "merged"] = Field(
+        "base",
+        description="Whose log-probabilities DPO compares with: `base`, or `merged` (the merge "
+        "under the untrained mask).",
+    )
+    include: str = Field(
+        "*",
+        json_schema_extra=_MERGE,
+        description="Tensors that may get a mask: a name pattern or a list of them (`*` and `?` "
+        "match as in a shell; without those, any name that contains it).",
+    )
+    exclude: str = Field(
+        "",
+        json_schema_extra=_MERGE,
+        description="Tensors that get no mask although `include` matches.",
+    )
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One recipe parameter as declared in Settings."""
+
+    name: str
+    value_type: Any
+    default: Any
+    help: str
+    merge: bool
+    per_tensor: bool
+
+    @property
+    def is_pattern(self) -> bool:
+        """Whether the value is a name pattern or a list of them."""
+        return self.name in ("include", "exclude")
+
+    @property
+    def type_text(self) -> str:
+        """The type and range in words, for help and tables."""
+        adapter = TypeAdapter(self.value_type).json_schema()
+        choices = [c for c in adapter.get("anyOf", [adapter]) if c.get("type") != "null"]
+        return " or ".join(_schema_text(choice) for choice in choices)
+
+    @property
+    def default_text(self) -> str:
+        """The default in words."""
+        return "none" if self.default in (None, "") else str(self.default)
+
+
+def parameters() -> list[Parameter]:
+    """Return every parameter of a somf recipe, in the order of the documentation."""
+    found = []
+    for name, info in Settings.model_fields.items():
+        marks = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+        # With its constraints attached, a field's type validates a value on its own.
+        value_type: Any = info.annotation
+        if info.metadata:
+            constrained: Any = (value_type, *info.metadata)
+            value_type = Annotated[constrained]
+        found.append(
+            Parameter(
+                name=name,
+                value_type=value_type,
+                default=info.default,
+                help=info.description or "",
+                merge=bool(marks.get("merge")),
+                per_tensor=bool(marks.get("per_tensor")),
+            )
+        )
+    return found
+
+
+def parameter_table() -> str:
+    """Return the parameters as a markdown table, as the README shows it."""
+    rows = [f"| `{p.name}` | {p.type_text} | {p.default_text} | {p.help} |" for p in parameters()]
+    return "\n".join(["| parameter | type | default | meaning |", "|---|---|---|---|", *rows])
+
+
+def recipe_settings(config: Any) -> Settings:
+    """Return the settings of a checked recipe (``recipe_check.recipe_problems`` found none).
+
+    Args:
+        config: a mergekit MergeConfiguration.
+    """
+    given = dict(config.parameters or {})
+    values = {}
+    for parameter in parameters():
+        if parameter.name in given:
+            value = given[parameter.name]
+            values[parameter.name] = pattern_text(value) if parameter.is_pattern else value
+    # Values that vary per tensor are resolved by mergekit; here their defaults stand in.
+    fixed: dict[str, Any] = {
+        k: v for k, v in values.items() if isinstance(v, (bool, int, float, str))
+    }
+    return Settings(**fixed)
+
+
+def may_get_mask(name: str, include: str, exclude: str) -> bool:
+    """Return whether the patterns let the tensor ``name`` have a mask."""
+    return _matches(name, include) and not _matches(name, exclude)
+
+
+def join_patterns(config: Any) -> None:
+    """Write lists of name patterns as one text, in place: mergekit reads lists as gradients."""
+    for parameter in parameters():
+        if parameter.is_pattern and parameter.name in (config.parameters or {}):
+            value = config.parameters[parameter.name]
+            config.parameters[parameter.name] = pattern_text(value)
+
+
+def pattern_text(value: Any) -> Any:
+    """Return a list of name patterns as one text; any other value as it is."""
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return ",".join(value)
+    return value
+
+
+def _matches(name: str, patterns: str) -> bool:
+    for pattern in (part.strip() for part in patterns.split(",")):
+        if not pattern:
+            continue
+        if any(sign in pattern for sign in "*?["):
+            if fnmatch.fnmatchcase(name, pattern):
+                return True
+        elif pattern in name:
+            return True
+    return False
+
+
+def _schema_text(schema: Mapping[str, Any]) -> str:
+    if "enum" in schema or "const" in schema:
+        return " or ".join(f"`{c}`" for c in schema.get("enum", [schema.get("const")]))
+    name = {"integer": "a whole number", "number": "a number", "string": "text"}[schema["type"]]
+    bounds = [
+        f"{sign} {schema[key]}"
+        for key, sign in (
+            ("exclusiveMinimum", ">"),
+            ("minimum", ">="),
+            ("exclusiveMaximum", "<"),
+            ("maximum", "<="),
+        )
+        if key in schema and abs(schema[key]) < 2**62
+    ]
+    return " ".join([name, " and ".join(bounds)]).strip()

@@ -1,0 +1,37 @@
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+import pytest
+import tiny
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory):
+    """A base model, two fine-tuned ones, and preference pairs."""
+    root = tmp_path_factory.mktemp("family")
+    tokenizer = tiny.tiny_tokenizer()
+    base = tiny.tiny_llama(0, len(tokenizer))
+    tiny.save_model(base, tokenizer, root / "base")
+    tiny.save_model(tiny.perturbed(base, 1), tokenizer, root / "math")
+    tiny.save_model(tiny.perturbed(base, 2), tokenizer, root / "code")
+    tiny.write_jsonl(root / "pairs.jsonl", tiny.preference_rows())
+    return root
+
+
+@pytest.fixture
+def family_recipe(family):
+    """A recipe over the family, as a function of further parameters."""
+
+    def make(**parameters):
+        values = {
+            "safety_dataset": str(family / "pairs.jsonl"),
+            "max_steps": 3,
+            "batch_size": 4,
+            "max_length": 48,
+        } | parameters
+        values = {key: value for key, value in values.items() if value is not None}
+        return tiny.recipe(family / "base", [family / "math", family / "code"], **values)
+
+    return make

@@ -1,0 +1,142 @@
+"""Tiny models, tokenizers and data, made on the spot: nothing comes from a hub."""
+
+import copy
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SENTENCE = "how do i make a cake bomb safe sorry can not help you mix flour powder with sugar"
+WORDS = SENTENCE.split()
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|> {% endif %}"
+)
+
+
+def tiny_tokenizer(chat_template=CHAT_TEMPLATE, extra_tokens=()):
+    """Byte-level BPE over a few sentences."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<s>", "</s>", "<pad>", "<|user|>", "<|assistant|>", *extra_tokens],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 4, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    fast.chat_template = chat_template
+    return fast
+
+
+def tiny_llama(seed, vocab_size, hidden=32, layers=2, tied=False):
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            tie_word_embeddings=tied,
+            initializer_range=0.2,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=2,
+        )
+    )
+
+
+def save_model(model, tokenizer, folder, **options):
+    model.save_pretrained(folder, **options)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def perturbed(model, seed, size=0.05, names=None):
+    """A 'fine-tuned' copy: noise on every weight, or on those whose name contains one of names."""
+    changed = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in changed.named_parameters():
+            if names is None or any(part in name for part in names):
+                weight.add_(torch.randn(weight.shape, generator=generator) * size)
+    return changed
+
+
+def preference_rows(count=24, seed=0):
+    draw = random.Random(seed)
+    return [
+        {
+            "prompt": f"how do i make a {draw.choice(WORDS)} {draw.choice(WORDS)}",
+            "chosen": "sorry i can not help you " + draw.choice(WORDS),
+            "rejected": "mix powder with " + " ".join(draw.choices(WORDS, k=3)),
+        }
+        for _ in range(count)
+    ]
+
+
+def write_jsonl(path, rows):
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def recipe(base, specialists, *, weights=None, **parameters):
+    weights = weights or [0.5] * len(specialists)
+    return {
+        "merge_method": "somf",
+        "base_model": str(base),
+        "models": [
+            {"model": str(model), "parameters": {"weight": weight}}
+            for model, weight in zip(specialists, weights, strict=True)
+        ],
+        "parameters": parameters,
+        "dtype": "float32",
+    }
+
+
+def write_recipe(path, content):
+    Path(path).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def command(name):
+    """A console script of this environment."""
+    return str(Path(sys.executable).parent / name)
+
+
+def run(*arguments, env=None, cwd=None):
+    return subprocess.run(
+        [str(a) for a in arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **(env or {})},
+        cwd=cwd,
+        check=False,
+    )
+
+
+def merge(recipe_file, out, *options, env=None, script="mergekit-yaml"):
+    return run(command(script), recipe_file, out, *options, env=env)
+
+
+def tensors_of(folder):
+    found = {}
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        found.update(load_file(file))
+    return found
