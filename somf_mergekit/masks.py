@@ -23,6 +23,7 @@ MASKS_FILE = "masks.safetensors"
 PROVENANCE_FILE = "somf.json"
 HISTORY_FILE = "training.jsonl"
 _LEVELS = 256
+_HEADER_KEY = "somf"
 
 
 def encoded_probability(probability: Tensor) -> Tensor:
@@ -59,19 +60,21 @@ class MaskSet:
         path = masks_path(os.fspath(source))
         try:
             with safe_open(path, framework="pt") as handle:
-                header = handle.metadata() or {}
+                stored = (handle.metadata() or {}).get(_HEADER_KEY)
                 dtypes = {handle.get_slice(name).get_dtype() for name in handle.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise RecipeError(f"mask {path} can't be read: {error}") from error
-        if header.get("format") != FORMAT or dtypes - {"U8"}:
-            raise RecipeError(
-                f"{path} is no mask of format {FORMAT} (found {header.get('format', 'none')}); "
-                "give the folder that `mergekit-somf learn` or a somf merge wrote"
-            )
         try:
-            return cls(path, json.loads(header["provenance"]), json.loads(header["aliases"]))
-        except (KeyError, ValueError) as error:
+            header = json.loads(stored) if stored is not None else {}
+            known = header.get("format") == FORMAT and dtypes <= {"U8"}
+            if known:
+                return cls(path, header["provenance"], header["aliases"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise RecipeError(f"mask {path}: its header is damaged ({error})") from error
+        raise RecipeError(
+            f"{path} is no mask of format {FORMAT} (found {header.get('format', 'none')}); give "
+            "the folder that `mergekit-somf learn` or a somf merge wrote"
+        )
 
     def names(self) -> list[str]:
         """Return the names of all tensors that have a mask, sorted."""
@@ -140,14 +143,12 @@ def write_masks(
     os.makedirs(os.path.dirname(target), exist_ok=True)
     work = tempfile.mkdtemp(prefix=".somf-", dir=os.path.dirname(target))
     os.chmod(work, 0o755)
+    header = {"format": FORMAT, "provenance": provenance, "aliases": dict(aliases)}
     save_file(
         {name: encoded_probability(value) for name, value in probabilities.items()},
         os.path.join(work, MASKS_FILE),
-        metadata={
-            "format": FORMAT,
-            "provenance": json.dumps(provenance, sort_keys=True),
-            "aliases": json.dumps(dict(aliases), sort_keys=True),
-        },
+        # One key: safetensors writes several in an order that differs from run to run.
+        metadata={_HEADER_KEY: json.dumps(header, sort_keys=True)},
     )
     with open(os.path.join(work, PROVENANCE_FILE), "w", encoding="utf-8") as file:
         json.dump(provenance, file, indent=2, sort_keys=True)

@@ -18,7 +18,7 @@ SENTENCE = "how do i make a cake bomb safe sorry can not help you mix flour powd
 WORDS = SENTENCE.split()
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }}"
-    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|> {% endif %}"
 )
 
@@ -140,3 +140,14 @@ def tensors_of(folder):
     for file in sorted(Path(folder).glob("*.safetensors")):
         found.update(load_file(file))
     return found
+
+
+def invoke(name, *arguments):
+    """Run a command of mergekit's or ours in this process, as its console script would."""
+    from click.testing import CliRunner
+
+    if name == "mergekit-yaml":
+        from mergekit.scripts.run_yaml import main
+    else:
+        from somf_mergekit.cli import main
+    return CliRunner().invoke(main, [str(a) for a in arguments], catch_exceptions=True)

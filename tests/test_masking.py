@@ -1,0 +1,92 @@
+import pytest
+import torch
+
+from somf_mergekit import masking
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def uniform(shape, **changes):
+    return masking.uniform_noise(
+        torch.Size(shape), **({"seed": 0, "step": 0, "name": "w"} | changes)
+    )
+
+
+@pytest.mark.parametrize("mask_shape", [(6, 5), (6, 1), (1, 5), (1, 1)])
+@pytest.mark.parametrize("rescale", masking.RESCALES)
+def test_logit_gradient_is_that_of_autograd(mask_shape, rescale):
+    base, delta, gradient = draw(6, 5), draw(6, 5, seed=1), draw(6, 5, seed=2)
+    logits = draw(*mask_shape, seed=3).requires_grad_()
+    noise = uniform(mask_shape)
+
+    sample = torch.sigmoid((logits + torch.log(noise) - torch.log(1 - noise)) / 0.5)
+    scale = sample.mean() if rescale == "mean" else 1.0
+    weight = base + delta * sample / scale
+    (expected,) = torch.autograd.grad((weight * gradient).sum(), logits)
+
+    found = masking.logit_gradient(gradient, delta, sample.detach(), 0.5, rescale)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_concrete_sample_follows_its_formula_and_leaves_the_uniform_alone():
+    logits, noise = draw(7, 3), uniform((7, 3))
+    kept = noise.clone()
+    expected = torch.sigmoid((logits + torch.log(noise) - torch.log1p(-noise)) / 0.7)
+    torch.testing.assert_close(masking.concrete_sample(logits, noise, 0.7), expected)
+    assert torch.equal(noise, kept)
+
+
+def test_concrete_samples_are_above_one_half_as_often_as_the_probability_says():
+    logits = torch.full((200_000,), 0.8)
+    sample = masking.concrete_sample(logits, uniform((200_000,)), 0.5)
+    assert (sample > 0.5).float().mean().item() == pytest.approx(
+        torch.sigmoid(torch.tensor(0.8)).item(), abs=0.005
+    )
+
+
+def test_noise_is_a_function_of_seed_step_and_name():
+    assert torch.equal(uniform((9,)), uniform((9,)))
+    for change in ({"seed": 1}, {"step": 1}, {"name": "v"}):
+        assert not torch.equal(uniform((9,)), uniform((9,), **change))
+
+
+def test_mask_kinds():
+    probability = torch.tensor([0.1, 0.5, 0.50001, 0.9])
+    options = {"temperature": 0.5, "seed": 3, "name": "w"}
+    soft = masking.mask_from_probabilities(probability, "soft", **options)
+    binary = masking.mask_from_probabilities(probability, "binary", **options)
+    sampled = masking.mask_from_probabilities(probability, "sampled", **options)
+    assert torch.equal(soft, probability)
+    assert binary.tolist() == [0, 0, 1, 1]
+    noise = uniform((4,), seed=3, step=masking.MERGE_STEP)
+    torch.testing.assert_close(
+        sampled, masking.concrete_sample(torch.logit(probability), noise, 0.5)
+    )
+    with pytest.raises(ValueError, match="hard"):
+        masking.mask_from_probabilities(probability, "hard", **options)
+
+
+def test_sampling_at_the_ends_stays_finite():
+    sample = masking.mask_from_probabilities(
+        torch.tensor([0.0, 1.0]), "sampled", temperature=0.5, seed=0, name="w"
+    )
+    assert sample.tolist() == pytest.approx([0, 1], abs=1e-6)
+
+
+def test_rescaled_mask_averages_one_and_an_empty_mask_keeps_nothing():
+    delta, mask = draw(4, 4), torch.rand(4, 4, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(
+        masking.masked_task_vector(delta, mask, "mean"), delta * mask / mask.mean()
+    )
+    torch.testing.assert_close(masking.masked_task_vector(delta, mask, "none"), delta * mask)
+    empty = masking.masked_task_vector(delta, torch.zeros(4, 4), "mean")
+    assert torch.equal(empty, torch.zeros(4, 4))
+    with pytest.raises(ValueError, match="median"):
+        masking.mask_scale(mask, "median")
+
+
+def test_reductions_of_low_precision_masks_are_done_in_float32():
+    mask = torch.full((70_000,), 0.3, dtype=torch.bfloat16)
+    assert masking.mask_scale(mask, "mean") == pytest.approx(1 / mask[0].item(), rel=1e-5)

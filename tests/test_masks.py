@@ -1,0 +1,76 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from somf_mergekit import MaskSet, RecipeError
+from somf_mergekit.masks import MASKS_FILE, decoded_probability, encoded_probability, write_masks
+
+
+@pytest.fixture
+def artifact(tmp_path):
+    probabilities = {"a": torch.rand(5, 3), "b": torch.full((2, 1), 0.5)}
+    masks = write_masks(
+        tmp_path / "artifact",
+        probabilities,
+        aliases={"c": "a"},
+        provenance={"seed": 4},
+        history=[{"step": 1}],
+    )
+    return tmp_path / "artifact", probabilities, masks
+
+
+def test_storage_error_and_threshold():
+    p = torch.cat([torch.linspace(0, 1, 100_001), torch.tensor([0.5]).nextafter(torch.tensor(1.0))])
+    codes = encoded_probability(p)
+    assert codes.dtype == torch.uint8
+    assert (decoded_probability(codes) - p).abs().max() < 1 / 400
+    assert torch.equal(decoded_probability(codes) > 0.5, p > 0.5)
+
+
+def test_artifact_round_trip(artifact):
+    folder, probabilities, masks = artifact
+    assert sorted(file.name for file in folder.iterdir()) == [
+        MASKS_FILE,
+        "somf.json",
+        "training.jsonl",
+    ]
+    assert (folder / MASKS_FILE).stat().st_size < 17 + 1000
+    assert json.loads((folder / "somf.json").read_text()) == {"seed": 4} == masks.provenance
+    assert masks.names() == ["a", "b", "c"]
+    assert "c" in masks
+    assert "d" not in masks
+    for name, stored in (("a", "a"), ("b", "b"), ("c", "a")):
+        found = masks.probabilities(name)
+        assert found.dtype == torch.float32
+        assert masks.shape(name) == tuple(found.shape) == tuple(probabilities[stored].shape)
+        assert (found - probabilities[stored]).abs().max() < 1 / 400
+    assert masks.mask("b", "binary").tolist() == [[0], [0]]
+    with pytest.raises(KeyError, match="no mask for d"):
+        masks.probabilities("d")
+
+
+def test_artifact_opens_by_file_by_folder_and_by_the_merge_around_it(artifact, tmp_path):
+    folder, _, _ = artifact
+    (tmp_path / "out").mkdir()
+    folder.rename(tmp_path / "out" / "somf")
+    for source in ("out", "out/somf", f"out/somf/{MASKS_FILE}"):
+        assert MaskSet.open(tmp_path / source).names() == ["a", "b", "c"]
+
+
+def test_what_is_no_mask_is_refused(artifact, tmp_path):
+    folder, _, _ = artifact
+    with pytest.raises(RecipeError, match="no such mask"):
+        MaskSet.open(tmp_path / "nothing")
+    tensors = load_file(folder / MASKS_FILE)
+    save_file(tensors, tmp_path / "other.safetensors")
+    with pytest.raises(RecipeError, match="is no mask of format"):
+        MaskSet.open(tmp_path / "other.safetensors")
+    save_file(tensors, tmp_path / "old.safetensors", metadata={"somf": '{"format": "somf-mask/1"}'})
+    with pytest.raises(RecipeError, match="header is damaged"):
+        MaskSet.open(tmp_path / "old.safetensors")
+    data = (folder / MASKS_FILE).read_bytes()
+    (folder / MASKS_FILE).write_bytes(data[: len(data) - 3])
+    with pytest.raises(RecipeError, match="can't be read"):
+        MaskSet.open(folder)

@@ -1,0 +1,211 @@
+import datasets
+import pytest
+import tiny
+
+from somf_mergekit import RecipeError
+from somf_mergekit import preferences as prefs
+from somf_mergekit.dialogue import answer_ids, cut_to_length, prompt_ids, user_prompt
+
+
+def rows(*items):
+    return datasets.Dataset.from_list(list(items))
+
+
+def message(role, content):
+    return {"role": role, "content": content}
+
+
+ROW = {"prompt": "how?", "chosen": "no", "rejected": "so"}
+EXPECTED = prefs.Pair((("user", "how?"),), "no", "so")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        ROW,
+        {
+            "prompt": [message("user", "how?")],
+            "chosen": [message("assistant", "no")],
+            "rejected": [message("assistant", "so")],
+        },
+        {
+            "chosen": [message("user", "how?"), message("assistant", "no")],
+            "rejected": [message("user", "how?"), message("assistant", "so")],
+        },
+        {
+            "chosen": "\n\nHuman: how?\n\nAssistant: no",
+            "rejected": "\n\nHuman: how?\n\nAssistant: so",
+        },
+        {
+            "prompt": "how?",
+            "response_0": "so",
+            "response_1": "no",
+            "is_response_0_safe": False,
+            "is_response_1_safe": True,
+        },
+    ],
+    ids=["text", "messages", "dialogues", "hh-rlhf", "pku"],
+)
+def test_every_known_format_gives_the_same_pair(row):
+    pairs, dropped = prefs.preference_pairs(rows(row), "data")
+    assert pairs == [EXPECTED]
+    assert str(dropped) == ""
+
+
+def test_dialogue_of_several_turns_keeps_its_beginning():
+    beginning = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: how?\n\nAssistant: "
+    (pair,), _ = prefs.preference_pairs(
+        rows({"chosen": beginning + "no", "rejected": beginning + "so"}), "data"
+    )
+    assert [role for role, _ in pair.prompt] == ["user", "assistant", "user"]
+    assert (pair.chosen, pair.rejected) == ("no", "so")
+
+
+def test_unusable_rows_are_dropped_and_counted():
+    safe = {"prompt": "p", "response_0": "a", "response_1": "b"}
+    pairs, dropped = prefs.preference_pairs(
+        rows(
+            {**safe, "is_response_0_safe": True, "is_response_1_safe": True},
+            {**safe, "is_response_0_safe": False, "is_response_1_safe": False},
+            {**safe, "is_response_0_safe": True, "is_response_1_safe": False},
+        ),
+        "data",
+    )
+    assert len(pairs) == 1
+    assert dropped.reasons == {"without exactly one safe answer": 2}
+
+    pairs, dropped = prefs.preference_pairs(
+        rows(ROW, {**ROW, "chosen": " "}, {**ROW, "rejected": "no"}, {**ROW, "prompt": None}),
+        "data",
+    )
+    assert len(pairs) == 1
+    assert dropped.reasons == {
+        "unreadable": 1,
+        "with chosen equal to rejected": 1,
+        "without an answer": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"question": "a", "answer": "b"}, "Found: question, answer"),
+        ({**ROW, "rejected": "no"}, "1 with chosen equal to rejected"),
+        ({**ROW, "chosen": ""}, "1 without an answer"),
+    ],
+)
+def test_data_without_a_usable_pair_is_refused(row, said):
+    with pytest.raises(RecipeError, match=said):
+        prefs.preference_pairs(rows(row), "data")
+
+
+@pytest.mark.parametrize("extension", ["jsonl", "json", "csv", "parquet"])
+def test_files_and_folders_are_read(tmp_path, extension):
+    data = rows(ROW, {**ROW, "prompt": "and?"})
+    folder = tmp_path / "data"
+    folder.mkdir()
+    path = folder / f"train.{extension}"
+    {
+        "jsonl": data.to_json,
+        "json": data.to_json,
+        "csv": data.to_csv,
+        "parquet": data.to_parquet,
+    }[extension](str(path))
+    for source in (path, folder):
+        assert prefs.dataset_rows(str(source))["prompt"][:] == ["how?", "and?"]
+
+
+def test_a_saved_dataset_is_read(tmp_path):
+    rows(ROW).save_to_disk(str(tmp_path / "saved"))
+    assert prefs.dataset_rows(str(tmp_path / "saved"))["chosen"][:] == ["no"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("none.jsonl", None, "no such file"),
+        ("data.txt", "x", "unknown kind .txt"),
+        ("data.jsonl", "{broken", "can't be read"),
+    ],
+)
+def test_unreadable_data_is_refused(tmp_path, name, content, said):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(RecipeError, match=said):
+        prefs.dataset_rows(str(tmp_path / name))
+
+
+def test_hub_id_that_can_not_be_had_is_refused():
+    with pytest.raises(RecipeError, match="nobody/nothing"):
+        prefs.dataset_rows("nobody/nothing")
+
+
+def test_sampled_pairs_depend_on_the_seed_alone():
+    pairs = [prefs.Pair((("user", str(i)),), "a", "b") for i in range(50)]
+    assert prefs.sampled_pairs(pairs, 10, 1) == prefs.sampled_pairs(pairs, None, 1)[:10]
+    assert prefs.sampled_pairs(pairs, 10, 1) != prefs.sampled_pairs(pairs, 10, 2)
+    assert len(prefs.sampled_pairs(pairs, None, 0)) == 50
+
+
+def test_chat_template_is_used_without_a_second_bos():
+    tokenizer = tiny.tiny_tokenizer()
+    ids = prompt_ids(tokenizer, user_prompt("make a cake"))
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert tokenizer.decode(ids) == "<s><|user|> make a cake\n<|assistant|> "
+    answer = answer_ids(tokenizer, user_prompt("make a cake"), "sorry")
+    assert tokenizer.decode(answer) == "sorry</s>"
+    whole = tokenizer.apply_chat_template(
+        [message("user", "make a cake"), message("assistant", "sorry")], tokenize=False
+    )
+    assert tokenizer.decode(ids + answer) == whole.rstrip()
+
+
+def test_plain_format_where_there_is_no_template():
+    tokenizer = tiny.tiny_tokenizer(chat_template=None)
+    ids = prompt_ids(tokenizer, user_prompt("make a cake"))
+    assert tokenizer.decode(ids) == "User: make a cake\n\nAssistant:"
+    answer = answer_ids(tokenizer, user_prompt("make a cake"), "sorry")
+    assert tokenizer.decode(answer) == " sorry</s>"
+    assert answer_ids(tokenizer, user_prompt("make a cake"), "  ") == []
+
+
+def test_plain_format_begins_with_bos_where_the_tokenizer_adds_one():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny.tiny_tokenizer(chat_template=None)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    ids = prompt_ids(tokenizer, user_prompt("make"))
+    assert ids[0] == tokenizer.bos_token_id
+    assert ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_prompts_are_cut_from_the_left_and_answers_from_the_right():
+    prompt, answers = cut_to_length(list(range(10)), [[1, 2], [1, 2, 3]], 8)
+    assert prompt == list(range(5, 10))
+    assert answers == [[1, 2], [1, 2, 3]]
+    prompt, answers = cut_to_length(list(range(10)), [[1], list(range(9))], 8)
+    assert prompt == list(range(6, 10))
+    assert answers == [[1], [0, 1, 2, 3]]
+    assert cut_to_length([1, 2], [[3]], 8) == ([1, 2], [[3]])
+
+
+def test_pairs_that_are_equal_after_cutting_are_dropped():
+    tokenizer = tiny.tiny_tokenizer()
+    long = "make a cake with flour " * 8
+    pairs = [
+        prefs.Pair((("user", "how"),), long + "safe", long + "bomb"),
+        prefs.Pair((("user", "how"),), "sorry", "mix"),
+    ]
+    encoded, dropped = prefs.encoded_pairs(pairs, tokenizer, 24, "data")
+    assert len(encoded) == 1
+    assert dropped.reasons == {"with equal answers in the first 24 tokens": 1}
+    with pytest.raises(RecipeError, match="raise max_length"):
+        prefs.encoded_pairs(pairs[:1], tokenizer, 24, "data")
+
+
+def test_a_template_that_refuses_the_roles_is_named():
+    tokenizer = tiny.tiny_tokenizer(chat_template="{{ raise_exception('no system role') }}")
+    with pytest.raises(RecipeError, match="no system role"):
+        prompt_ids(tokenizer, user_prompt("hi"))
