@@ -1,0 +1,49 @@
+# A fresh machine needs Python 3.10 or newer, make and a package index; the rest happens here.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO ?= demo-output
+BENCH ?=
+
+.PHONY: demo test lint format bench dist check-dist clean
+
+demo: $(VENV)/ready
+	$(BIN)/mergekit-somf demo $(DEMO)
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# BENCH="--data DIR --model DIR" uses local folders instead of hub ids.
+bench: $(VENV)/ready
+	$(BIN)/python -m benchmarks.real_model $(BENCH) run
+
+dist: $(VENV)/ready
+	rm -rf dist
+	$(BIN)/python -m build
+
+# Installs the wheel and the sdist, each in an empty environment, and asks mergekit for somf.
+check-dist: dist
+	for file in dist/*.whl dist/*.tar.gz; do \
+	  rm -rf .venv-dist && $(PYTHON) -m venv .venv-dist && \
+	  .venv-dist/bin/pip install --quiet -c constraints.txt $$file && \
+	  (cd .venv-dist && bin/python -c "import mergekit.merge_methods as m; print(m.get('somf').spec.name)" && \
+	  bin/mergekit-somf --version) || exit 1; \
+	done
+	rm -rf .venv-dist
+
+$(VENV)/ready: pyproject.toml constraints.txt somf_mergekit/torch_entry_point.py
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .venv-dist dist build demo-output

@@ -1,0 +1,191 @@
+import os
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+
+from somf_mergekit import MaskSet, recipe
+from somf_mergekit.masks import write_masks
+from somf_mergekit.report import MaskCensus, kind_of, layer_of
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def recipe_file(tmp_path, family_recipe):
+    return tiny.write_recipe(tmp_path / "recipe.yml", family_recipe())
+
+
+def test_help_lists_every_command_and_every_recipe_parameter():
+    result = tiny.invoke("mergekit-somf", "--help")
+    assert result.exit_code == 0
+    for name in ("merge", "learn", "check", "inspect", "demo"):
+        assert re.search(rf"^  {name}  +[A-Z]", result.output, re.M), name
+    for parameter in recipe.parameters():
+        assert re.search(rf"^  {parameter.name}  +[A-Z`]", result.output, re.M), parameter.name
+
+
+def test_merge_takes_the_options_of_mergekit_yaml():
+    from mergekit.scripts.run_yaml import main as mergekit_yaml
+
+    result = tiny.invoke("mergekit-somf", "merge", "--help")
+    for option in (o for p in mergekit_yaml.params for o in p.opts if o.startswith("--")):
+        assert option in result.output
+    assert "--micro-batch-size" in result.output
+    assert "--work-dir" in result.output
+
+
+def test_check_says_what_would_be_learned_and_loads_no_weights(
+    recipe_file, tmp_path, family, monkeypatch
+):
+    from mergekit.io.lazy_tensor_loader import LazyTensorLoader
+
+    def loading(*_arguments, **_options):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(LazyTensorLoader, "get_tensor", loading)
+    result = tiny.invoke("mergekit-somf", "check", recipe_file)
+    assert result.exit_code == 0, result.output
+    tensors = tiny.tensors_of(family / "base")
+    assert f"tensors:      {len(tensors)} at most" in result.output
+    assert f"{sum(t.numel() for t in tensors.values()):,} at most" in result.output
+    assert "pairs:        24" in result.output
+    assert "steps:        3 of 4 pairs" in result.output
+    assert [p.name for p in tmp_path.iterdir()] == ["recipe.yml"]
+
+
+def test_check_counts_dropped_rows(tmp_path, family_recipe):
+    rows = [*tiny.preference_rows(4), {"prompt": "a", "chosen": "", "rejected": "b"}]
+    data = tiny.write_jsonl(tmp_path / "pairs.jsonl", rows)
+    file = tiny.write_recipe(tmp_path / "r.yml", family_recipe(safety_dataset=str(data)))
+    result = tiny.invoke("mergekit-somf", "check", file)
+    assert "pairs:        4; left out: 1 without an answer" in result.output
+
+
+def test_learn_writes_the_artifact_and_check_accepts_it_as_a_mask(
+    recipe_file, tmp_path, family_recipe
+):
+    result = tiny.invoke("mergekit-somf", "learn", recipe_file, tmp_path / "mask")
+    assert result.exit_code == 0, result.output
+    assert sorted(p.name for p in (tmp_path / "mask").iterdir()) == [
+        "masks.safetensors",
+        "somf.json",
+        "training.jsonl",
+    ]
+    again = tiny.invoke("mergekit-somf", "learn", recipe_file, tmp_path / "mask")
+    assert "reusing the mask" in again.output
+    given = family_recipe(safety_dataset=None, mask=str(tmp_path / "mask"))
+    file = tiny.write_recipe(tmp_path / "given.yml", given)
+    checked = tiny.invoke("mergekit-somf", "check", file)
+    assert "recipe: right. Mask of 21 tensors" in checked.output
+    refused = tiny.invoke("mergekit-somf", "learn", file, tmp_path / "other")
+    assert refused.exit_code == 1
+    assert "there is nothing to learn" in refused.output
+
+
+def test_merge_sets_the_machine_from_its_options(recipe_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("SOMF_MICRO_BATCH_SIZE", "1")  # restored after the test
+    result = tiny.invoke(
+        "mergekit-somf",
+        "merge",
+        recipe_file,
+        tmp_path / "out",
+        "--work-dir",
+        tmp_path / "work",
+        "--micro-batch-size",
+        "2",
+    )
+    del os.environ["SOMF_WORK_DIR"]
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out/model.safetensors").exists()
+    assert MaskSet.open(tmp_path / "work").names()
+
+
+@pytest.fixture
+def masks(tmp_path):
+    layers = {
+        f"model.layers.{layer}.mlp.up_proj.weight": torch.full((4, 3), 0.1 + 0.2 * layer)
+        for layer in range(3)
+    }
+    half = torch.cat([torch.full((50,), 0.25), torch.full((50,), 0.75)])
+    return write_masks(
+        tmp_path / "artifact",
+        {**layers, "lm_head.weight": half},
+        aliases={},
+        provenance={},
+        history=[],
+    )
+
+
+def test_census_counts_what_is_in_the_mask(masks):
+    census = MaskCensus(masks)
+    by_layer = {row.label: row for row in census.groups("layer")}
+    assert list(by_layer) == ["0", "1", "2", "other"]
+    assert by_layer["1"].mean == pytest.approx(0.3, abs=1 / 400)
+    assert by_layer["other"].kept == 0.5
+    assert by_layer["other"].deviation == pytest.approx(0.25, abs=1 / 400)
+    assert by_layer["other"].low == pytest.approx(0.25, abs=1 / 400)
+    assert by_layer["other"].high == pytest.approx(0.75, abs=1 / 400)
+    by_kind = {row.label: row.entries for row in census.groups("kind")}
+    assert by_kind == {"lm_head": 100, "mlp.up_proj": 36}
+    assert census.total().entries == 136
+    assert layer_of("model.layers.11.mlp.up_proj.weight") == "11"
+    assert kind_of("model.layers.11.mlp.up_proj.weight") == "mlp.up_proj"
+
+
+def test_inspect_prints_tables_and_writes_a_png(masks, tmp_path):
+    result = tiny.invoke("mergekit-somf", "inspect", tmp_path / "artifact")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"\| mlp.up_proj +\| +36 \| +0\.(299|300|301) \|", result.output)
+    assert re.search(r"\| all +\| +136 \|", result.output)
+    png = tmp_path / "artifact/mask.png"
+    assert png.read_bytes().startswith(b"\x89PNG")
+    other = tmp_path / "other.png"
+    assert tiny.invoke("mergekit-somf", "inspect", tmp_path / "artifact", "--png", other)
+    assert other.exists()
+
+
+def test_readme_shows_the_parameters_as_they_are():
+    assert recipe.parameter_table() in (ROOT / "README.md").read_text()
+
+
+EXAMPLES = sorted((ROOT / "examples/yaml").glob("*.yml"))
+
+
+def test_there_are_examples():
+    assert EXAMPLES
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_every_example_runs_with_tiny_models_in_place_of_the_names(example, family, tmp_path):
+    text = example.read_text()
+    head = text.split("\n\n", 1)[0]
+    assert head.startswith("#"), "an example opens with what it does"
+    assert f"mergekit-yaml examples/yaml/{example.name}" in head
+    content = yaml.safe_load(text)
+    content["base_model"] = str(family / "base")
+    for model, name in zip(content["models"], ("math", "code"), strict=False):
+        model["model"] = str(family / name)
+    parameters = content["parameters"]
+    if "mask" in parameters:
+        first = tiny.recipe(
+            family / "base",
+            [family / "math"],
+            safety_dataset=str(family / "pairs.jsonl"),
+            max_steps=1,
+            batch_size=4,
+            max_length=48,
+        )
+        file = tiny.write_recipe(tmp_path / "first.yml", first)
+        assert tiny.invoke("mergekit-somf", "learn", file, tmp_path / "mask").exit_code == 0
+        parameters["mask"] = str(tmp_path / "mask")
+    else:
+        parameters["safety_dataset"] = str(family / "pairs.jsonl")
+        parameters.update(max_steps=min(2, parameters.get("max_steps", 2)), max_length=48)
+    file = tiny.write_recipe(tmp_path / "recipe.yml", content)
+    result = tiny.invoke("mergekit-yaml", file, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out/model.safetensors").exists()

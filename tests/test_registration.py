@@ -1,0 +1,156 @@
+"""`somf` is known without an import line, and nothing of ours can break `import torch`."""
+
+import importlib.metadata
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+import somf_mergekit
+
+ROOT = Path(somf_mergekit.__file__).parent
+PROBE = "import torch; print('torch', torch.tensor(2) + 1)"
+
+
+@pytest.fixture
+def site(tmp_path):
+    """A copy of our installed files that comes first on the path, to be broken."""
+    shutil.copytree(ROOT, tmp_path / "somf_mergekit", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "torch_entry_point.py", tmp_path / "_somf_mergekit_autoload.py")
+    installed = importlib.metadata.distribution("somf-mergekit")
+    info = tmp_path / f"somf_mergekit-{installed.version}.dist-info"
+    info.mkdir()
+    for name in ("METADATA", "entry_points.txt"):
+        (info / name).write_text(installed.read_text(name))
+    return tmp_path
+
+
+def python(code, site=None, **env):
+    # Away from the checkout, whose package would otherwise be found in the current folder.
+    path = {"PYTHONPATH": str(site)} if site else {}
+    return tiny.run(sys.executable, "-c", code, env={**path, **env}, cwd=site or ROOT.parent.parent)
+
+
+def test_the_entry_point_is_the_module_outside_the_package():
+    (entry,) = [
+        e
+        for e in importlib.metadata.entry_points(group="torch.backends")
+        if e.name == "somf_mergekit"
+    ]
+    assert entry.value == "_somf_mergekit_autoload:autoload"
+    import _somf_mergekit_autoload as installed
+
+    assert Path(installed.__file__).read_text() == (ROOT / "torch_entry_point.py").read_text()
+
+
+@pytest.mark.parametrize(
+    "first_import",
+    [
+        "import mergekit.merge_methods",
+        "from mergekit.merge import run_merge",
+        "from mergekit.plan import MergePlanner; import mergekit.merge",
+        "import mergekit.scripts.multimerge",
+    ],
+)
+def test_somf_is_known_whatever_is_imported_first(first_import):
+    result = python(
+        f"{first_import}\n"
+        "import mergekit.merge, mergekit.merge_methods as m, mergekit.plan as p\n"
+        "print(m.get('somf').spec.pretty_name, hasattr(p.MergePlanner._plan, '__wrapped__'))"
+    )
+    assert result.stdout == "SOMF True\n", result.stderr
+
+
+def remove_package(site):
+    shutil.rmtree(site / "somf_mergekit")
+    # An editable checkout that is still there must not stand in for it.
+    (site / "somf_mergekit").mkdir()
+    (site / "somf_mergekit/__init__.py").write_text("raise ImportError('half removed')")
+
+
+def remove_autoload(site):
+    (site / "somf_mergekit/autoload.py").unlink()
+
+
+def remove_all_but_autoload(site):
+    for file in (site / "somf_mergekit").glob("*.py"):
+        if file.name not in ("__init__.py", "autoload.py"):
+            file.unlink()
+    shutil.rmtree(site / "somf_mergekit/learner")
+
+
+def damage_autoload(site):
+    (site / "somf_mergekit/autoload.py").write_text("def install(:\n")
+
+
+def remove_wrapt(site):
+    (site / "wrapt.py").write_text("raise ImportError('no wrapt')")
+
+
+def remove_mergekit(site):
+    (site / "mergekit.py").write_text("raise ImportError('no mergekit')")
+
+
+def replace_mergekit(site):
+    """Another mergekit: the module names are there, what is in them is not."""
+    for name in ("mergekit", "mergekit/merge_methods"):
+        (site / name).mkdir()
+        (site / name / "__init__.py").write_text("")
+    for name in ("merge_methods/registry", "plan", "merge"):
+        (site / f"mergekit/{name}.py").write_text("import torch\nVALUE = 1\n")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        remove_package,
+        remove_autoload,
+        remove_all_but_autoload,
+        damage_autoload,
+        remove_wrapt,
+        remove_mergekit,
+        replace_mergekit,
+    ],
+)
+def test_torch_is_imported_all_the_same(site, damage):
+    damage(site)
+    result = python(PROBE, site)
+    assert (result.returncode, result.stdout) == (0, "torch tensor(3)\n"), result.stderr
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("damage", [remove_all_but_autoload, replace_mergekit])
+def test_mergekit_is_imported_all_the_same_and_a_warning_says_why_somf_is_missing(site, damage):
+    damage(site)
+    result = python(
+        "import mergekit.merge_methods.registry, mergekit.plan, mergekit.merge; print('imported')",
+        site,
+    )
+    assert result.stdout == "imported\n", result.stderr
+    assert "somf-mergekit could not add the merge method 'somf' to mergekit" in result.stderr
+
+
+def test_our_own_command_works_where_the_autoload_is_off(family_recipe, tmp_path):
+    file = tiny.write_recipe(tmp_path / "recipe.yml", family_recipe(max_steps=1))
+    off = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    result = tiny.run(tiny.command("mergekit-somf"), "merge", file, tmp_path / "out", env=off)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out/somf/masks.safetensors").exists()
+    stock = tiny.merge(file, tmp_path / "stock", env=off)
+    assert "Unimplemented merge method somf" in stock.stderr
+
+
+def test_the_autoload_imports_nothing_heavy():
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "import _somf_mergekit_autoload as a; a.autoload()\n"
+        "print(sorted(m for m in sys.modules if m.split('.')[0] in"
+        " ('mergekit', 'transformers', 'datasets', 'pydantic', 'click', 'yaml')))\n"
+        "print(sorted(m for m in sys.modules if m.startswith('somf_mergekit')))"
+    )
+    result = python(code)
+    assert result.stdout == "[]\n['somf_mergekit', 'somf_mergekit.autoload']\n", result.stderr
+    assert os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") != "0"
