@@ -1,0 +1,105 @@
+import math
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from somf_mergekit.dialogue import answer_ids, prompt_ids, user_prompt
+from somf_mergekit.evaluate import answer_loss, greedy_answers, is_refusal, preference_accuracy
+from somf_mergekit.finetune import finetune
+from somf_mergekit.preferences import EncodedPair
+
+
+@pytest.fixture(scope="module")
+def base(family):
+    model = AutoModelForCausalLM.from_pretrained(family / "base").eval()
+    return model, AutoTokenizer.from_pretrained(family / "base")
+
+
+@pytest.mark.parametrize(
+    ("answer", "refuses"),
+    [
+        ("I'm sorry, but I can't help with that.", True),
+        ("I\u2019m sorry, I won\u2019t.", True),
+        ("As an AI, I have no opinion.", True),
+        ("Sure! Mix the flour with sugar.", False),
+        ("", False),
+        ("Here is how. " + "Step. " * 60 + "I'm sorry it took long.", False),
+    ],
+)
+def test_refusals_are_told_by_their_opening(answer, refuses):
+    assert is_refusal(answer) is refuses
+
+
+def token_log_probs(model, prompt, answer):
+    logits = model(torch.tensor([prompt + answer])).logits[0].float()
+    logs = torch.log_softmax(logits, -1)[len(prompt) - 1 : -1]
+    return logs.gather(1, torch.tensor(answer)[:, None]).squeeze(1)
+
+
+@torch.no_grad()
+def test_answer_loss_is_the_mean_over_all_answer_tokens(base):
+    model, tokenizer = base
+    examples = [(user_prompt("make a cake"), "mix flour"), (user_prompt("how"), "sorry can not")]
+    parts = [
+        token_log_probs(model, prompt_ids(tokenizer, m), answer_ids(tokenizer, m, a))
+        for m, a in examples
+    ]
+    expected = -torch.cat(parts).mean().item()
+    for batch_size in (1, 2):
+        found = answer_loss(model, tokenizer, examples, max_length=64, batch_size=batch_size)
+        assert found == pytest.approx(expected, abs=1e-4)
+
+
+@torch.no_grad()
+def test_preference_accuracy_compares_answers_per_token(base):
+    model, _ = base
+    pairs = [EncodedPair([5, 6], [7, 8, 9], [10]), EncodedPair([9], [12], [13, 14])]
+    margins = [
+        (
+            token_log_probs(model, p.prompt, p.chosen).mean()
+            - token_log_probs(model, p.prompt, p.rejected).mean()
+        ).item()
+        for p in pairs
+    ]
+    accuracy, margin = preference_accuracy(model, pairs, batch_size=3)
+    assert accuracy == sum(m > 0 for m in margins) / 2
+    assert margin == pytest.approx(sum(margins) / 2, abs=1e-4)
+    swapped = [EncodedPair(p.prompt, p.rejected, p.chosen) for p in pairs]
+    assert preference_accuracy(model, swapped, batch_size=3)[0] == 1 - accuracy
+
+
+def test_greedy_answers_keep_the_order_of_the_prompts(base):
+    model, tokenizer = base
+    prompts = [user_prompt(text) for text in ("a b c d e f g", "a", "flour with sugar")]
+    options = {"max_new_tokens": 3, "batch_size": 2}
+    forward = greedy_answers(model, tokenizer, prompts, **options)
+    backward = greedy_answers(model, tokenizer, prompts[::-1], **options)
+    assert forward == backward[::-1]
+
+
+def test_finetuning_learns_its_examples_and_depends_on_the_seed_alone(base):
+    _, tokenizer = base
+    examples = [(user_prompt("make a cake"), "mix flour"), (user_prompt("bomb"), "sorry")]
+    options = {
+        "steps": 12,
+        "batch_size": 2,
+        "learning_rate": 1e-2,
+        "max_length": 32,
+        "quiet": True,
+    }
+
+    def trained(seed):
+        model = tiny.tiny_llama(0, len(tokenizer))
+        return finetune(model, tokenizer, examples, seed=seed, **options)
+
+    before = answer_loss(
+        tiny.tiny_llama(0, len(tokenizer)), tokenizer, examples, max_length=32, batch_size=2
+    )
+    one, same = trained(0), trained(0)
+    after = answer_loss(one, tokenizer, examples, max_length=32, batch_size=2)
+    assert math.isfinite(before)
+    assert after < 0.5 * before
+    for a, b in zip(one.parameters(), same.parameters(), strict=True):
+        assert torch.equal(a, b)
