@@ -50,9 +50,9 @@ def _merge() -> click.Command:
     register()
 
     def callback(**values: Any) -> None:
-        from . import planner
+        from .recipe_check import read_recipe
 
-        planner.read_recipe(values["config_file"])
+        read_recipe(values["config_file"])
         _keep_machine_settings(values)
         if mergekit_yaml.callback is None:
             raise click.ClickException("this mergekit has no mergekit-yaml command to call")
@@ -77,16 +77,17 @@ def _check() -> click.Command:
     """Check a recipe, its models and its data; say what would be learned. Loads no weights."""
 
     def callback(recipe_file: str, **values: Any) -> None:
-        from . import planner, prepass
+        from . import inputs, planner, recipe_check
 
-        planned = planner.planned_merge(planner.read_recipe(recipe_file), _merge_options(values))
+        options = _merge_options(values)
+        planned = planner.planned_merge(recipe_check.read_recipe(recipe_file), options)
         settings = planned.settings
         if settings.mask:
-            masks = prepass.mask_for(planned, "")
+            masks = inputs.given_mask(planned, settings.mask)
             click.echo(f"recipe: right. Mask of {len(masks.names())} tensors: {masks.path}")
             return
-        data = prepass.checked_data(planned)
-        expected = prepass.forecast(planned, data)
+        data = inputs.checked_data(planned)
+        expected = inputs.forecast(planned, data)
         click.echo("recipe: right. What would be learned:")
         for label, text in (
             ("tensors", f"{expected.tensors:,} at most (those that no model changed get no mask)"),

@@ -9,26 +9,21 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
-import yaml
 from mergekit.architecture import get_architecture_info
-from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
-from pydantic import ValidationError
 
 from . import machine, recipe
 from .errors import RecipeError, raise_together
 from .masks import MaskSet
-from .method import fusion_parameters
 from .prepass import mask_for
-from .recipe_check import recipe_problems, text_problems
+from .recipe_check import WRONG_RECIPE, check_recipe, check_writable, read_recipe
 from .sources import PlannedMerge
 
 ARTIFACT_FOLDER = "somf"
-WRONG_RECIPE = "This recipe is not right"
 _WRAPPED = "_somf_wrapped"
 
 
@@ -57,64 +52,11 @@ def wrap_run_merge(module: Any) -> None:
     ) -> Any:
         if merge_config.merge_method == recipe.METHOD_NAME:
             check_recipe(merge_config, options, config_source)
-            _check_writable(out_path)
+            check_writable(out_path)
         return original(merge_config, out_path, options, config_source)
 
     setattr(run_merge, _WRAPPED, True)
     module.run_merge = run_merge
-
-
-def read_recipe(source: str | os.PathLike[str] | Mapping[str, Any]) -> MergeConfiguration:
-    """Return the recipe in a YAML file, a YAML text, or a mapping.
-
-    Raises:
-        RecipeError: it can't be read, is no recipe of mergekit, or asks for another method.
-    """
-    if isinstance(source, MergeConfiguration):
-        return source
-    place = "the recipe"
-    content: Any = source
-    try:
-        if not isinstance(source, Mapping):
-            text = os.fspath(source)
-            if "\n" not in text:
-                place = text
-                with open(text, encoding="utf-8") as file:
-                    text = file.read()
-            content = yaml.safe_load(text)
-        if not isinstance(content, Mapping):
-            raise RecipeError(f"{place}: a recipe is a mapping of keys, not {content!r:.40}")
-        config = MergeConfiguration.model_validate(dict(content))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"{place} can't be read: {error}") from error
-    except ValidationError as error:
-        problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-        raise_together(problems, f"{place} is no recipe of mergekit")
-        raise
-    except RuntimeError as error:
-        raise RecipeError(f"{place}: {error}") from error
-    if config.merge_method != recipe.METHOD_NAME:
-        raise RecipeError(f"{place}: merge_method is {config.merge_method!r}, expected 'somf'")
-    raise_together(text_problems(content, MergeConfiguration), WRONG_RECIPE)
-    return config
-
-
-def check_recipe(
-    config: MergeConfiguration, options: MergeOptions, config_source: str | None = None
-) -> None:
-    """Check what a recipe says, and that each model it names has a configuration.
-
-    Raises:
-        RecipeError: everything that is wrong, together.
-    """
-    problems = []
-    if config_source is not None:
-        content = yaml.safe_load(config_source)
-        problems += text_problems(content, MergeConfiguration)
-    problems += recipe_problems(config, fusion_parameters())
-    for model in sorted(config.referenced_models(), key=str):
-        problems += _model_problems(model, options)
-    raise_together(problems, WRONG_RECIPE)
 
 
 def planned_merge(config: MergeConfiguration, options: MergeOptions) -> PlannedMerge:
@@ -153,7 +95,7 @@ def learn(
     if (config.parameters or {}).get("mask"):
         raise RecipeError("parameters.mask is given: there is nothing to learn")
     folder = os.path.abspath(out_dir)
-    _check_writable(folder)
+    check_writable(folder)
     return mask_for(planned_merge(config, options or MergeOptions()), folder)
 
 
@@ -235,30 +177,3 @@ def _with_mask(task: ExecuteMergeMethodTask, mask: str) -> ExecuteMergeMethodTas
     fields = {name: getattr(task, name) for name in type(task).model_fields}
     fields["parameters"] = {**dict(task.parameters.items()), "mask": mask}
     return type(task)(**fields)
-
-
-def _model_problems(model: ModelReference, options: MergeOptions) -> list[str]:
-    try:
-        model.config(trust_remote_code=options.trust_remote_code)
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return [f"model {model}: its configuration can't be read: {reason}"]
-    if model.lora and not options.lora_merge_cache:
-        return [f"model {model}: an adapter needs mergekit's option --lora-merge-cache DIR"]
-    return []
-
-
-def _check_writable(folder: str) -> None:
-    """Check that files can be made in ``folder``, which need not exist yet.
-
-    Raises:
-        RecipeError: they can't.
-    """
-    existing = os.path.abspath(folder)
-    while not os.path.lexists(existing):
-        existing = os.path.dirname(existing)
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise RecipeError(f"output folder {folder} can't be written: {error.strerror}") from error

@@ -1,12 +1,91 @@
-"""What is wrong with a recipe, as far as its text tells; all of it at once."""
+"""Read a recipe and say what is wrong with it, all of it at once, before a model is loaded."""
 
 import difflib
+import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import yaml
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
 from pydantic import TypeAdapter, ValidationError
 
-from .recipe import Parameter, Settings, parameters, pattern_text
+from .errors import RecipeError, raise_together
+from .method import fusion_parameters
+from .recipe import METHOD_NAME, Parameter, Settings, parameters, pattern_text
+
+WRONG_RECIPE = "This recipe is not right"
+
+
+def read_recipe(source: str | os.PathLike[str] | Mapping[str, Any]) -> MergeConfiguration:
+    """Return the recipe in a YAML file, a YAML text, or a mapping.
+
+    Raises:
+        RecipeError: it can't be read, is no recipe of mergekit, or asks for another method.
+    """
+    if isinstance(source, MergeConfiguration):
+        return source
+    place = "the recipe"
+    content: Any = source
+    try:
+        if not isinstance(source, Mapping):
+            text = os.fspath(source)
+            if "\n" not in text:
+                place = text
+                with open(text, encoding="utf-8") as file:
+                    text = file.read()
+            content = yaml.safe_load(text)
+        if not isinstance(content, Mapping):
+            raise RecipeError(f"{place}: a recipe is a mapping of keys, not {content!r:.40}")
+        config = MergeConfiguration.model_validate(dict(content))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"{place} can't be read: {error}") from error
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        raise_together(problems, f"{place} is no recipe of mergekit")
+        raise
+    except RuntimeError as error:
+        raise RecipeError(f"{place}: {error}") from error
+    if config.merge_method != METHOD_NAME:
+        raise RecipeError(f"{place}: merge_method is {config.merge_method!r}, expected 'somf'")
+    raise_together(text_problems(content, MergeConfiguration), WRONG_RECIPE)
+    return config
+
+
+def check_recipe(
+    config: MergeConfiguration, options: MergeOptions, config_source: str | None = None
+) -> None:
+    """Check what a recipe says, and that each model it names has a configuration.
+
+    Raises:
+        RecipeError: everything that is wrong, together.
+    """
+    problems = []
+    if config_source is not None:
+        content = yaml.safe_load(config_source)
+        problems += text_problems(content, MergeConfiguration)
+    problems += recipe_problems(config, fusion_parameters())
+    for model in sorted(config.referenced_models(), key=str):
+        problems += _model_problems(model, options)
+    raise_together(problems, WRONG_RECIPE)
+
+
+def check_writable(folder: str) -> None:
+    """Check that files can be made in ``folder``, which need not exist yet.
+
+    Raises:
+        RecipeError: they can't.
+    """
+    existing = os.path.abspath(folder)
+    while not os.path.lexists(existing):
+        existing = os.path.dirname(existing)
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise RecipeError(f"output folder {folder} can't be written: {error.strerror}") from error
 
 
 def recipe_problems(config: Any, fusion_parameters: Mapping[str, Iterable[str]]) -> list[str]:
@@ -118,3 +197,14 @@ def _slice_blocks(prefix: str, slices: Any) -> Iterator[tuple[str, Mapping[str, 
 def _nearest(name: str, known: Iterable[str]) -> str:
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+def _model_problems(model: ModelReference, options: MergeOptions) -> list[str]:
+    try:
+        model.config(trust_remote_code=options.trust_remote_code)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return [f"model {model}: its configuration can't be read: {reason}"]
+    if model.lora and not options.lora_merge_cache:
+        return [f"model {model}: an adapter needs mergekit's option --lora-merge-cache DIR"]
+    return []

@@ -265,6 +265,16 @@ def test_output_folder_that_can_not_be_written(family_recipe, tmp_path):
     assert (tmp_path / "file").read_text() == "in the way"
 
 
+def test_a_folder_with_other_files_is_left_alone(family_recipe, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/chapter.txt").write_text("long")
+    file = tiny.write_recipe(tmp_path / "recipe.yml", family_recipe())
+    result = tiny.invoke("mergekit-somf", "learn", file, tmp_path / "thesis")
+    assert result.exit_code == 1
+    assert "holds files but no mask" in result.output
+    assert [p.name for p in (tmp_path / "thesis").iterdir()] == ["chapter.txt"]
+
+
 def test_without_a_mask_in_memory(family):
     from mergekit.merge_methods import merge_state_dicts
 
