@@ -9,6 +9,9 @@ from ..masking import concrete_sample, logit_gradient, masked_task_vector, unifo
 
 # Adam as in the measured defaults; a logit moves by about the learning rate a step.
 ADAM_BETAS = (0.9, 0.95)
+# Entries whose gradient is far below this, such as the embeddings of tokens that no pair has,
+# stay about where they start.
+ADAM_EPS = 1e-8
 
 
 @dataclass
@@ -39,10 +42,8 @@ class MaskedTensor:
 
     def __post_init__(self) -> None:
         self.logits = torch.full_like(self.fused, self.init_logit)
-        # The mean of squares makes Adam blind to the gradient's scale; eps must not undo that,
-        # for these gradients are as small as the task vectors.
         self._optimizer = torch.optim.Adam(
-            [self.logits], lr=0.0, betas=ADAM_BETAS, eps=1e-16, foreach=False, fused=False
+            [self.logits], lr=0.0, betas=ADAM_BETAS, eps=ADAM_EPS, foreach=False, fused=False
         )
 
     @torch.no_grad()
