@@ -49,11 +49,12 @@ def wrap_run_merge(module: Any) -> None:
         out_path: str,
         options: MergeOptions,
         config_source: str | None = None,
+        **further: Any,
     ) -> Any:
         if merge_config.merge_method == recipe.METHOD_NAME:
             check_recipe(merge_config, options, config_source)
             check_writable(out_path)
-        return original(merge_config, out_path, options, config_source)
+        return original(merge_config, out_path, options, config_source, **further)
 
     setattr(run_merge, _WRAPPED, True)
     module.run_merge = run_merge
