@@ -68,6 +68,12 @@ def read_results(work: Path) -> dict[str, Any]:
     return dict(json.loads(file.read_text())) if file.exists() else {}
 
 
+def unseen_prompts(work: Path, data: Path | None) -> list[str]:
+    """Return the harmful prompts that are not among those of the pairs learned from."""
+    learned = set(dataset_rows(str(work / "safety_pairs.jsonl"))["prompt"])
+    return [prompt for prompt in prompts_of(HARMFUL, data) if prompt not in learned]
+
+
 def _measures(
     folder: Path, work: Path, data: Path | None, measuring: Measuring
 ) -> tuple[dict[str, float], dict[str, list[str]]]:
@@ -75,7 +81,7 @@ def _measures(
     model.eval()
     size = measuring.batch_size
     prompts = {
-        "refusals": prompts_of(HARMFUL, data)[: measuring.harmful_prompts],
+        "refusals": unseen_prompts(work, data)[: measuring.harmful_prompts],
         "over_refusals": [
             messages[-1]["content"] for messages, _ in examples_of(TEST["general"], data)
         ][: measuring.harmless_prompts],
