@@ -9,13 +9,15 @@ from typing import Any
 
 import click
 
+from somf_mergekit.evaluate import is_refusal
 from somf_mergekit.finetune import Example, finetune
 from somf_mergekit.preferences import Pair
 
 from .real_data import TRAIN, drawn, examples_of
 
-# Shares of the aligned base's examples; "safe" are the safe answers of the preference pairs.
-ALIGNMENT_SHARES = {"safe": 0.5, "general": 0.2, "math": 0.15, "code": 0.15}
+# Shares of the aligned base's examples. "safe" are the safe answers of the preference pairs, of
+# which one in five refuses; "refusing" are those, for a base that refuses and doesn't only evade.
+ALIGNMENT_SHARES = {"refusing": 0.35, "safe": 0.2, "general": 0.15, "math": 0.15, "code": 0.15}
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ def alignment_examples(
     """Return ``count`` examples in the shares of ALIGNMENT_SHARES."""
     sets = {name: examples_of(source, data) for name, source in TRAIN.items()}
     sets["safe"] = [(pair.messages, pair.chosen) for pair in pairs]
+    sets["refusing"] = [(prompt, answer) for prompt, answer in sets["safe"] if is_refusal(answer)]
     mixed: list[Example] = []
     for name, share in ALIGNMENT_SHARES.items():
         mixed += drawn(sets[name], round(share * count), seed)
