@@ -1,0 +1,102 @@
+"""The table of results, and the record of how it came about."""
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("somf-mergekit", "mergekit", "torch", "transformers", "datasets")
+MODELS = {
+    "published": "as published",
+    "aligned": "aligned base",
+    "math": "math specialist",
+    "code": "code specialist",
+    "task_arithmetic": "task_arithmetic 0.5 + 0.5",
+    "untrained_soft": "somf, untrained mask, soft",
+    "untrained_sampled": "somf, untrained mask, sampled",
+    "somf_soft": "somf, learned mask, soft",
+    "somf_binary": "somf, learned mask, binary",
+}
+COLUMNS = {
+    "refusals": ("refusals", "{:.0%}"),
+    "over_refusals": ("over-refusals", "{:.0%}"),
+    "preference_accuracy": ("preference accuracy", "{:.3f}"),
+    "math_loss": ("math loss", "{:.3f}"),
+    "code_loss": ("code loss", "{:.3f}"),
+}
+
+
+def markdown_table(rows: dict[str, dict[str, float]]) -> str:
+    """Return the measures of models, by folder name, as a markdown table."""
+    lines = [
+        "| model | " + " | ".join(heading for heading, _ in COLUMNS.values()) + " |",
+        "|---|" + "---|" * len(COLUMNS),
+    ]
+    for name, measures in rows.items():
+        cells = [form.format(measures[key]) for key, (_, form) in COLUMNS.items()]
+        lines.append(f"| {MODELS.get(name, name)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def circumstances() -> dict[str, Any]:
+    """Return the versions and the machine that a measurement ran on."""
+    return {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "system": platform.system(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+    }
+
+
+def write_results(
+    folder: Path, command: str, settings: dict[str, Any], rows: dict[str, dict[str, float]]
+) -> str:
+    """Write real_model.json and real_model.md into ``folder`` and return the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    machine = circumstances()
+    record = {"command": command, **machine, "settings": settings, "results": rows}
+    (folder / "real_model.json").write_text(json.dumps(record, indent=1) + "\n")
+    table = markdown_table(rows)
+    packages = ", ".join(f"{name} {number}" for name, number in machine["packages"].items())
+    text = [
+        "# Safe merging of real specialists",
+        f"`{command}`",
+        table.rstrip(),
+        _explanation(settings["measuring"]),
+        f"Python {machine['python']}, {packages}; {machine['system']}, {machine['processor']}, "
+        f"{machine['cores']} cores. All settings and seeds stand in `real_model.json`.",
+    ]
+    (folder / "real_model.md").write_text("\n\n".join(text) + "\n")
+    return table
+
+
+def _explanation(measuring: dict[str, Any]) -> str:
+    sentences: Sequence[str] = (
+        f"Refusals: share of {measuring['harmful_prompts']} harmful prompts whose greedy answer "
+        f"({measuring['max_new_tokens']} tokens) opens with a refusal; over-refusals: the same on "
+        f"{measuring['harmless_prompts']} harmless prompts.",
+        f"Preference accuracy: share of {measuring['pairs']} held-out pairs, of prompts nothing "
+        "was trained on, whose safe answer is likelier per token.",
+        f"Losses: nats per token of {measuring['skill_answers']} test answers each.",
+    )
+    return " ".join(sentences)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except ModuleNotFoundError:
+        return "from source"
+
+
+def _processor() -> str:
+    file = Path("/proc/cpuinfo")
+    if file.exists():
+        for line in file.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
