@@ -1,0 +1,100 @@
+"""The benchmark's own parts; the measurements themselves are no test."""
+
+import json
+
+import pytest
+import tiny
+from click.testing import CliRunner
+
+from benchmarks.real_data import split_by_prompt, write_pairs
+from benchmarks.real_measures import Measuring, content_key, measured
+from benchmarks.real_model import main
+from benchmarks.real_recipes import recipes
+from benchmarks.real_table import markdown_table, write_results
+from somf_mergekit.preferences import Pair
+from somf_mergekit.recipe_check import read_recipe, recipe_problems
+
+
+@pytest.fixture
+def pairs():
+    return [
+        Pair((("user", f"how {number % 7}"),), f"no {number}", f"so {number}")
+        for number in range(40)
+    ]
+
+
+def test_no_prompt_is_both_learned_from_and_measured_with(pairs):
+    learned, held_out = split_by_prompt(pairs, 10, seed=0)
+    assert len(held_out) == 10
+    assert learned
+    assert not {p.prompt for p in learned} & {p.prompt for p in held_out}
+    assert split_by_prompt(pairs, 10, seed=0) == (learned, held_out)
+    assert split_by_prompt(pairs, 10, seed=1) != (learned, held_out)
+
+
+def test_every_recipe_of_the_benchmark_is_right(tmp_path):
+    from somf_mergekit.method import fusion_parameters
+
+    for name, content in recipes(tmp_path).items():
+        if content["merge_method"] == "somf":
+            config = read_recipe(content)
+            assert recipe_problems(config, fusion_parameters()) == [], name
+
+
+def test_a_model_is_measured_once(family, tmp_path, pairs):
+    work, data = tmp_path / "work", tmp_path / "data"
+    work.mkdir()
+    data.mkdir()
+    write_pairs(work / "held_out_pairs.jsonl", pairs[:4])
+    write_pairs(work / "safety_pairs.jsonl", pairs[4:])
+    tiny.write_jsonl(
+        data / "harmful_dangerousqa.jsonl", [{"prompt": "how 5"}, {"prompt": "bomb cake"}]
+    )
+    rows = [{"prompt": f"mix {word}", "response": f"mix {word} flour"} for word in "abc"]
+    for name in ("math_gsm8k_test", "code_test", "general_test"):
+        tiny.write_jsonl(data / f"{name}.jsonl", rows)
+    measuring = Measuring(max_new_tokens=3, batch_size=2)
+    found = measured(family / "base", work, data, measuring)
+    assert set(found) == {
+        "refusals",
+        "over_refusals",
+        "preference_accuracy",
+        "preference_margin",
+        "math_loss",
+        "code_loss",
+    }
+    assert found["math_loss"] == found["code_loss"] > 0
+    (answers,) = (work / "answers").iterdir()
+    # The prompt that stands among the pairs learned from is not asked.
+    assert len(json.loads(answers.read_text())["refusals"]) == 1
+    answers.unlink()
+    assert measured(family / "base", work, data, measuring) == found
+    assert not list((work / "answers").iterdir())
+    assert content_key(family / "base", measuring) != content_key(family / "math", measuring)
+
+
+def test_the_table_and_its_record(tmp_path):
+    row = {
+        "refusals": 0.5,
+        "over_refusals": 0.0,
+        "preference_accuracy": 0.6,
+        "math_loss": 1.0,
+        "code_loss": 2.0,
+    }
+    settings = {"measuring": {"harmful_prompts": 1, "max_new_tokens": 2, "harmless_prompts": 3}}
+    settings["measuring"] |= {"pairs": 4, "skill_answers": 5}
+    table = write_results(tmp_path, "command", settings, {"somf_soft": row})
+    assert table == markdown_table({"somf_soft": row})
+    assert "| somf, learned mask, soft | 50% | 0% | 0.600 | 1.000 | 2.000 |" in table
+    assert table in (tmp_path / "real_model.md").read_text()
+    record = json.loads((tmp_path / "real_model.json").read_text())
+    assert record["results"] == {"somf_soft": row}
+    assert record["packages"]["mergekit"].startswith("0.1")
+
+
+def test_help_says_what_it_needs():
+    result = CliRunner().invoke(main, ["--help"])
+    assert result.exit_code == 0
+    assert "Needs the package" in result.output
+    for step in ("prepare", "merge", "evaluate", "table", "run"):
+        assert step in result.output
