@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
+from mergekit import merge_methods
 from mergekit.architecture import get_architecture_info
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
@@ -145,8 +146,6 @@ def _planned(planner: MergePlanner, plan: Callable[[MergePlanner], None]) -> Pla
 
 def _missing_parameters(planned: PlannedMerge) -> list[str]:
     """Return what the chosen fusion requires of each model and the recipe does not say."""
-    from mergekit import merge_methods
-
     problems = []
     for _, task in planned.tensors:
         fusion = task.parameters["fusion"]
