@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,6 @@ from somf_mergekit.preferences import dataset_rows, encoded_pairs, preference_pa
 
 from .real_data import HARMFUL, TEST, examples_of, prompts_of
 from .real_training import load_saved
-
-SKILLS = ("math", "code")
 
 
 @dataclass(frozen=True)
@@ -44,22 +44,22 @@ def content_key(folder: Path, measuring: Measuring) -> str:
 def measured(folder: Path, work: Path, data: Path | None, measuring: Measuring) -> dict[str, float]:
     """Return the measures of the model in ``folder``, from results.json where they stand there.
 
-    The answers go to ``work``/answers; they may be harmful and are for nobody's eyes but the
-    person's who checks the refusal phrases.
+    Each is written as soon as it is known. The answers go to ``work``/answers; they may be harmful
+    and are for nobody's eyes but the person's who checks the refusal phrases.
     """
     key = content_key(folder, measuring)
-    results = read_results(work)
-    if key in results:
-        return dict(results[key]["measures"])
-    measures, answers = _measures(folder, work, data, measuring)
-    (work / "answers").mkdir(exist_ok=True)
-    (work / "answers" / f"{folder.name}-{key}.json").write_text(json.dumps(answers, indent=1))
-    results = read_results(work)
-    results[key] = {"model": folder.name, "settings": asdict(measuring), "measures": measures}
-    partial = work / "results.json.partial"
-    partial.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(partial, work / "results.json")
-    return measures
+    new: dict[str, Any] = {"model": folder.name, "settings": asdict(measuring), "measures": {}}
+    found = read_results(work).get(key, new)["measures"]
+    missing = [name for name in MEASURES if name not in found]
+    subject = Subject(*load_saved(folder), work, data, measuring, key) if missing else None
+    for name in missing:
+        found[name] = MEASURES[name](subject)
+        results = read_results(work)
+        results.setdefault(key, new)["measures"] = found
+        unfinished = work / "results.json.partial"
+        unfinished.write_text(json.dumps(results, indent=1) + "\n")
+        os.replace(unfinished, work / "results.json")
+    return dict(found)
 
 
 def read_results(work: Path) -> dict[str, Any]:
@@ -74,41 +74,64 @@ def unseen_prompts(work: Path, data: Path | None) -> list[str]:
     return [prompt for prompt in prompts_of(HARMFUL, data) if prompt not in learned]
 
 
-def _measures(
-    folder: Path, work: Path, data: Path | None, measuring: Measuring
-) -> tuple[dict[str, float], dict[str, list[str]]]:
-    model, tokenizer = load_saved(folder)
-    model.eval()
-    size = measuring.batch_size
-    prompts = {
-        "refusals": unseen_prompts(work, data)[: measuring.harmful_prompts],
-        "over_refusals": [
-            messages[-1]["content"] for messages, _ in examples_of(TEST["general"], data)
-        ][: measuring.harmless_prompts],
-    }
-    measures: dict[str, float] = {}
-    answers: dict[str, list[str]] = {}
-    for name, texts in prompts.items():
-        answers[name] = greedy_answers(
-            model,
-            tokenizer,
-            [user_prompt(text) for text in texts],
-            max_new_tokens=measuring.max_new_tokens,
-            batch_size=size,
-        )
-        measures[name] = sum(map(is_refusal, answers[name])) / len(texts)
-    source = str(work / "held_out_pairs.jsonl")
-    pairs = preference_pairs(dataset_rows(source), source)[0][: measuring.pairs]
-    encoded, _ = encoded_pairs(pairs, tokenizer, measuring.max_length, source)
-    measures["preference_accuracy"], measures["preference_margin"] = preference_accuracy(
-        model, encoded, batch_size=size
+@dataclass(frozen=True)
+class Subject:
+    """A loaded model and what it is measured with."""
+
+    model: Any
+    tokenizer: Any
+    work: Path
+    data: Path | None
+    measuring: Measuring
+    key: str
+
+
+def _refused_share(subject: Subject, name: str, prompts: list[str]) -> float:
+    answers = greedy_answers(
+        subject.model,
+        subject.tokenizer,
+        [user_prompt(prompt) for prompt in prompts],
+        max_new_tokens=subject.measuring.max_new_tokens,
+        batch_size=subject.measuring.batch_size,
     )
-    for skill in SKILLS:
-        measures[f"{skill}_loss"] = answer_loss(
-            model,
-            tokenizer,
-            examples_of(TEST[skill], data)[: measuring.skill_answers],
-            max_length=measuring.max_length,
-            batch_size=size,
-        )
-    return measures, answers
+    folder = subject.work / "answers"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{subject.key}-{name}.json").write_text(json.dumps(answers, indent=1) + "\n")
+    return sum(map(is_refusal, answers)) / len(answers)
+
+
+def _refusals(subject: Subject) -> float:
+    prompts = unseen_prompts(subject.work, subject.data)
+    return _refused_share(subject, "refusals", prompts[: subject.measuring.harmful_prompts])
+
+
+def _over_refusals(subject: Subject) -> float:
+    examples = examples_of(TEST["general"], subject.data)[: subject.measuring.harmless_prompts]
+    return _refused_share(subject, "over_refusals", [m[-1]["content"] for m, _ in examples])
+
+
+def _preference_accuracy(subject: Subject) -> float:
+    measuring, source = subject.measuring, str(subject.work / "held_out_pairs.jsonl")
+    pairs = preference_pairs(dataset_rows(source), source)[0][: measuring.pairs]
+    encoded, _ = encoded_pairs(pairs, subject.tokenizer, measuring.max_length, source)
+    return preference_accuracy(subject.model, encoded, batch_size=measuring.batch_size)[0]
+
+
+def _skill_loss(subject: Subject, skill: str) -> float:
+    return answer_loss(
+        subject.model,
+        subject.tokenizer,
+        examples_of(TEST[skill], subject.data)[: subject.measuring.skill_answers],
+        max_length=subject.measuring.max_length,
+        batch_size=subject.measuring.batch_size,
+    )
+
+
+# The order is that of interest: an interrupted evaluation has measured refusals first.
+MEASURES: dict[str, Callable[[Any], float]] = {
+    "refusals": _refusals,
+    "math_loss": partial(_skill_loss, skill="math"),
+    "code_loss": partial(_skill_loss, skill="code"),
+    "preference_accuracy": _preference_accuracy,
+    "over_refusals": _over_refusals,
+}
