@@ -29,7 +29,7 @@ from .real_training import (
 
 PUBLISHED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ALIGNED = Training(steps=110, learning_rate=3e-4, seed=0)
-SPECIALIST = Training(steps=80, learning_rate=2e-4, seed=1)
+SPECIALIST = Training(steps=60, learning_rate=6e-4, seed=1)
 SPLIT_SEED = 0
 
 published_option = click.option(
