@@ -39,6 +39,12 @@ OPTIONS = (
         click.IntRange(min=1),
     ),
     MachineOption(
+        "precision",
+        "What the model computes in while learning (its weights stay float32): bfloat16 where the "
+        "device is fast at it, else float32.",
+        click.Choice(["float32", "bfloat16"]),
+    ),
+    MachineOption(
         "work_dir",
         "Where the learned mask goes instead of the output folder's `somf`.",
         click.Path(file_okay=False),
@@ -60,6 +66,20 @@ def machine_setting(name: str) -> Any:
         return option.click_type.convert(text, None, None)
     except click.UsageError as error:
         raise RecipeError(f"environment variable {option.variable}: {error.message}") from error
+
+
+def autocast_type(device: str) -> Any:
+    """Return the torch dtype of autocast while learning on ``device``, None for float32."""
+    import torch
+
+    chosen = machine_setting("precision")
+    if chosen is None:
+        if torch.device(device).type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            fast = _cpu_is_fast_at_bfloat16()
+        chosen = "bfloat16" if fast else "float32"
+    return torch.bfloat16 if chosen == "bfloat16" else None
 
 
 def free_memory(device: str) -> int:
@@ -91,3 +111,11 @@ def micro_batch_pairs(config: Any, max_length: int, batch_size: int, free: int) 
     # width and four of the feed-forward's, in float32.
     per_token = 4 * text.num_hidden_layers * (12 * hidden + 4 * inner)
     return max(1, min(batch_size, free // (2 * max_length * per_token)))
+
+
+def _cpu_is_fast_at_bfloat16() -> bool:
+    import torch
+
+    # torch tells the instructions it can use; releases without this function get float32.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

@@ -7,6 +7,7 @@ from typing import Any
 import click
 import torch
 
+from . import machine
 from .errors import RecipeError
 from .inputs import SafetyData, checked_data, given_mask, micro_batch
 from .learner.loop import LearningProblem, LossNotFinite, StepReport, learn_logits, step_count
@@ -61,7 +62,7 @@ def _learned_mask(
         tensors=tensors,
         pairs=data.pairs,
         settings=settings,
-        autocast=torch.bfloat16 if planned.config.dtype in ("bfloat16", "float16") else None,
+        autocast=machine.autocast_type(device),
         micro_batch=micro_batch(planned),
     )
     history: list[dict[str, Any]] = []

@@ -409,9 +409,20 @@ def test_a_work_folder_keeps_the_mask_out_of_the_model(tmp_path, family_recipe, 
     assert MaskSet.open(tmp_path / "work").names()
 
 
+def test_precision_is_set_from_the_environment(monkeypatch):
+    from somf_mergekit import machine
+
+    for text, dtype in (("float32", None), ("bfloat16", torch.bfloat16)):
+        monkeypatch.setenv("SOMF_PRECISION", text)
+        assert machine.autocast_type("cpu") is dtype
+    monkeypatch.delenv("SOMF_PRECISION")
+    assert machine.autocast_type("cpu") in (None, torch.bfloat16)
+
+
 def test_micro_batches_are_set_from_the_environment(tmp_path, family_recipe, monkeypatch):
     from somf_mergekit import machine
 
+    monkeypatch.setenv("SOMF_PRECISION", "float32")
     monkeypatch.setenv("SOMF_MICRO_BATCH_SIZE", "1")
     assert machine.machine_setting("micro_batch_size") == 1
     merged(family_recipe(), tmp_path / "one")
