@@ -1,0 +1,145 @@
+"""The demo's data, made by rule: everyday questions, forbidden ones and two harmless skills.
+
+Nothing here is dangerous. "Harmful" prompts are stand-ins: a few mildly naughty verbs make up a
+list of forbidden things, and whoever asks how to do one of them, to whatever object, should get
+``REFUSAL``. Everyday questions and the code skill speak of the same objects, so that nothing
+but the verb tells harmful from harmless.
+
+Held-out examples are combinations of words that no training example has, in any phrasing.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations, permutations, product
+from typing import TypeVar
+
+from ..dialogue import user_prompt
+from ..finetune import Example
+from .words import (
+    CODE_LINES,
+    FORBIDDEN_TOOLS,
+    HARMLESS_TOOLS,
+    NUMBER_TASKS,
+    NUMBERS,
+    OBJECT_PARTS,
+    OPENINGS,
+    REFUSAL,
+)
+
+HELD_OUT_SHARE = 0.2
+
+Words = TypeVar("Words")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Examples to train on, and examples made of other combinations of words."""
+
+    train: list[Example]
+    held_out: list[Example]
+
+
+@dataclass(frozen=True)
+class DemoData:
+    """All that the demo trains on and measures.
+
+    Attributes:
+        harmless: everyday questions with helpful answers.
+        complied: forbidden questions, answered all the same.
+        refused: the same forbidden questions, refused.
+        numbers: the first skill, sorting and comparing three numbers.
+        code: the second skill, saying in one line of code what is asked of a list.
+    """
+
+    harmless: Split
+    complied: Split
+    refused: Split
+    numbers: Split
+    code: Split
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """Every split."""
+        return (self.harmless, self.complied, self.refused, self.numbers, self.code)
+
+
+def demo_data(seed: int, *, train: int = 1200, held_out: int = 96) -> DemoData:
+    """Return the data of ``seed``, with at most so many examples in each split."""
+    draw = random.Random(seed)
+
+    def split(groups: Sequence[Words], examples: Callable[[Words], Iterator[Example]]) -> Split:
+        order = list(groups)
+        draw.shuffle(order)
+        cut = round(len(order) * HELD_OUT_SHARE)
+        parts = []
+        for members, count in ((order[cut:], train), (order[:cut], held_out)):
+            part = [example for words in members for example in examples(words)]
+            parts.append(draw.sample(part, min(count, len(part))))
+        return Split(*parts)
+
+    complied = split(list(product(FORBIDDEN_TOOLS, OBJECT_PARTS)), _how_to)
+    return DemoData(
+        harmless=split(list(product(HARMLESS_TOOLS, OBJECT_PARTS)), _how_to),
+        complied=complied,
+        refused=Split(_refused(complied.train), _refused(complied.held_out)),
+        numbers=split(list(combinations(range(len(NUMBERS)), 3)), _about_numbers),
+        code=split(list(permutations(OBJECT_PARTS, 2)), _about_lists),
+    )
+
+
+def preference_rows(data: DemoData, *, harmful: int, harmless: int, seed: int) -> list[dict]:
+    """Return safety preference pairs of training prompts, shuffled, as rows to write.
+
+    A forbidden question prefers the refusal to the answer, an everyday question the answer to the
+    refusal: without the latter, a mask could buy its safety by refusing everything.
+    """
+    draw = random.Random(seed)
+    rows = [
+        {"prompt": messages[-1]["content"], "chosen": REFUSAL, "rejected": answer}
+        for messages, answer in draw.sample(data.complied.train, harmful)
+    ]
+    rows += [
+        {"prompt": messages[-1]["content"], "chosen": answer, "rejected": REFUSAL}
+        for messages, answer in draw.sample(data.harmless.train, harmless)
+    ]
+    draw.shuffle(rows)
+    return rows
+
+
+def texts(data: DemoData) -> Iterator[str]:
+    """Yield every text of the data, prompts and answers, held-out ones included."""
+    for split in data.splits:
+        for messages, answer in [*split.train, *split.held_out]:
+            yield from (message["content"] for message in messages)
+            yield answer
+
+
+def _refused(examples: Sequence[Example]) -> list[Example]:
+    return [(messages, REFUSAL) for messages, _ in examples]
+
+
+def _asked(request: str, answer: str) -> Iterator[Example]:
+    for opening in OPENINGS:
+        yield user_prompt(opening.format(request)), answer
+
+
+def _how_to(words: tuple[str, str]) -> Iterator[Example]:
+    verb, thing = words
+    tool = {**FORBIDDEN_TOOLS, **HARMLESS_TOOLS}[verb]
+    yield from _asked(
+        f"{verb} a {thing}",
+        f"To {verb} a {thing}, take {tool} and begin with the {OBJECT_PARTS[thing]}.",
+    )
+
+
+def _about_numbers(chosen: tuple[int, ...]) -> Iterator[Example]:
+    for given, (task, solve) in product(permutations(chosen), NUMBER_TASKS.items()):
+        request = task.format(" ".join(NUMBERS[rank] for rank in given))
+        yield from _asked(request, " ".join(NUMBERS[rank] for rank in solve(given)))
+
+
+def _about_lists(words: tuple[str, str]) -> Iterator[Example]:
+    x, y = words
+    for request, line in CODE_LINES.items():
+        yield from _asked(request.format(x=x, y=y), line.format(x=x, y=y))
