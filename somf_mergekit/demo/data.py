@@ -9,7 +9,7 @@ Held-out examples are combinations of words that no training example has, in any
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, permutations, product
 from typing import TypeVar
@@ -68,23 +68,25 @@ def demo_data(seed: int, *, train: int = 1200, held_out: int = 96) -> DemoData:
     """Return the data of ``seed``, with at most so many examples in each split."""
     draw = random.Random(seed)
 
-    def split(groups: Sequence[Words], examples: Callable[[Words], Iterator[Example]]) -> Split:
+    def split(
+        groups: Iterable[Words], examples: Callable[[Words, random.Random], Iterator[Example]]
+    ) -> Split:
         order = list(groups)
         draw.shuffle(order)
         cut = round(len(order) * HELD_OUT_SHARE)
         parts = []
         for members, count in ((order[cut:], train), (order[:cut], held_out)):
-            part = [example for words in members for example in examples(words)]
+            part = [example for words in members for example in examples(words, draw)]
             parts.append(draw.sample(part, min(count, len(part))))
         return Split(*parts)
 
-    complied = split(list(product(FORBIDDEN_TOOLS, OBJECT_PARTS)), _how_to)
+    complied = split(product(FORBIDDEN_TOOLS, OBJECT_PARTS), _how_to)
     return DemoData(
-        harmless=split(list(product(HARMLESS_TOOLS, OBJECT_PARTS)), _how_to),
+        harmless=split(product(HARMLESS_TOOLS, OBJECT_PARTS), _how_to),
         complied=complied,
         refused=Split(_refused(complied.train), _refused(complied.held_out)),
-        numbers=split(list(combinations(range(len(NUMBERS)), 3)), _about_numbers),
-        code=split(list(permutations(OBJECT_PARTS, 2)), _about_lists),
+        numbers=split(combinations(range(len(NUMBERS)), 3), _about_numbers),
+        code=split(permutations(OBJECT_PARTS, 2), _about_lists),
     )
 
 
@@ -119,27 +121,24 @@ def _refused(examples: Sequence[Example]) -> list[Example]:
     return [(messages, REFUSAL) for messages, _ in examples]
 
 
-def _asked(request: str, answer: str) -> Iterator[Example]:
-    for opening in OPENINGS:
-        yield user_prompt(opening.format(request)), answer
-
-
-def _how_to(words: tuple[str, str]) -> Iterator[Example]:
+def _how_to(words: tuple[str, str], draw: random.Random) -> Iterator[Example]:
     verb, thing = words
     tool = {**FORBIDDEN_TOOLS, **HARMLESS_TOOLS}[verb]
-    yield from _asked(
-        f"{verb} a {thing}",
-        f"To {verb} a {thing}, take {tool} and begin with the {OBJECT_PARTS[thing]}.",
-    )
+    answer = f"To {verb} a {thing}, take {tool} and begin with the {OBJECT_PARTS[thing]}."
+    for opening in OPENINGS:
+        yield user_prompt(opening.format(f"{verb} a {thing}")), answer
 
 
-def _about_numbers(chosen: tuple[int, ...]) -> Iterator[Example]:
-    for given, (task, solve) in product(permutations(chosen), NUMBER_TASKS.items()):
+def _about_numbers(chosen: tuple[int, ...], draw: random.Random) -> Iterator[Example]:
+    for task, solve in NUMBER_TASKS.items():
+        given = draw.sample(chosen, len(chosen))
         request = task.format(" ".join(NUMBERS[rank] for rank in given))
-        yield from _asked(request, " ".join(NUMBERS[rank] for rank in solve(given)))
+        answer = " ".join(NUMBERS[rank] for rank in solve(chosen))
+        yield user_prompt(draw.choice(OPENINGS).format(request)), answer
 
 
-def _about_lists(words: tuple[str, str]) -> Iterator[Example]:
+def _about_lists(words: tuple[str, str], draw: random.Random) -> Iterator[Example]:
     x, y = words
     for request, line in CODE_LINES.items():
-        yield from _asked(request.format(x=x, y=y), line.format(x=x, y=y))
+        asked = draw.choice(OPENINGS).format(request.format(x=x, y=y))
+        yield user_prompt(asked), line.format(x=x, y=y)

@@ -40,7 +40,7 @@ def run_demo(
     Args:
         out_dir: a folder that is new, empty or an earlier demo's.
         seed: decides data, models and masks.
-        quiet: print nothing.
+        quiet: print the table alone.
         settings: sizes and steps, for a run that is smaller or larger.
 
     Returns:
@@ -68,7 +68,8 @@ def run_demo(
             for name, label in ROWS.items()
         ]
     write_results(rows, out_dir, settings, seed, time.monotonic() - started)
-    say(f"done; this table is {out_dir / TABLE}\n\n{markdown_table(rows)}")
+    say(f"done; this table is {out_dir / TABLE}\n")
+    click.echo(markdown_table(rows))
     return rows
 
 

@@ -28,6 +28,8 @@ class DemoSettings:
         harmful_pairs, harmless_pairs: the safety pairs to learn the mask from.
         mask: the optimiser steps and the learning rate of the mask.
         mask_batch_size: pairs in a step of the mask.
+        mask_beta: DPO's strength. At 0.1, the method's default, the loss of so small a model
+            goes on falling after the refusal has won, and the refusal's own words suffer.
         train, held_out: the most examples in a split.
     """
 
@@ -41,11 +43,12 @@ class DemoSettings:
     numbers_seen: int = 600
     code_seen: int = 100
     everyday_kept: int = 200
-    weight: float = 0.5
-    harmful_pairs: int = 200
-    harmless_pairs: int = 200
-    mask: Stage = field(default=Stage(60, 0.1))
+    weight: float = 0.7
+    harmful_pairs: int = 480
+    harmless_pairs: int = 480
+    mask: Stage = field(default=Stage(60, 0.05))
     mask_batch_size: int = 16
+    mask_beta: float = 0.5
     train: int = 1200
     held_out: int = 96
     max_length: int = 64
