@@ -68,7 +68,7 @@ def run_mergekit_yaml(recipe_file: str, merged: str, folder: Path, *, quiet: boo
     Raises:
         RecipeError: the command is missing or fails; its last words are quoted.
     """
-    command = [_mergekit_yaml(), recipe_file, merged]
+    command = [_mergekit_yaml(), recipe_file, merged, *(["--quiet"] if quiet else [])]
     done = subprocess.run(
         command,
         cwd=folder,

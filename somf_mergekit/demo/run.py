@@ -16,7 +16,8 @@ from .settings import DemoSettings
 from .table import Scores, markdown_table, measured_scores
 from .tokenizer import word_tokenizer
 
-BASE, NUMBERS, CODE = "base", "numbers_specialist", "code_specialist"
+# Two slashes tell mergekit that a name is a path: it looks others up on the hub.
+BASE, NUMBERS, CODE = "./models/base", "./models/numbers", "./models/code"
 ROWS = {
     BASE: "base (aligned)",
     NUMBERS: "numbers specialist",
