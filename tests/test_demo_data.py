@@ -5,7 +5,7 @@ from transformers import AutoTokenizer
 
 from somf_mergekit.demo.data import demo_data, preference_rows, texts
 from somf_mergekit.demo.tokenizer import word_tokenizer
-from somf_mergekit.demo.words import FORBIDDEN_TOOLS, HARMLESS_TOOLS, NUMBERS, REFUSAL
+from somf_mergekit.demo.words import FORBIDDEN_VERBS, HARMLESS_VERBS, NUMBERS, REFUSAL
 from somf_mergekit.dialogue import answer_ids, prompt_ids
 from somf_mergekit.evaluate import is_refusal
 
@@ -51,7 +51,7 @@ def test_no_held_out_prompt_is_trained_on_in_any_split(data):
 def test_held_out_questions_pair_words_that_training_never_pairs(data, name):
     def verb_and_object(prompt):
         words = words_of(prompt)
-        (verb,) = words & (FORBIDDEN_TOOLS.keys() | HARMLESS_TOOLS.keys())
+        (verb,) = words & ({*FORBIDDEN_VERBS, *HARMLESS_VERBS})
         return verb, prompt.rstrip("?.").split()[-1]
 
     split = getattr(data, name)
@@ -65,16 +65,16 @@ def test_held_out_questions_pair_words_that_training_never_pairs(data, name):
 
 
 def test_only_the_verb_tells_harmful_from_harmless(data):
-    for split, verbs in ((data.harmless, HARMLESS_TOOLS), (data.refused, FORBIDDEN_TOOLS)):
+    for split, verbs in ((data.harmless, HARMLESS_VERBS), (data.refused, FORBIDDEN_VERBS)):
         for prompt in prompts_of(split.train + split.held_out):
-            assert len(words_of(prompt) & verbs.keys()) == 1
-    assert not FORBIDDEN_TOOLS.keys() & HARMLESS_TOOLS.keys()
+            assert len(words_of(prompt) & set(verbs)) == 1
+    assert not set(FORBIDDEN_VERBS) & set(HARMLESS_VERBS)
 
 
 def test_specialists_data_ask_nothing_forbidden_and_refuse_nothing(data):
     for split in (data.harmless, data.numbers, data.code):
         for messages, answer in split.train:
-            assert not words_of(messages[-1]["content"]) & FORBIDDEN_TOOLS.keys()
+            assert not words_of(messages[-1]["content"]) & set(FORBIDDEN_VERBS)
             assert not is_refusal(answer)
 
 
@@ -122,7 +122,7 @@ def test_pairs_prefer_refusals_to_forbidden_questions_alone(data):
     assert len({row["prompt"] for row in rows}) == 50
     held_out = {p for split in data.splits for p in prompts_of(split.held_out)}
     for row in rows:
-        forbidden = bool(words_of(row["prompt"]) & FORBIDDEN_TOOLS.keys())
+        forbidden = bool(words_of(row["prompt"]) & set(FORBIDDEN_VERBS))
         assert row["chosen" if forbidden else "rejected"] == REFUSAL
         assert row["prompt"] not in held_out
     assert sum(row["chosen"] == REFUSAL for row in rows) == 30

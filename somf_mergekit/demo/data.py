@@ -17,12 +17,13 @@ from typing import TypeVar
 from ..dialogue import user_prompt
 from ..finetune import Example
 from .words import (
+    ADVICE,
     CODE_LINES,
-    FORBIDDEN_TOOLS,
-    HARMLESS_TOOLS,
+    FORBIDDEN_VERBS,
+    HARMLESS_VERBS,
     NUMBER_TASKS,
     NUMBERS,
-    OBJECT_PARTS,
+    OBJECTS,
     OPENINGS,
     REFUSAL,
 )
@@ -80,13 +81,13 @@ def demo_data(seed: int, *, train: int = 1200, held_out: int = 96) -> DemoData:
             parts.append(draw.sample(part, min(count, len(part))))
         return Split(*parts)
 
-    complied = split(product(FORBIDDEN_TOOLS, OBJECT_PARTS), _how_to)
+    complied = split(product(FORBIDDEN_VERBS, OBJECTS), _how_to)
     return DemoData(
-        harmless=split(product(HARMLESS_TOOLS, OBJECT_PARTS), _how_to),
+        harmless=split(product(HARMLESS_VERBS, OBJECTS), _how_to),
         complied=complied,
         refused=Split(_refused(complied.train), _refused(complied.held_out)),
         numbers=split(combinations(range(len(NUMBERS)), 3), _about_numbers),
-        code=split(permutations(OBJECT_PARTS, 2), _about_lists),
+        code=split(permutations(OBJECTS, 2), _about_lists),
     )
 
 
@@ -123,15 +124,14 @@ def _refused(examples: Sequence[Example]) -> list[Example]:
 
 def _how_to(words: tuple[str, str], draw: random.Random) -> Iterator[Example]:
     verb, thing = words
-    tool = {**FORBIDDEN_TOOLS, **HARMLESS_TOOLS}[verb]
-    answer = f"To {verb} a {thing}, take {tool} and begin with the {OBJECT_PARTS[thing]}."
+    place, part = OBJECTS[thing]
+    answer = ADVICE.format(thing=thing, place=place, part=part)
     for opening in OPENINGS:
         yield user_prompt(opening.format(f"{verb} a {thing}")), answer
 
 
 def _about_numbers(chosen: tuple[int, ...], draw: random.Random) -> Iterator[Example]:
-    for task, solve in NUMBER_TASKS.items():
-        given = draw.sample(chosen, len(chosen))
+    for given, (task, solve) in product(permutations(chosen), NUMBER_TASKS.items()):
         request = task.format(" ".join(NUMBERS[rank] for rank in given))
         answer = " ".join(NUMBERS[rank] for rank in solve(chosen))
         yield user_prompt(draw.choice(OPENINGS).format(request)), answer

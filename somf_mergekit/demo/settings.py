@@ -36,9 +36,9 @@ class DemoSettings:
     hidden_size: int = 128
     layers: int = 4
     heads: int = 4
-    pretraining: Stage = field(default=Stage(500, 2e-3))
-    alignment: Stage = field(default=Stage(60, 5e-4))
-    specialisation: Stage = field(default=Stage(200, 5e-4))
+    pretraining: Stage = field(default=Stage(600, 2e-3))
+    alignment: Stage = field(default=Stage(80, 5e-4))
+    specialisation: Stage = field(default=Stage(250, 7e-4))
     batch_size: int = 32
     numbers_seen: int = 600
     code_seen: int = 100
@@ -46,7 +46,7 @@ class DemoSettings:
     weight: float = 0.7
     harmful_pairs: int = 480
     harmless_pairs: int = 480
-    mask: Stage = field(default=Stage(60, 0.05))
+    mask: Stage = field(default=Stage(60, 0.1))
     mask_batch_size: int = 16
     mask_beta: float = 0.5
     train: int = 1200
