@@ -26,7 +26,7 @@ class Measuring:
     pairs: int = 300
     skill_answers: int = 96
     max_new_tokens: int = 48
-    max_length: int = 256
+    max_length: int = 128
     batch_size: int = 16
 
 
