@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from somf_mergekit.dialogue import user_prompt
 from somf_mergekit.evaluate import answer_loss, greedy_answers, is_refusal, preference_accuracy
 from somf_mergekit.preferences import dataset_rows, encoded_pairs, preference_pairs
@@ -114,17 +116,24 @@ def _preference_accuracy(subject: Subject) -> float:
     measuring, source = subject.measuring, str(subject.work / "held_out_pairs.jsonl")
     pairs = preference_pairs(dataset_rows(source), source)[0][: measuring.pairs]
     encoded, _ = encoded_pairs(pairs, subject.tokenizer, measuring.max_length, source)
-    return preference_accuracy(subject.model, encoded, batch_size=measuring.batch_size)[0]
+    with _bfloat16(subject.model):
+        return preference_accuracy(subject.model, encoded, batch_size=measuring.batch_size)[0]
 
 
 def _skill_loss(subject: Subject, skill: str) -> float:
-    return answer_loss(
-        subject.model,
-        subject.tokenizer,
-        examples_of(TEST[skill], subject.data)[: subject.measuring.skill_answers],
-        max_length=subject.measuring.max_length,
-        batch_size=subject.measuring.batch_size,
-    )
+    with _bfloat16(subject.model):
+        return answer_loss(
+            subject.model,
+            subject.tokenizer,
+            examples_of(TEST[skill], subject.data)[: subject.measuring.skill_answers],
+            max_length=subject.measuring.max_length,
+            batch_size=subject.measuring.batch_size,
+        )
+
+
+def _bfloat16(model: Any) -> Any:
+    """Likelihoods are computed in bfloat16 over float32 weights: most of the time goes there."""
+    return torch.autocast(model.device.type, dtype=torch.bfloat16)
 
 
 # The order is that of interest: an interrupted evaluation has measured refusals first.

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from importlib import import_module
 from types import ModuleType
 
 LOG = logging.getLogger("somf_mergekit")
@@ -31,26 +32,24 @@ def register() -> None:
         ImportError: mergekit is missing.
     """
     import mergekit.merge
-    import mergekit.merge_methods.registry
-    import mergekit.plan
 
-    _register_method(mergekit.merge_methods.registry)
-    _wrap_plan()
-    _wrap_merge(mergekit.merge)
+    _adopt_methods()
+    _adopt_plan()
+    _adopt_merge(mergekit.merge)
 
 
-def _on_registry(module: ModuleType) -> None:
-    _carefully(_register_method, module)
+def _on_registry(_module: ModuleType) -> None:
+    _carefully(_adopt_methods)
 
 
 def _on_plan(_module: ModuleType) -> None:
-    _carefully(_wrap_plan)
+    _carefully(_adopt_plan)
 
 
 def _on_merge(module: ModuleType) -> None:
     # The planner again: it had no hook where it was the module that imported torch.
-    _carefully(_wrap_plan)
-    _carefully(_wrap_merge, module)
+    _carefully(_adopt_plan)
+    _carefully(_adopt_merge, module)
 
 
 def _carefully(action, *arguments) -> None:  # type: ignore[no-untyped-def]
@@ -73,25 +72,21 @@ def _carefully(action, *arguments) -> None:  # type: ignore[no-untyped-def]
         )
 
 
-def _register_method(module: ModuleType) -> None:
-    from .method import SomfMethod
-    from .recipe import METHOD_NAME
-
-    if METHOD_NAME not in {method.spec.name for method in module.registered_methods()}:
-        module.register(SomfMethod())
+def _adopt_methods() -> None:
+    # The module registers its method as its last act. So it does not matter whether it is
+    # imported here, or is itself the one whose imports have called this hook.
+    import_module("somf_mergekit.method")
 
 
-def _wrap_plan() -> None:
-    from .planner import wrap_planner
-
-    wrap_planner()
+def _adopt_plan() -> None:
+    import_module("somf_mergekit.planner")
 
 
-def _wrap_merge(module: ModuleType) -> None:
+def _adopt_merge(module: ModuleType) -> None:
     from .planner import wrap_run_merge
 
     wrap_run_merge(module)
-    # `mergekit-yaml` is safe whichever was imported first: it binds run_merge after this.
+    # A command imported before us has bound the function itself.
     for name in ("mergekit.scripts.run_yaml", "mergekit.scripts.multimerge"):
         script = sys.modules.get(name)
         if script is not None and hasattr(script, "run_merge"):

@@ -117,5 +117,5 @@ def _cpu_is_fast_at_bfloat16() -> bool:
     import torch
 
     # torch tells the instructions it can use; releases without this function get float32.
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

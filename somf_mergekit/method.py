@@ -196,3 +196,11 @@ def _opened(source: str) -> MaskSet:
 @lru_cache(maxsize=8)
 def _opened_version(path: str, _version: tuple[int, int, int]) -> MaskSet:
     return MaskSet.open(path)
+
+
+def _register() -> None:
+    if recipe.METHOD_NAME not in {method.spec.name for method in registry.registered_methods()}:
+        registry.register(SomfMethod())
+
+
+_register()

@@ -92,7 +92,6 @@ def learn(
     Raises:
         RecipeError: the recipe, its models or its data are wrong.
     """
-    wrap_planner()
     config = read_recipe(source)
     if (config.parameters or {}).get("mask"):
         raise RecipeError("parameters.mask is given: there is nothing to learn")
@@ -177,3 +176,6 @@ def _with_mask(task: ExecuteMergeMethodTask, mask: str) -> ExecuteMergeMethodTas
     fields = {name: getattr(task, name) for name in type(task).model_fields}
     fields["parameters"] = {**dict(task.parameters.items()), "mask": mask}
     return type(task)(**fields)
+
+
+wrap_planner()

@@ -53,6 +53,8 @@ def test_the_entry_point_is_the_module_outside_the_package():
         "from mergekit.merge import run_merge",
         "from mergekit.plan import MergePlanner; import mergekit.merge",
         "import mergekit.scripts.multimerge",
+        "import somf_mergekit.recipe_check",
+        "from somf_mergekit import learn; learn.__name__",
     ],
 )
 def test_somf_is_known_whatever_is_imported_first(first_import):
