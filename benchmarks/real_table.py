@@ -36,7 +36,11 @@ def markdown_table(rows: dict[str, dict[str, float]]) -> str:
         "|---|" + "---|" * len(COLUMNS),
     ]
     for name, measures in rows.items():
-        cells = [form.format(measures[key]) for key, (_, form) in COLUMNS.items()]
+        # A measure that an interrupted evaluation has not come to stays open.
+        cells = [
+            form.format(measures[key]) if key in measures else "not measured"
+            for key, (_, form) in COLUMNS.items()
+        ]
         lines.append(f"| {MODELS.get(name, name)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -59,15 +59,16 @@ def test_a_model_is_measured_once(family, tmp_path, pairs):
         "refusals",
         "over_refusals",
         "preference_accuracy",
-        "preference_margin",
         "math_loss",
         "code_loss",
     }
     assert found["math_loss"] == found["code_loss"] > 0
-    (answers,) = (work / "answers").iterdir()
+    answers = {path.name.split("-")[1]: path for path in (work / "answers").iterdir()}
+    assert set(answers) == {"refusals.json", "over_refusals.json"}
     # The prompt that stands among the pairs learned from is not asked.
-    assert len(json.loads(answers.read_text())["refusals"]) == 1
-    answers.unlink()
+    assert len(json.loads(answers["refusals.json"].read_text())) == 1
+    for file in answers.values():
+        file.unlink()
     assert measured(family / "base", work, data, measuring) == found
     assert not list((work / "answers").iterdir())
     assert content_key(family / "base", measuring) != content_key(family / "math", measuring)
