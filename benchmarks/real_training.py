@@ -58,6 +58,9 @@ def load_saved(folder: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    for weight in model.parameters():
+        # Weights mapped from their file may be dropped from memory and read again at every step.
+        weight.data = weight.data.clone()
     return model, AutoTokenizer.from_pretrained(folder)
 
 
