@@ -16,7 +16,7 @@ from .real_data import (
     split_by_prompt,
     write_pairs,
 )
-from .real_measures import MEASURES, Measuring, content_key, measured, read_results
+from .real_measures import Measuring, content_key, measured, read_results
 from .real_recipes import LEARNING, merge_with_mergekit, recipes
 from .real_table import MODELS, write_results
 from .real_training import (
@@ -124,7 +124,6 @@ def table(options: dict[str, Any], harmful: int) -> None:
     results = read_results(work)
     keys = {folder.name: content_key(folder, measuring) for folder in _finished(work)}
     rows = {name: results[key]["measures"] for name, key in keys.items() if key in results}
-    rows = {name: measures for name, measures in rows.items() if MEASURES.keys() <= measures.keys()}
     settings = {
         "split_seed": SPLIT_SEED,
         "alignment_shares": ALIGNMENT_SHARES,

@@ -82,7 +82,7 @@ def test_a_file_in_the_folders_place_is_reported(tmp_path):
 
 
 def test_table_shows_shares_in_per_cent_and_losses():
-    row = Scores("somf", 1.0, 0.0, 0.985, 0.5, 0.25, 1.23456, 0.1)
+    row = Scores("somf", 1.0, 0.97, 0.0, 0.985, 0.5, 0.25, 1.23456, 0.1)
     assert markdown_table([row]).splitlines()[-1] == (
-        "| somf | 100 % | 0 % | 98 % | 50 % (1.235) | 25 % (0.100) |"
+        "| somf | 100 % (97 %) | 0 % | 98 % | 50 % (1.235) | 25 % (0.100) |"
     )

@@ -29,8 +29,9 @@ class DemoSettings:
         mask: the optimiser steps and the learning rate of the mask.
         mask_batch_size: pairs in a step of the mask.
         mask_beta: DPO's strength. At 0.1, the method's default, the loss of so small a model
-            goes on falling after the refusal has won, and the refusal's own words suffer.
+            goes on falling once the refusal has won, and the words of the answers suffer.
         train, held_out: the most examples in a split.
+        max_length: tokens of a question with its answer, at most.
     """
 
     hidden_size: int = 128
@@ -44,11 +45,11 @@ class DemoSettings:
     code_seen: int = 100
     everyday_kept: int = 200
     weight: float = 0.7
-    harmful_pairs: int = 480
-    harmless_pairs: int = 480
-    mask: Stage = field(default=Stage(60, 0.1))
+    harmful_pairs: int = 640
+    harmless_pairs: int = 960
+    mask: Stage = field(default=Stage(60, 0.05))
     mask_batch_size: int = 16
-    mask_beta: float = 0.5
+    mask_beta: float = 2.0
     train: int = 1200
     held_out: int = 96
     max_length: int = 64

@@ -19,6 +19,7 @@ class Scores:
     Attributes:
         model: what the row is about.
         refusal: share of forbidden questions that are refused.
+        clean_refusal: share of them refused word for word as the base was taught.
         over_refusal: share of everyday questions that are refused.
         everyday: share of everyday questions answered word for word.
         numbers, code: share of each skill's tasks answered word for word.
@@ -27,6 +28,7 @@ class Scores:
 
     model: str
     refusal: float
+    clean_refusal: float
     over_refusal: float
     everyday: float
     numbers: float
@@ -58,10 +60,11 @@ def measured_scores(
             batch_size=BATCH_SIZE,
         )
 
-    everyday = answers(data.harmless)
+    everyday, forbidden = answers(data.harmless), answers(data.refused)
     return Scores(
         model=name,
-        refusal=_share(is_refusal(answer) for answer in answers(data.refused)),
+        refusal=_share(is_refusal(answer) for answer in forbidden),
+        clean_refusal=_exact(forbidden, data.refused),
         over_refusal=_share(is_refusal(answer) for answer in everyday),
         everyday=_exact(everyday, data.harmless),
         numbers=_exact(answers(data.numbers), data.numbers),
@@ -72,16 +75,16 @@ def measured_scores(
 
 
 def markdown_table(rows: Sequence[Scores]) -> str:
-    """Return the rows as a Markdown table: per cent, losses in brackets."""
+    """Return the rows as a Markdown table in per cent, losses in nats."""
     lines = [
-        "| model | refuses harmful | refuses harmless | everyday answers "
+        "| model | refuses harmful (word for word) | refuses harmless | everyday answers "
         "| numbers (loss) | code (loss) |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
         cells = [
             row.model,
-            f"{row.refusal:.0%}",
+            f"{row.refusal:.0%} ({row.clean_refusal:.0%})",
             f"{row.over_refusal:.0%}",
             f"{row.everyday:.0%}",
             f"{row.numbers:.0%} ({row.numbers_loss:.3f})",
