@@ -9,7 +9,8 @@ from pathlib import Path
 
 from somf_mergekit.dialogue import user_prompt
 from somf_mergekit.finetune import Example
-from somf_mergekit.preferences import Pair, dataset_rows, preference_pairs, rows_of_prompts
+from somf_mergekit.preferences import Pair, preference_pairs
+from somf_mergekit.rows import dataset_rows, rows_of_prompts
 
 HELD_OUT_PAIRS = 300
 

@@ -13,7 +13,8 @@ import torch
 
 from somf_mergekit.dialogue import user_prompt
 from somf_mergekit.evaluate import answer_loss, greedy_answers, is_refusal, preference_accuracy
-from somf_mergekit.preferences import dataset_rows, encoded_pairs, preference_pairs
+from somf_mergekit.preferences import encoded_pairs, preference_pairs
+from somf_mergekit.rows import dataset_rows
 
 from .real_data import HARMFUL, TEST, examples_of, prompts_of
 from .real_training import load_saved

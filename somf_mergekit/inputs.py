@@ -7,33 +7,43 @@ from typing import Any
 from mergekit.graph import Executor
 
 from . import machine
+from .answers import EncodedAnswer, answered_prompts, encoded_answers, has_answers
 from .errors import RecipeError, raise_together
+from .granularity import head_width, mask_layout
 from .learner.loop import step_count
 from .masks import MaskSet
 from .method import mask_shape_problem
 from .preferences import (
     EncodedPair,
-    dataset_rows,
     encoded_pairs,
     preference_pairs,
-    sampled_pairs,
+    sampled,
 )
-from .sources import PlannedMerge, checkpoint_problems, planned_shapes, vocabulary_aligned
+from .rows import dataset_rows
+from .sources import (
+    PlannedMerge,
+    checkpoint_problems,
+    learning_problem,
+    planned_masks,
+    vocabulary_aligned,
+)
 
 CANT_BE_MADE = "This merge can't be made"
 
 
 @dataclass(frozen=True)
 class SafetyData:
-    """Tokenised pairs of a recipe.
+    """Tokenised data of a recipe.
 
     Attributes:
         pairs: in the order of the first epoch.
-        dropped: what was left out and why, in words; empty where nothing was.
+        dropped: rows of the safety data left out and why, in words; empty where none was.
+        utility: harmless prompts with answers, in the order of the first epoch.
     """
 
     pairs: list[EncodedPair]
     dropped: str
+    utility: list[EncodedAnswer]
 
 
 @dataclass(frozen=True)
@@ -64,29 +74,42 @@ def checked_data(planned: PlannedMerge) -> SafetyData:
         RecipeError: everything that is wrong, together.
     """
     problems = checkpoint_problems(planned)
+    impossible = learning_problem(planned)
+    problems += [impossible] if impossible else []
+    pairs: list[EncodedPair] = []
+    utility: list[EncodedAnswer] = []
+    dropped = ""
     try:
-        data = _safety_data(planned)
+        pairs, dropped = _safety_data(planned)
     except RecipeError as error:
-        raise_together([*problems, error.message], CANT_BE_MADE)
-        raise
+        problems.append(error.message)
+    try:
+        utility = _utility_data(planned)
+    except RecipeError as error:
+        problems.append(f"parameters.utility_dataset: {error.message}")
     raise_together(problems, CANT_BE_MADE)
-    return data
+    return SafetyData(pairs, dropped, utility)
 
 
 def forecast(planned: PlannedMerge, data: SafetyData) -> Forecast:
     """Return what learning the mask of a recipe would take."""
     settings = planned.settings
-    shapes = planned_shapes(planned)
-    total = sum(math.prod(shape) for shape in shapes.values())
+    width = head_width(planned.out_config)
+    weights = entries = 0
+    masks = planned_masks(planned)
+    for name, planned_mask in masks.items():
+        layout = mask_layout(planned_mask.granularity, name, planned_mask.shape, width)
+        weights += math.prod(planned_mask.shape)
+        entries += math.prod(layout.shape)
     return Forecast(
-        tensors=len(shapes),
-        entries=total,
+        tensors=len(masks),
+        entries=entries,
         pairs=len(data.pairs),
         steps=step_count(settings, len(data.pairs)),
         micro_batch=micro_batch(planned),
-        # Merged weight, task vector, logits, weight gradient, and Adam's two moments in float32;
-        # the base in the recipe's dtype, float32 at most.
-        memory=total * 7 * 4,
+        # Merged weight, task vector, weight gradient and the base, at most float32; logits, their
+        # gradient and Adam's two moments.
+        memory=4 * (4 * weights + 4 * entries),
     )
 
 
@@ -98,16 +121,31 @@ def given_mask(planned: PlannedMerge, source: str) -> MaskSet:
     """
     masks = MaskSet.open(source)
     problems = checkpoint_problems(planned)
-    if not any(weight.name in masks for weight, _ in planned.tensors):
+    planned_for = planned_masks(planned)
+    if not any(mask.kept_as in masks for mask in planned_for.values()):
         problems.append(
             f"mask {source}: none of its {len(masks.names())} tensors is in this merge (it has "
             f"{', '.join(masks.names()[:2])} ...): the mask is of another model"
         )
     aligned = vocabulary_aligned(planned)
-    for name, shape in planned_shapes(planned).items():
-        if name in masks and name not in aligned:
-            problem = mask_shape_problem(name, masks.shape(name), shape, source)
-            problems += [problem] if problem else []
+    width = head_width(planned.out_config)
+    asks = "granularity" in (planned.config.parameters or {})
+    for name, mask in planned_for.items():
+        if mask.kept_as not in masks:
+            continue
+        if name not in aligned:
+            problem = mask_shape_problem(name, masks.shape(mask.kept_as), mask.shape, source)
+            if problem:
+                problems.append(problem)
+                continue
+        layout = masks.layout(mask.kept_as)
+        if asks and layout.shape != mask_layout(mask.granularity, name, mask.shape, width).shape:
+            problems.append(
+                f"parameters.granularity: {mask.granularity} does not fit the mask {source}, "
+                f"whose entries for {name} have the shape {layout.shape}: leave granularity out, "
+                "or learn a mask anew"
+            )
+            break
     raise_together(problems, CANT_BE_MADE)
     return masks
 
@@ -122,14 +160,36 @@ def micro_batch(planned: PlannedMerge) -> int:
     )
 
 
-def _safety_data(planned: PlannedMerge) -> SafetyData:
+def _safety_data(planned: PlannedMerge) -> tuple[list[EncodedPair], str]:
     settings = planned.settings
     source = settings.safety_dataset or ""
     rows = dataset_rows(source, settings.safety_split, settings.safety_config)
+    columns = rows.column_names
+    if settings.objective == "sft" and "rejected" not in columns and has_answers(columns):
+        return _safe_answers(planned, rows, source)
     pairs, left_out = preference_pairs(rows, source)
-    chosen = sampled_pairs(pairs, settings.safety_samples, settings.seed)
+    chosen = sampled(pairs, settings.safety_samples, settings.seed)
     encoded, cut = encoded_pairs(chosen, _tokenizer(planned), settings.max_length, source)
-    return SafetyData(encoded, ", ".join(filter(None, (str(left_out), str(cut)))))
+    return encoded, ", ".join(filter(None, (str(left_out), str(cut))))
+
+
+def _safe_answers(planned: PlannedMerge, rows: Any, source: str) -> tuple[list[EncodedPair], str]:
+    settings = planned.settings
+    examples, left_out = answered_prompts(rows, source)
+    chosen = sampled(examples, settings.safety_samples, settings.seed)
+    encoded = encoded_answers(chosen, _tokenizer(planned), settings.max_length)
+    return [EncodedPair(e.prompt, e.answer, []) for e in encoded], str(left_out)
+
+
+def _utility_data(planned: PlannedMerge) -> list[EncodedAnswer]:
+    settings = planned.settings
+    source = settings.utility_dataset
+    if not source:
+        return []
+    rows = dataset_rows(source, settings.utility_split, settings.utility_config)
+    examples, _ = answered_prompts(rows, source)
+    chosen = sampled(examples, settings.utility_samples, settings.seed)
+    return encoded_answers(chosen, _tokenizer(planned), settings.max_length)
 
 
 def _tokenizer(planned: PlannedMerge) -> Any:

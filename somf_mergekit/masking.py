@@ -76,33 +76,47 @@ def mask_scale(mask: Tensor, rescale: str) -> float:
     return 1.0 / mean if mean > 0 else 0.0
 
 
-def masked_task_vector(task_vector: Tensor, mask: Tensor, rescale: str) -> Tensor:
-    """Return delta * m / mean(m), float32 in the shape of ``task_vector``."""
-    return task_vector.float() * (mask * mask_scale(mask, rescale))
+def mask_factor(mask: Tensor, rescale: str) -> Tensor:
+    """Return m / mean(m), or m for ``rescale`` none: what a task vector is multiplied by.
+
+    Args:
+        mask: m, one value per mask entry, float32.
+        rescale: see ``mask_scale``.
+    """
+    return mask * mask_scale(mask, rescale)
+
+
+def masked_task_vector(task_vector: Tensor, factor: Tensor) -> Tensor:
+    """Return delta * factor, float32 in the shape of ``task_vector``.
+
+    Args:
+        task_vector: delta, in the weight's shape.
+        factor: see ``mask_factor``; broadcasts to the weight.
+    """
+    return task_vector.float() * factor
 
 
 def logit_gradient(
-    weight_gradient: Tensor, task_vector: Tensor, sample: Tensor, temperature: float, rescale: str
+    factor_gradient: Tensor, sample: Tensor, temperature: float, rescale: str
 ) -> Tensor:
-    """Return dL/dx of a concrete sample m from g = dL/dW, where W = base + D * m / s, s = mean(m).
+    """Return dL/dx from G = dL/dc for m = sigmoid((x + noise) / T) and c = m / mean(m).
 
-    With n mask entries: dL/dm = g D / s - (sum g D m) / (s^2 n), summed over the weights that an
-    entry covers, and dm/dx = m (1 - m) / T. Sums are taken in float32.
+    With n entries and s = mean(m): dL/dm = G / s - (sum G m) / (s^2 n), and dm/dx = m (1 - m) / T.
+    Where the fusion is linear, W = start + D c, an entry's G is the sum of dL/dW D over the weights
+    that it covers. Sums are taken in float32.
 
     Args:
-        weight_gradient: g, in the weight's shape.
-        task_vector: D, the fused task vector, in the weight's shape.
-        sample: m, in a shape that broadcasts to the weight's.
+        factor_gradient: G, one value per mask entry.
+        sample: m, one value per mask entry.
         temperature: T.
-        rescale: ``mean``, or ``none`` (s = 1 and no second term).
+        rescale: ``mean``, or ``none`` (c = m: s = 1 and no second term).
 
     Returns:
         float32 in the shape of ``sample``.
     """
-    per_entry = (weight_gradient.float() * task_vector.float()).sum_to_size(sample.shape)
     scale = mask_scale(sample, rescale)
-    gradient = per_entry * scale
+    gradient = factor_gradient.float() * scale
     if rescale == "mean":
-        total = float((per_entry * sample).sum(dtype=torch.float32))
+        total = float((factor_gradient * sample).sum(dtype=torch.float32))
         gradient -= total * scale * scale / math.prod(sample.shape)
     return gradient.mul_(sample).mul_(1 - sample).div_(temperature)

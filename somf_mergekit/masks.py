@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import RecipeError
+from .granularity import Layout
 from .masking import mask_from_probabilities
 
 FORMAT = "somf-mask/1"
@@ -43,10 +44,12 @@ class MaskSet:
     Names are those of the tensors in the merged checkpoint. Open one with ``MaskSet.open``.
     """
 
-    def __init__(self, path: str, provenance: Mapping[str, Any], aliases: Mapping[str, str]):
+    def __init__(self, path: str, header: Mapping[str, Any]):
         self.path = path
-        self.provenance: dict[str, Any] = dict(provenance)
-        self._aliases = dict(aliases)
+        self.provenance: dict[str, Any] = dict(header["provenance"])
+        self._aliases = {str(k): str(v) for k, v in header["aliases"].items()}
+        # Where one entry covers several places of an axis: [axis, how many].
+        self._repeats = {k: (int(a), int(n)) for k, (a, n) in header.get("repeats", {}).items()}
         with safe_open(path, framework="pt") as handle:
             self._stored = set(handle.keys())
 
@@ -68,7 +71,7 @@ class MaskSet:
             header = json.loads(stored) if stored is not None else {}
             known = header.get("format") == FORMAT and dtypes <= {"U8"}
             if known:
-                return cls(path, header["provenance"], header["aliases"])
+                return cls(path, header)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise RecipeError(f"mask {path}: its header is damaged ({error})") from error
         raise RecipeError(
@@ -83,13 +86,23 @@ class MaskSet:
     def __contains__(self, name: object) -> bool:
         return name in self._stored or name in self._aliases
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of the mask of ``name`` without reading it."""
+    def layout(self, name: str) -> Layout:
+        """Return how the entries of ``name`` lie on its weight, without reading them."""
+        stored = self._stored_name(name)
         with safe_open(self.path, framework="pt") as handle:
-            return tuple(handle.get_slice(self._stored_name(name)).get_shape())
+            shape = tuple(handle.get_slice(stored).get_shape())
+        return Layout(shape, *self._repeats.get(stored, ()))
 
-    def probabilities(self, name: str) -> Tensor:
-        """Return the probability of each entry, float32, in a shape that broadcasts to the weight.
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape in which ``probabilities`` gives the mask of ``name``."""
+        layout = self.layout(name)
+        return tuple(
+            size * (layout.repeat if axis == layout.axis else 1)
+            for axis, size in enumerate(layout.shape)
+        )
+
+    def entries(self, name: str) -> Tensor:
+        """Return the probability of each entry, float32, in the shape in which it was learned.
 
         Raises:
             KeyError: ``name`` has no mask.
@@ -97,10 +110,18 @@ class MaskSet:
         with safe_open(self.path, framework="pt") as handle:
             return decoded_probability(handle.get_tensor(self._stored_name(name)))
 
+    def probabilities(self, name: str) -> Tensor:
+        """Return the probabilities, float32, in a shape that broadcasts to the weight.
+
+        Raises:
+            KeyError: ``name`` has no mask.
+        """
+        return self.layout(name).spread(self.entries(name))
+
     def mask(
         self, name: str, kind: str = "soft", *, temperature: float = 0.5, seed: int = 0
     ) -> Tensor:
-        """Return the mask of ``name`` as a merge uses it, float32.
+        """Return the mask of ``name`` as a merge uses it, float32, as ``probabilities`` is shaped.
 
         ``temperature`` and ``seed`` matter for the kind ``sampled`` alone.
 
@@ -108,9 +129,10 @@ class MaskSet:
             KeyError: ``name`` has no mask.
             ValueError: ``kind`` is unknown.
         """
-        return mask_from_probabilities(
-            self.probabilities(name), kind, temperature=temperature, seed=seed, name=name
+        drawn = mask_from_probabilities(
+            self.entries(name), kind, temperature=temperature, seed=seed, name=name
         )
+        return self.layout(name).spread(drawn)
 
     def _stored_name(self, name: str) -> str:
         stored = self._aliases.get(name, name)
@@ -126,6 +148,7 @@ def write_masks(
     aliases: Mapping[str, str],
     provenance: Mapping[str, Any],
     history: list[dict[str, Any]],
+    repeats: Mapping[str, tuple[int, int]] | None = None,
 ) -> MaskSet:
     """Write an artifact and return it opened.
 
@@ -138,12 +161,18 @@ def write_masks(
         aliases: further names of stored tensors (tied weights).
         provenance: JSON-able; stored in ``somf.json`` and in the header of the masks.
         history: one JSON-able row per optimiser step.
+        repeats: for tensors whose entries cover several places of an axis: axis and how many.
     """
     target = os.path.abspath(folder)
     os.makedirs(os.path.dirname(target), exist_ok=True)
     work = tempfile.mkdtemp(prefix=".somf-", dir=os.path.dirname(target))
     os.chmod(work, 0o755)
-    header = {"format": FORMAT, "provenance": provenance, "aliases": dict(aliases)}
+    header = {
+        "format": FORMAT,
+        "provenance": provenance,
+        "aliases": dict(aliases),
+        "repeats": {name: list(repeat) for name, repeat in (repeats or {}).items()},
+    }
     save_file(
         {name: encoded_probability(value) for name, value in probabilities.items()},
         os.path.join(work, MASKS_FILE),

@@ -9,98 +9,36 @@ import torch
 from mergekit.merge_methods import registry
 from mergekit.merge_methods.base import (
     BasePolicy,
-    GroupMergeMethod,
     InputContract,
     MergeMethodSpec,
     ParameterScope,
     ParameterSpec,
-    PerInputValues,
-    TensorEntry,
     TensorGroup,
 )
 from torch import Tensor
 
 from . import recipe
 from .errors import RecipeError
-from .masking import masked_task_vector
+from .fusions import FusingMethod, fused, fusion_specs, masked_group
+from .masking import mask_factor
 from .masks import MaskSet, masks_path
 
-FUSIONS = ("task_arithmetic",)
+# Where the planner writes under which name a tensor's mask is kept: that of the base's tensor,
+# which layers stacked in another order keep. No key of a recipe.
+MASK_TENSOR = "mask_tensor"
 
 
-def fusion_parameters() -> dict[str, tuple[str, ...]]:
-    """Return the names of each known fusion's own parameters."""
-    return {name: tuple(p.name for p in registry.get(name).spec.parameters) for name in FUSIONS}
-
-
-def fused(group: TensorGroup, parameters: Mapping[str, Any]) -> Tensor:
-    """Fuse the inputs of one tensor with the mergekit method that ``parameters`` name, in float32.
-
-    Args:
-        group: base and (masked) fine-tuned models of one tensor.
-        parameters: of the somf method; those of the fusion count where they are set.
-    """
-    method = registry.get(parameters["fusion"])
-    own: dict[str, Any] = {}
-    for spec in method.spec.parameters:
-        value = parameters.get(spec.name)
-        if isinstance(value, PerInputValues):
-            value = {key: item for key, item in value.items() if item is not None}
-        if value is not None and value != {}:
-            own[spec.name] = value
-    (result,) = method((group,), parameters=own, dtype=torch.float32)
-    return result
-
-
-def masked_group(group: TensorGroup, mask: Tensor, rescale: str) -> TensorGroup:
-    """Return the group, in float32, with each fine-tuned model as base + masked task vector.
-
-    Args:
-        group: with a base; tensors in the weight's shape.
-        mask: float32, broadcasts to the weight.
-        rescale: see ``masking.mask_scale``.
-    """
-    base = group.base.tensor.float()
-    entries = tuple(
-        TensorEntry(
-            id=entry.id,
-            tensor=base
-            if entry.is_base
-            else base + masked_task_vector(entry.tensor.float() - base, mask, rescale),
-            is_base=entry.is_base,
-        )
-        for entry in group.entries
-    )
-    return TensorGroup(entries=entries, metadata=group.metadata)
-
-
-class SomfMethod(GroupMergeMethod):
+class SomfMethod(FusingMethod):
     """``merge_method: somf``, on mergekit's public interface alone.
 
     Works in ``mergekit-yaml`` (where the planner's pre-pass fills in the mask) and, with a mask
     given, in ``merge_state_dicts`` and ``merge_tensors`` alike.
     """
 
-    def __init__(self) -> None:
-        own = tuple(
-            ParameterSpec(p.name, p.value_type, ParameterScope.SHARED, p.default, p.help)
-            for p in recipe.parameters()
-            if p.merge
-        )
-        theirs: dict[str, ParameterSpec] = {}
-        for name in FUSIONS:
-            for spec in registry.get(name).spec.parameters:
-                # Unset by default, so that the chosen fusion's own default applies.
-                theirs[spec.name] = ParameterSpec(
-                    spec.name, spec.value_type | None, spec.scope, None, spec.description
-                )
-        self.spec = MergeMethodSpec(
-            name=recipe.METHOD_NAME,
-            pretty_name="SOMF",
-            reference_url="https://arxiv.org/abs/2405.09055",
-            parameters=(*own, *theirs.values()),
-            contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
-        )
+    @property
+    def spec(self) -> MergeMethodSpec:
+        """Our parameters with those of every fusion that is registered by now."""
+        return _spec(fusion_specs())
 
     def validate_inputs(
         self,
@@ -112,14 +50,12 @@ class SomfMethod(GroupMergeMethod):
         """Check the models of a merge.
 
         Raises:
-            RecipeError: the base, or every fine-tuned model, is missing.
+            RecipeError: the base is missing.
         """
         try:
             super().validate_inputs(input_ids, base_id, group_name=group_name)
         except ValueError as error:
-            raise RecipeError(
-                f"somf needs base_model and at least one fine-tuned model: {error}"
-            ) from error
+            raise RecipeError(f"somf needs base_model among the models: {error}") from error
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         """Return the merged tensor, in the base tensor's dtype.
@@ -137,27 +73,47 @@ class SomfMethod(GroupMergeMethod):
         masks = _opened(str(mask_source))
         if name is None:
             raise RecipeError("somf finds masks by tensor name: merge_tensors needs `name`")
-        if name in masks and recipe.may_get_mask(
-            name, parameters["include"], parameters["exclude"]
-        ):
-            mask = masks.mask(
-                name,
-                parameters["mask_kind"],
-                temperature=parameters["temperature"],
-                seed=parameters["seed"],
-            ).to(group.base.tensor.device)
-            problem = mask_shape_problem(
-                name, tuple(mask.shape), tuple(group.base.tensor.shape), masks.path
-            )
-            if problem:
-                raise RecipeError(problem)
-            masked = masked_group(group, mask, parameters["mask_rescale"])
-        else:
-            masked = group
-        result = fused(masked, parameters).to(group.base.tensor.dtype)
+        result = fused(_masked(group, masks, parameters), parameters)
         if not torch.isfinite(result).all():
             raise RecipeError(not_finite(group) or f"{name}: the merged tensor is not finite")
-        return result
+        return result.to(group.base.tensor.dtype)
+
+
+def _masked(group: TensorGroup, masks: MaskSet, parameters: Mapping[str, Any]) -> TensorGroup:
+    name = str(group.metadata.name)
+    kept_as = parameters[MASK_TENSOR] or name
+    if kept_as not in masks:
+        return group
+    if not recipe.may_get_mask(name, parameters["include"], parameters["exclude"]):
+        return group
+    mask = masks.mask(
+        kept_as,
+        parameters["mask_kind"],
+        temperature=parameters["temperature"],
+        seed=parameters["seed"],
+    ).to(group.base.tensor.device)
+    shape = tuple(group.base.tensor.shape)
+    problem = mask_shape_problem(name, tuple(mask.shape), shape, masks.path)
+    if problem:
+        raise RecipeError(problem)
+    return masked_group(group, mask_factor(mask, parameters["mask_rescale"]))
+
+
+@lru_cache(maxsize=4)
+def _spec(theirs: tuple[ParameterSpec, ...]) -> MergeMethodSpec:
+    own = tuple(
+        ParameterSpec(p.name, p.value_type, ParameterScope.SHARED, p.default, p.help)
+        for p in recipe.parameters()
+        if p.merge
+    )
+    internal = ParameterSpec(MASK_TENSOR, str | None, ParameterScope.SHARED, None)
+    return MergeMethodSpec(
+        name=recipe.METHOD_NAME,
+        pretty_name="SOMF",
+        reference_url="https://arxiv.org/abs/2405.09055",
+        parameters=(*own, internal, *theirs),
+        contract=InputContract(base=BasePolicy.REQUIRED),
+    )
 
 
 def not_finite(group: TensorGroup) -> str | None:

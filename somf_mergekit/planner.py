@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
-from mergekit import merge_methods
 from mergekit.architecture import get_architecture_info
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
@@ -20,9 +19,11 @@ from mergekit.plan import MergePlanner
 from . import machine, recipe
 from .errors import RecipeError, raise_together
 from .masks import MaskSet
+from .method import MASK_TENSOR
+from .plan_check import plan_problems, unused_filters
 from .prepass import mask_for
 from .recipe_check import WRONG_RECIPE, check_recipe, check_writable, read_recipe
-from .sources import PlannedMerge
+from .sources import PlannedMerge, mask_name
 
 ARTIFACT_FOLDER = "somf"
 _WRAPPED = "_somf_wrapped"
@@ -123,7 +124,9 @@ def _with_prepass(original: Callable[[MergePlanner], None]) -> Callable[[MergePl
 
 def _planned(planner: MergePlanner, plan: Callable[[MergePlanner], None]) -> PlannedMerge:
     given = planner.config.to_yaml()
+    original = planner.config.model_copy(deep=True)
     recipe.join_patterns(planner.config)
+    recipe.apply_preset(planner.config)
     try:
         plan(planner)
     except click.ClickException:
@@ -139,24 +142,8 @@ def _planned(planner: MergePlanner, plan: Callable[[MergePlanner], None]) -> Pla
         tensors=tuple(planner._tensors),
         tokenizer_task=planner._tokenizer_task,
     )
-    raise_together(_missing_parameters(planned), WRONG_RECIPE)
+    raise_together([*plan_problems(planned), *unused_filters(original, planned)], WRONG_RECIPE)
     return planned
-
-
-def _missing_parameters(planned: PlannedMerge) -> list[str]:
-    """Return what the chosen fusion requires of each model and the recipe does not say."""
-    problems = []
-    for _, task in planned.tensors:
-        fusion = task.parameters["fusion"]
-        required = [p.name for p in merge_methods.get(fusion).spec.input_parameters if p.required]
-        for model, values in task.input_parameters.items():
-            problems += [
-                f"{name} is missing for {model}: {fusion} needs `parameters: {{{name}: ...}}` "
-                "under the model, or one for all under the recipe's parameters"
-                for name in required
-                if model != task.base_model and values.get(name) is None
-            ]
-    return list(dict.fromkeys(problems))
 
 
 def _artifact_folder(planner: MergePlanner) -> str:
@@ -174,7 +161,11 @@ def _artifact_folder(planner: MergePlanner) -> str:
 
 def _with_mask(task: ExecuteMergeMethodTask, mask: str) -> ExecuteMergeMethodTask:
     fields = {name: getattr(task, name) for name in type(task).model_fields}
-    fields["parameters"] = {**dict(task.parameters.items()), "mask": mask}
+    fields["parameters"] = {
+        **dict(task.parameters.items()),
+        "mask": mask,
+        MASK_TENSOR: mask_name(task),
+    }
     return type(task)(**fields)
 
 

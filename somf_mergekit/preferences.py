@@ -1,27 +1,22 @@
 """Safety datasets to preference pairs, and pairs to tokens."""
 
-import os
 import random
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from .dialogue import Message, answer_ids, cut_to_length, prompt_ids, user_prompt
 from .errors import RecipeError
+from .rows import Dropped
 
-FILE_FORMATS = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".parquet": "parquet",
-}
 KNOWN_COLUMNS = (
     "'prompt', 'chosen', 'rejected' (text or message lists); "
     "'chosen', 'rejected' (whole dialogues with the same beginning); or "
     "'prompt', 'response_0', 'response_1', 'is_response_0_safe', 'is_response_1_safe'"
 )
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):[ \t]*")
+_T = TypeVar("_T")
 _TURN_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
@@ -41,59 +36,14 @@ class Pair:
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """Token ids of one pair; prompt plus either answer has at most ``max_length`` of them."""
+    """Token ids of one pair; prompt plus either answer has at most ``max_length`` of them.
+
+    Where safe answers alone are learned from, ``rejected`` is empty.
+    """
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
-
-
-@dataclass
-class Dropped:
-    """How many rows gave no pair, by reason."""
-
-    reasons: dict[str, int] = field(default_factory=dict)
-
-    def add(self, reason: str) -> None:
-        """Count one dropped row."""
-        self.reasons[reason] = self.reasons.get(reason, 0) + 1
-
-    def __str__(self) -> str:
-        return ", ".join(f"{count} {reason}" for reason, count in sorted(self.reasons.items()))
-
-
-def dataset_rows(source: str, split: str = "train", config: str | None = None) -> Any:
-    """Return the rows of a hub dataset, a file (.jsonl, .json, .csv, .parquet) or a folder.
-
-    Raises:
-        RecipeError: there is no such file, folder, split or hub dataset, or it can't be read.
-    """
-    import datasets
-
-    path = os.path.expanduser(source)
-    try:
-        if os.path.isfile(path):
-            extension = os.path.splitext(path)[1].lower()
-            if extension not in FILE_FORMATS:
-                raise RecipeError(
-                    f"dataset file {source}: unknown kind {extension or '(no extension)'}; "
-                    f"known are {', '.join(FILE_FORMATS)}"
-                )
-            return datasets.load_dataset(FILE_FORMATS[extension], data_files=path, split="train")
-        if os.path.isdir(path):
-            if os.path.exists(os.path.join(path, "state.json")):
-                return datasets.load_from_disk(path)
-            return datasets.load_dataset(path, name=config, split=split)
-        if _looks_like_path(source):
-            raise RecipeError(f"dataset {source}: no such file or folder")
-        return datasets.load_dataset(source, name=config, split=split)
-    except RecipeError:
-        raise
-    except Exception as error:
-        raise RecipeError(
-            f"dataset {source} (split {split}) can't be read: {_first_line(error)}. Expected a hub "
-            f"id, a folder, or a file of {', '.join(FILE_FORMATS)}."
-        ) from error
 
 
 def preference_pairs(rows: Any, source: str) -> tuple[list[Pair], Dropped]:
@@ -121,9 +71,9 @@ def preference_pairs(rows: Any, source: str) -> tuple[list[Pair], Dropped]:
     return pairs, dropped
 
 
-def sampled_pairs(pairs: Sequence[Pair], count: int | None, seed: int) -> list[Pair]:
-    """Return ``count`` of ``pairs`` (all for None) in an order drawn from ``seed``."""
-    order = list(pairs)
+def sampled(examples: Sequence[_T], count: int | None, seed: int) -> list[_T]:
+    """Return ``count`` of ``examples`` (all for None) in an order drawn from ``seed``."""
+    order = list(examples)
     random.Random(seed).shuffle(order)
     return order if count is None else order[:count]
 
@@ -183,8 +133,8 @@ def _explicit_pair(row: dict[str, Any]) -> Pair | str:
     if isinstance(prompt, str):
         messages: list[Message] | None = user_prompt(prompt) if prompt.strip() else None
     else:
-        messages = _messages(prompt)
-    answers = [_answer_text(row[key]) for key in ("chosen", "rejected")]
+        messages = read_messages(prompt)
+    answers = [answer_text(row[key]) for key in ("chosen", "rejected")]
     if not messages or answers[0] is None or answers[1] is None:
         return "unreadable"
     return _pair(messages, answers[0], answers[1])
@@ -192,7 +142,7 @@ def _explicit_pair(row: dict[str, Any]) -> Pair | str:
 
 def _dialogue_pair(row: dict[str, Any]) -> Pair | str:
     one, two = (
-        _turns(row[key]) if isinstance(row[key], str) else _messages(row[key])
+        _turns(row[key]) if isinstance(row[key], str) else read_messages(row[key])
         for key in ("chosen", "rejected")
     )
     if not one or not two:
@@ -222,7 +172,8 @@ def _pair(messages: list[Message], chosen: str, rejected: str) -> Pair:
     return Pair(tuple((m["role"], m["content"]) for m in messages), chosen, rejected)
 
 
-def _messages(value: Any) -> list[Message] | None:
+def read_messages(value: Any) -> list[Message] | None:
+    """Return a list of chat messages, None where ``value`` is none."""
     if not isinstance(value, list) or not value:
         return None
     for message in value:
@@ -233,10 +184,11 @@ def _messages(value: Any) -> list[Message] | None:
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
-def _answer_text(value: Any) -> str | None:
+def answer_text(value: Any) -> str | None:
+    """Return an answer given as text or as messages, None where it is neither."""
     if isinstance(value, str):
         return value
-    messages = _messages(value)
+    messages = read_messages(value)
     return messages[-1]["content"] if messages and messages[-1]["role"] == "assistant" else None
 
 
@@ -249,31 +201,3 @@ def _turns(text: str) -> list[Message] | None:
         {"role": _TURN_ROLES[name], "content": content.strip()}
         for name, content in zip(parts[1::2], parts[2::2], strict=True)
     ]
-
-
-def _looks_like_path(source: str) -> bool:
-    extension = os.path.splitext(source)[1].lower()
-    return extension in FILE_FORMATS or source[:1] in "./~" or source.count("/") > 1
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def rows_of_prompts(rows: Any, source: str, *columns: str) -> Iterator[tuple[str, ...]]:
-    """Yield the named text columns of each row.
-
-    Raises:
-        RecipeError: a column is missing, or a value is not text.
-    """
-    missing = [column for column in columns if column not in rows.column_names]
-    if missing:
-        raise RecipeError(
-            f"dataset {source}: column {', '.join(missing)} missing. "
-            f"Found: {', '.join(rows.column_names)}."
-        )
-    for number, row in enumerate(rows):
-        values = tuple(row[column] for column in columns)
-        if not all(isinstance(value, str) for value in values):
-            raise RecipeError(f"dataset {source}: row {number} has no text in {columns}")
-        yield values

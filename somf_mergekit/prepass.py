@@ -10,8 +10,9 @@ import torch
 from . import machine
 from .errors import RecipeError
 from .inputs import SafetyData, checked_data, given_mask, micro_batch
-from .learner.loop import LearningProblem, LossNotFinite, StepReport, learn_logits, step_count
+from .learner.loop import StepReport, learn_logits, step_count
 from .learner.model import learning_model
+from .learner.passes import LearningProblem, LossNotFinite
 from .masks import HISTORY_FILE, MASKS_FILE, MaskSet, write_masks
 from .provenance import differences, learning_fingerprint, provenance
 from .sources import PlannedMerge, loaded_tensors
@@ -49,7 +50,7 @@ def _learned_mask(
     if data.dropped:
         _say(planned, f"somf: rows of the safety dataset left out: {data.dropped}")
     device = planned.options.device or "cpu"
-    model, tensors, aliases = learning_model(
+    learning = learning_model(
         planned.out_config,
         loaded_tensors(planned),
         settings,
@@ -58,9 +59,11 @@ def _learned_mask(
         planned.options.trust_remote_code,
     )
     problem = LearningProblem(
-        model=model,
-        tensors=tensors,
+        model=learning.model,
+        tensors=learning.masked,
+        fixed=learning.fixed,
         pairs=data.pairs,
+        utility=data.utility,
         settings=settings,
         autocast=machine.autocast_type(device),
         micro_batch=micro_batch(planned),
@@ -68,10 +71,14 @@ def _learned_mask(
     history: list[dict[str, Any]] = []
 
     def artifact(place: str) -> MaskSet:
+        tensors = learning.masked
         return write_masks(
             place,
             {t.name: torch.sigmoid(t.logits).cpu() for t in tensors},
-            aliases=aliases,
+            aliases=learning.aliases,
+            repeats={
+                t.name: (t.layout.axis, t.layout.repeat) for t in tensors if t.layout.repeat > 1
+            },
             provenance=provenance(planned, data, fingerprint, history, tensors),
             history=history,
         )
@@ -96,30 +103,31 @@ def _learn_with_progress(
 ) -> None:
     from tqdm import tqdm
 
-    steps = step_count(problem.settings, len(problem.pairs))
-    compared = min(len(problem.pairs), steps * problem.settings.batch_size)
-    reference_bar = tqdm(total=compared, desc="Reference", unit="pair", disable=quiet, leave=False)
-    step_bar = None
+    bars: dict[str, Any] = {}
 
-    def on_reference(done: int) -> None:
-        nonlocal step_bar
-        reference_bar.update(done - reference_bar.n)
-        if done == compared:
-            reference_bar.close()
-            step_bar = tqdm(total=steps, desc="Learning mask", unit="step", disable=quiet)
+    def bar(name: str, total: int, **options: Any) -> Any:
+        if name not in bars:
+            bars[name] = tqdm(total=total, desc=name, disable=quiet, **options)
+        return bars[name]
+
+    def on_reference(done: int, total: int) -> None:
+        reference = bar("Reference", total, unit="example", leave=False)
+        reference.update(done - reference.n)
+        if done == total:
+            reference.close()
 
     def on_step(report: StepReport) -> None:
         history.append(asdict(report))
-        if step_bar is not None:
-            step_bar.set_postfix(loss=f"{report.loss:.4f}", accuracy=f"{report.accuracy:.2f}")
-            step_bar.update()
+        shown = {"loss": report.loss, "accuracy": report.accuracy, "utility": report.utility}
+        learning = bar("Learning mask", report.steps, unit="step")
+        learning.set_postfix({k: f"{v:.4f}" for k, v in shown.items() if v is not None})
+        learning.update()
 
     try:
         learn_logits(problem, on_step, on_reference)
     finally:
-        reference_bar.close()
-        if step_bar is not None:
-            step_bar.close()
+        for shown in bars.values():
+            shown.close()
 
 
 def _check_folder(folder: str) -> None:

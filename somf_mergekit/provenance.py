@@ -8,11 +8,19 @@ from typing import Any
 
 from .inputs import SafetyData
 from .learner.tensors import MaskedTensor
+from .method import MASK_TENSOR
 from .sources import PlannedMerge, content_fingerprint
 
 # Settings that choose how a learned mask is used, not which mask is learned.
-_USE_ONLY = ("mask", "mask_kind")
+_USE_ONLY = ("mask", "mask_kind", MASK_TENSOR)
+# Settings that only say where the data is: what decides a mask is what is read there.
+_DATA = tuple(
+    f"{kind}_{what}"
+    for kind in ("safety", "utility")
+    for what in ("dataset", "split", "config", "samples")
+)
 _CURVE_STEPS = 10
+_CURVES = ("loss", "accuracy", "margin", "utility")
 
 
 def learning_fingerprint(planned: PlannedMerge, data: SafetyData) -> dict[str, Any]:
@@ -29,7 +37,8 @@ def learning_fingerprint(planned: PlannedMerge, data: SafetyData) -> dict[str, A
     return {
         "models": [content_fingerprint(model) for model in planned.models],
         "data": _digest([[p.prompt, p.chosen, p.rejected] for p in data.pairs]),
-        "settings": {k: v for k, v in settings.items() if not k.startswith("safety_")},
+        "utility data": _digest([[e.prompt, e.answer] for e in data.utility]),
+        "settings": {k: v for k, v in settings.items() if k not in _DATA},
         "parameters of the tensors": _digest(resolved),
         "dtype": planned.config.dtype or "as stored",
         "versions": _versions(),
@@ -57,6 +66,11 @@ def provenance(
             "left_out": data.dropped,
             "fingerprint": fingerprint["data"],
         },
+        "utility_dataset": {
+            "source": settings.utility_dataset,
+            "examples": len(data.utility),
+            "fingerprint": fingerprint["utility data"],
+        },
         "settings": settings.model_dump(),
         "seed": settings.seed,
         "steps": len(history),
@@ -74,7 +88,8 @@ def provenance(
 def _curve_mean(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     if not rows:
         return {}
-    return {key: sum(r[key] for r in rows) / len(rows) for key in ("loss", "accuracy", "margin")}
+    found = {key: [row[key] for row in rows if row[key] is not None] for key in _CURVES}
+    return {key: sum(values) / len(values) for key, values in found.items() if values}
 
 
 def _versions() -> dict[str, str]:

@@ -37,11 +37,22 @@ class Settings(BaseModel):
         json_schema_extra=_MERGE,
         description="Folder or file of a learned mask: nothing is learned.",
     )
-    fusion: Literal["task_arithmetic"] = Field(
+    preset: Literal["paper"] | None = Field(
+        None,
+        description="`paper`: the published hyper-parameters where the recipe does not set them.",
+    )
+    fusion: str = Field(
         "task_arithmetic",
+        min_length=1,
         json_schema_extra=_MERGE,
-        description="The mergekit method that fuses the masked models; its own parameters keep "
-        "their meaning.",
+        description="The mergekit method that fuses the masked models, any that is registered; its "
+        "own parameters keep their meaning.",
+    )
+    granularity: Literal["weight", "row", "column", "head", "tensor"] = Field(
+        "weight",
+        json_schema_extra=_PER_TENSOR,
+        description="What one entry of the mask covers: one weight, a row (output), a column "
+        "(input), an attention head (rows in other tensors), or the whole tensor.",
     )
     mask_kind: Literal["soft", "binary", "sampled"] = Field(
         "soft",
@@ -57,15 +68,45 @@ class Settings(BaseModel):
         description="Temperature of the concrete samples.",
     )
     init_logit: float = Field(
-        0.0, ge=-20, le=20, description="Where every logit of the mask starts."
+        0.0,
+        ge=-20,
+        le=20,
+        json_schema_extra=_PER_TENSOR,
+        description="Where every logit of the mask starts.",
     )
     mask_rescale: Literal["mean", "none"] = Field(
         "mean",
         json_schema_extra=_PER_TENSOR,
         description="`mean`: divide the mask by its mean, tensor by tensor; `none`: do not.",
     )
+    objective: Literal["dpo", "ipo", "hinge", "sft"] = Field(
+        "dpo",
+        description="What is learned from the pairs: a preference loss, or `sft`, the likelihood "
+        "of the safe answers alone (needs no unsafe ones).",
+    )
+    sft_weight: float = Field(
+        0.0, ge=0, le=1000, description="Weight of an `sft` term beside a preference loss."
+    )
+    utility_dataset: str | None = Field(
+        None,
+        min_length=1,
+        description="Harmless prompts with answers, on which the masked merge is held close to "
+        "the unmasked one: a hub id, a file or a folder.",
+    )
+    utility_split: str = Field("train", min_length=1, description="Split of the utility dataset.")
+    utility_config: str | None = Field(None, description="Configuration of a hub utility dataset.")
+    utility_samples: int | None = Field(
+        None, ge=1, description="How many utility examples to use, drawn with `seed`."
+    )
+    utility_weight: float = Field(
+        1.0, ge=0, le=1000, description="Weight of the utility term, where there is one."
+    )
     learning_rate: float = Field(
-        0.1, gt=0, le=100, description="Step size of Adam on the logits, at its peak."
+        0.1,
+        gt=0,
+        le=100,
+        json_schema_extra=_PER_TENSOR,
+        description="Step size of Adam on the logits, at its peak.",
     )
     epochs: int = Field(1, ge=1, le=1000, description="Passes over the pairs, at most.")
     max_steps: int | None = Field(
@@ -83,10 +124,11 @@ class Settings(BaseModel):
         json_schema_extra=_MERGE,
         description="Decides the order of the pairs and every random draw.",
     )
-    reference: Literal["base", "merged"] = Field(
+    reference: Literal["base", "merged", "redrawn"] = Field(
         "base",
-        description="Whose log-probabilities DPO compares with: `base`, or `merged` (the merge "
-        "under the untrained mask).",
+        description="Whose log-probabilities a preference loss compares with: `base`, `merged` "
+        "(the merge under the untrained mask), or `redrawn` (the authors': the merge under an "
+        "untrained mask drawn anew for every batch).",
     )
     include: str = Field(
         "*",
@@ -99,6 +141,24 @@ class Settings(BaseModel):
         json_schema_extra=_MERGE,
         description="Tensors that get no mask although `include` matches.",
     )
+
+
+# The hyper-parameters of arXiv 2405.09055 and its authors' runs: 16 pairs a step, one pass over
+# 5,135 pairs (321 steps; theirs had 160 to 900), a rate of 1e-3 to 1e-2 on the logits.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "temperature": 0.5,
+        "init_logit": 0.0,
+        "mask_rescale": "mean",
+        "objective": "dpo",
+        "beta": 0.1,
+        "reference": "redrawn",
+        "learning_rate": 0.01,
+        "batch_size": 16,
+        "epochs": 1,
+        "max_steps": 900,
+    }
+}
 
 
 @dataclass(frozen=True)
@@ -176,6 +236,13 @@ def recipe_settings(config: Any) -> Settings:
         k: v for k, v in values.items() if isinstance(v, (bool, int, float, str))
     }
     return Settings(**fixed)
+
+
+def apply_preset(config: Any) -> None:
+    """Write a preset's values into a checked recipe, in place, where it does not set its own."""
+    given = config.parameters or {}
+    for name, value in PRESETS.get(given.get("preset", ""), {}).items():
+        given.setdefault(name, value)
 
 
 def may_get_mask(name: str, include: str, exclude: str) -> bool:

@@ -9,12 +9,13 @@ from typing import Any
 import yaml
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
+from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 from mergekit.options import MergeOptions
 from pydantic import TypeAdapter, ValidationError
 
 from .errors import RecipeError, raise_together
-from .method import fusion_parameters
-from .recipe import METHOD_NAME, Parameter, Settings, parameters, pattern_text
+from .fusions import count_problem, known_fusions, name_problem
+from .recipe import METHOD_NAME, Parameter, parameters, pattern_text
 
 WRONG_RECIPE = "This recipe is not right"
 
@@ -66,7 +67,7 @@ def check_recipe(
     if config_source is not None:
         content = yaml.safe_load(config_source)
         problems += text_problems(content, MergeConfiguration)
-    problems += recipe_problems(config, fusion_parameters())
+    problems += recipe_problems(config)
     for model in sorted(config.referenced_models(), key=str):
         problems += _model_problems(model, options)
     raise_together(problems, WRONG_RECIPE)
@@ -88,12 +89,11 @@ def check_writable(folder: str) -> None:
         raise RecipeError(f"output folder {folder} can't be written: {error.strerror}") from error
 
 
-def recipe_problems(config: Any, fusion_parameters: Mapping[str, Iterable[str]]) -> list[str]:
+def recipe_problems(config: Any) -> list[str]:
     """Return everything that is wrong with a recipe as far as its text tells, a sentence each.
 
     Args:
         config: a mergekit MergeConfiguration.
-        fusion_parameters: for each known fusion, the names of its own parameters.
     """
     top = dict(config.parameters or {})
     problems = []
@@ -102,22 +102,29 @@ def recipe_problems(config: Any, fusion_parameters: Mapping[str, Iterable[str]])
             "base_model is missing: somf needs the aligned model that the specialists were "
             "fine-tuned from"
         )
-    fusion = top.get("fusion", Settings.model_fields["fusion"].default)
     own = {parameter.name: parameter for parameter in parameters()}
-    theirs = set(fusion_parameters.get(fusion, ())) if isinstance(fusion, str) else set()
-    if isinstance(fusion, str) and fusion not in fusion_parameters:
-        nearest = _nearest(fusion, fusion_parameters)
+    fusion = top.get("fusion", own["fusion"].default)
+    theirs: dict[str, ParameterSpec] = {}
+    if fusion in known_fusions():
+        theirs = {spec.name: spec for spec in known_fusions()[fusion].spec.parameters}
+        problems += _fusion_problems(config, fusion)
+    elif isinstance(fusion, str):
         problems.append(
-            f"parameters.fusion: {fusion!r} is not supported{nearest}; known are "
-            f"{', '.join(fusion_parameters)}"
+            f"parameters.fusion: {fusion!r} is no method of mergekit that is known"
+            f"{_nearest(fusion, known_fusions())}; known are {', '.join(sorted(known_fusions()))}"
         )
-    for place, settings in _parameter_blocks(config):
+    for place, settings, per_model in parameter_blocks(config):
         for key, value in settings.items():
             where = f"{place}.{key}"
             if key in own:
-                problems += _own_problems(own[key], value, where, place == "parameters")
-            elif key not in theirs and theirs:
-                problems.append(f"{where}: unknown parameter{_nearest(key, [*own, *theirs])}")
+                problems += _own_problems(own[key], value, where, place == "parameters", per_model)
+            elif key in theirs:
+                problems += _their_problems(theirs[key], value, where, fusion, per_model)
+            elif theirs:
+                problems.append(
+                    f"{where}: unknown parameter{_nearest(key, [*own, *theirs])}; neither somf nor "
+                    f"{fusion} has it"
+                )
     if "mask" in top and "safety_dataset" in top:
         problems.append(
             "parameters.mask and parameters.safety_dataset are both given: a mask is already "
@@ -137,7 +144,22 @@ def text_problems(source: Mapping[str, Any], config_type: Any) -> list[str]:
     return [f"{key}: unknown key{_nearest(str(key), known)}" for key in source if key not in known]
 
 
-def _own_problems(parameter: Parameter, value: Any, where: str, at_top: bool) -> Iterator[str]:
+def _fusion_problems(config: Any, fusion: str) -> Iterator[str]:
+    named = name_problem(fusion)
+    if named:
+        yield f"parameters.fusion: {named}"
+    blocks = list(_model_blocks(config))
+    if not any(fine_tuned for _, fine_tuned in blocks):
+        yield "models: somf needs at least one fine-tuned model beside base_model"
+    for place, fine_tuned in blocks:
+        counted = count_problem(fusion, fine_tuned) if fine_tuned else None
+        if counted:
+            yield f"{place}: {counted}"
+
+
+def _own_problems(
+    parameter: Parameter, value: Any, where: str, at_top: bool, per_model: bool
+) -> Iterator[str]:
     if parameter.is_pattern:
         value = pattern_text(value)
     if not parameter.per_tensor:
@@ -147,6 +169,9 @@ def _own_problems(parameter: Parameter, value: Any, where: str, at_top: bool) ->
         if not isinstance(value, (bool, int, float, str)):
             yield f"{where}: takes one value for all tensors, no list and no filter"
             return
+    elif per_model:
+        yield f"{where}: all models share one mask; move it out of the model"
+        return
     adapter = TypeAdapter(parameter.value_type)
     for leaf in _leaves(value):
         try:
@@ -156,6 +181,20 @@ def _own_problems(parameter: Parameter, value: Any, where: str, at_top: bool) ->
             adapter.validate_python(leaf)
         except (ValidationError, ValueError):
             yield f"{where}: {leaf!r} is not {parameter.type_text}"
+
+
+def _their_problems(
+    spec: ParameterSpec, value: Any, where: str, fusion: str, per_model: bool
+) -> Iterator[str]:
+    if per_model and spec.scope is ParameterScope.SHARED:
+        yield f"{where}: {fusion} takes one for all models; move it out of the model"
+        return
+    for leaf in _leaves(value):
+        try:
+            spec.validate(leaf)
+        except (ValidationError, ValueError):
+            kind = getattr(spec.value_type, "__name__", str(spec.value_type))
+            yield f"{where}: {leaf!r} is not what {fusion} takes ({kind})"
 
 
 def _leaves(value: Any) -> Iterator[Any]:
@@ -168,30 +207,53 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _parameter_blocks(config: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield each `parameters:` block of a recipe with the place where it stands."""
+def parameter_blocks(config: Any) -> Iterator[tuple[str, Mapping[str, Any], bool]]:
+    """Yield each `parameters:` block of a recipe: where it stands, its content, and whether it is
+    a single model's.
+    """
     if config.parameters:
-        yield "parameters", config.parameters
+        yield "parameters", config.parameters, False
     for index, model in enumerate(config.models or []):
         if model.parameters:
-            yield f"models[{index}].parameters", model.parameters
+            yield f"models[{index}].parameters", model.parameters, True
     yield from _slice_blocks("", config.slices)
     for name, module in (config.modules or {}).items():
         if module.parameters:
-            yield f"modules.{name}.parameters", module.parameters
+            yield f"modules.{name}.parameters", module.parameters, False
         for index, model in enumerate(module.models or []):
             if model.parameters:
-                yield f"modules.{name}.models[{index}].parameters", model.parameters
+                yield f"modules.{name}.models[{index}].parameters", model.parameters, True
         yield from _slice_blocks(f"modules.{name}.", module.slices)
 
 
-def _slice_blocks(prefix: str, slices: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _slice_blocks(prefix: str, slices: Any) -> Iterator[tuple[str, Mapping[str, Any], bool]]:
     for index, part in enumerate(slices or []):
         if part.parameters:
-            yield f"{prefix}slices[{index}].parameters", part.parameters
+            yield f"{prefix}slices[{index}].parameters", part.parameters, False
         for number, source in enumerate(part.sources):
             if source.parameters:
-                yield f"{prefix}slices[{index}].sources[{number}].parameters", source.parameters
+                place = f"{prefix}slices[{index}].sources[{number}].parameters"
+                yield place, source.parameters, True
+
+
+def _model_blocks(config: Any) -> Iterator[tuple[str, int]]:
+    """Yield each list of models of a recipe: where it stands, and how many are fine-tuned."""
+
+    def fine_tuned(items: Any, base: Any) -> int:
+        return len({item.model for item in items if item.model != base})
+
+    def of_slices(prefix: str, slices: Any) -> Iterator[tuple[str, int]]:
+        for index, part in enumerate(slices or []):
+            base = part.base_model or config.base_model
+            yield f"{prefix}slices[{index}].sources", fine_tuned(part.sources, base)
+
+    if config.models:
+        yield "models", fine_tuned(config.models, config.base_model)
+    yield from of_slices("", config.slices)
+    for name, module in (config.modules or {}).items():
+        if module.models:
+            yield f"modules.{name}.models", fine_tuned(module.models, config.base_model)
+        yield from of_slices(f"modules.{name}.", module.slices)
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -58,7 +58,7 @@ class MaskCensus:
 
         self.counts = {}
         for name in masks.names():
-            levels = (masks.probabilities(name) * 256).long().clamp_(0, 255)
+            levels = (masks.entries(name) * 256).long().clamp_(0, 255)
             self.counts[name] = torch.bincount(levels.flatten(), minlength=256)
 
     def summary(self, label: str, names: Sequence[str]) -> MaskSummary:

@@ -14,15 +14,16 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor
 from mergekit.io.tasks import GatherTensors, LoaderCache
-from mergekit.merge_methods import PerInputValues, TensorEntry, TensorGroup, TensorMetadata
+from mergekit.merge_methods import TensorEntry, TensorGroup, TensorMetadata
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 from safetensors import safe_open
 from torch import Tensor
 
 from .errors import RecipeError
-from .method import fused, not_finite
+from .method import not_finite
 from .recipe import Settings, may_get_mask, recipe_settings
+from .weights import MergedWeight, merged_weight
 
 _HASH_BLOCK = 1 << 22
 
@@ -74,21 +75,23 @@ class LoadedTensor:
     Attributes:
         name: in the merged checkpoint.
         base: the base model's tensor, in the recipe's dtype.
-        fused: D = Fuse(0; task vectors), float32 in the same shape; None where no model changed
-            the tensor.
+        weight: the merged weight as a function of the mask; None for what is no number to learn
+            on (buffers of integers).
+        changed: whether any model differs from the base.
         parameters: the somf method's parameters as mergekit resolved them for this tensor.
         vocabulary_axis: the axis of tokens, if there is one.
     """
 
     name: str
     base: Tensor
-    fused: Tensor | None
+    weight: MergedWeight | None
+    changed: bool
     parameters: dict[str, Any]
     vocabulary_axis: int | None
 
 
 def loaded_tensors(planned: PlannedMerge) -> Iterator[LoadedTensor]:
-    """Yield every tensor of the merge with its fused task vector.
+    """Yield every tensor of the merge.
 
     Raises:
         RecipeError: a weight is NaN or infinite.
@@ -109,14 +112,55 @@ def loaded_tensors(planned: PlannedMerge) -> Iterator[LoadedTensor]:
         broken = not_finite(group)
         if broken:
             raise RecipeError(broken)
-        parameters = _bound_parameters(task, group)
+        base = group.base.tensor
+        parameters = task_parameters(task)
         yield LoadedTensor(
             name=weight.name,
-            base=group.base.tensor,
-            fused=_fused_task_vector(group, parameters),
+            base=base,
+            weight=merged_weight(group, parameters) if base.is_floating_point() else None,
+            changed=any(not torch.equal(entry.tensor, base) for entry in group.non_base),
             parameters=parameters,
             vocabulary_axis=weight.vocabulary_axis,
         )
+
+
+def task_parameters(task: ExecuteMergeMethodTask) -> dict[str, Any]:
+    """Return a task's parameters as ``fusions.fused`` takes them: those per model as mappings."""
+    values = dict(task.parameters.items())
+    for model, own in task.input_parameters.items():
+        for name, value in own.items():
+            values.setdefault(name, {})[model] = value
+    return values
+
+
+def source_names(task: ExecuteMergeMethodTask) -> set[str]:
+    """Return the names that a tensor has in the models it is made of."""
+    return {str(source.name) for source in _gather_task(task).weight_info.values()}
+
+
+def mask_name(task: ExecuteMergeMethodTask) -> str:
+    """Return the name under which a mask for this tensor is kept: its name in the base."""
+    return str(_gather_task(task).weight_info[task.base_model].name)
+
+
+def learning_problem(planned: PlannedMerge) -> str | None:
+    """Return a sentence where the merge without task vectors would not be the base model."""
+    example = None
+    for weight, task in planned.tensors:
+        if task.base_model != planned.base_model or mask_name(task) != weight.name:
+            example = f"{weight.name} is made of {mask_name(task)} of {task.base_model}"
+            break
+    if example is None and planned.out_config is not None:
+        layers = planned.out_config.get_text_config().num_hidden_layers
+        base = planned.base_model.config(trust_remote_code=planned.options.trust_remote_code)
+        if layers != base.get_text_config().num_hidden_layers:
+            example = f"it has {layers} layers, the base {base.get_text_config().num_hidden_layers}"
+    if example is None:
+        return None
+    return (
+        f"a mask can't be learned for this merge, whose output is no model of the base's shape: "
+        f"{example}. A learned mask can still be applied with the parameter `mask`"
+    )
 
 
 def checkpoint_problems(planned: PlannedMerge) -> list[str]:
@@ -132,7 +176,7 @@ def checkpoint_problems(planned: PlannedMerge) -> list[str]:
                 problems.append(f"{source.name}: not in the checkpoint of {model}")
             elif isinstance(found, tuple):
                 shapes[model] = found
-        base = shapes.get(planned.base_model)
+        base = shapes.get(task.base_model)
         for model, shape in shapes.items():
             if base is not None and not _fits(shape, base, weight, aligned):
                 hint = (
@@ -142,23 +186,36 @@ def checkpoint_problems(planned: PlannedMerge) -> list[str]:
                 )
                 problems.append(
                     f"{weight.name}: shape {_shape_text(shape)} in {model}, {_shape_text(base)} in "
-                    f"the base {planned.base_model}{hint}"
+                    f"the base {task.base_model}{hint}"
                 )
     return problems
 
 
-def planned_shapes(planned: PlannedMerge) -> dict[str, tuple[int, ...]]:
-    """Return the base's shape of each tensor that may get a mask, from file headers.
+@dataclass(frozen=True)
+class PlannedMask:
+    """A tensor of the merge that may get a mask.
 
-    mergekit may still lengthen the vocabulary axis (see ``vocabulary_aligned``).
+    Attributes:
+        kept_as: the name under which its mask is kept.
+        shape: of the base's tensor; mergekit may still lengthen the vocabulary axis.
+        granularity: of a mask that would be learned.
     """
+
+    kept_as: str
+    shape: tuple[int, ...]
+    granularity: str
+
+
+def planned_masks(planned: PlannedMerge) -> dict[str, PlannedMask]:
+    """Return the tensors that may get a mask by their names in the merge, from file headers."""
     found = {}
     for weight, task in planned.tensors:
         if planned.may_get_mask(weight.name):
-            source = _gather_task(task).weight_info[planned.base_model]
-            shape = _stored_tensor(planned.base_model, source, planned.options)
+            source = _gather_task(task).weight_info[task.base_model]
+            shape = _stored_tensor(task.base_model, source, planned.options)
             if isinstance(shape, tuple):
-                found[weight.name] = shape
+                granularity = str(task.parameters["granularity"])
+                found[weight.name] = PlannedMask(str(source.name), shape, granularity)
     return found
 
 
@@ -176,34 +233,6 @@ def content_fingerprint(model: ModelReference) -> str:
             while block := file.read(_HASH_BLOCK):
                 digest.update(block)
     return digest.hexdigest()
-
-
-def _bound_parameters(task: ExecuteMergeMethodTask, group: TensorGroup) -> dict[str, Any]:
-    bound = dict(task.parameters.items())
-    per_input = {name for values in task.input_parameters.values() for name in values}
-    for name in sorted(per_input):
-        bound[name] = PerInputValues(
-            [
-                (entry.id, task.input_parameters[entry.id][name])
-                for entry in group.entries
-                if name in task.input_parameters.get(entry.id, {})
-            ]
-        )
-    return bound
-
-
-def _fused_task_vector(group: TensorGroup, parameters: dict[str, Any]) -> Tensor | None:
-    base = group.base.tensor
-    if not base.is_floating_point():
-        return None
-    if all(torch.equal(entry.tensor, base) for entry in group.non_base):
-        return None
-    # A fusion that is linear in the task vectors gives them fused when its base is zero.
-    entries = tuple(
-        TensorEntry(entry.id, entry.tensor.float() - base.float(), entry.is_base)
-        for entry in group.entries
-    )
-    return fused(TensorGroup(entries, group.metadata), parameters)
 
 
 def _gather_task(task: ExecuteMergeMethodTask) -> GatherTensors:

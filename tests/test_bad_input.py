@@ -43,9 +43,9 @@ def refused(tmp_path):
         ({"temperature": 0}, "parameters.temperature: 0 is not a number > 0 and <= 10"),
         ({"mask_kind": "hard"}, "'hard' is not `soft` or `binary` or `sampled`"),
         ({"mask_kind": ["soft", "hard"]}, "'hard' is not `soft` or `binary` or `sampled`"),
-        ({"reference": "other"}, "'other' is not `base` or `merged`"),
+        ({"reference": "other"}, "'other' is not `base` or `merged` or `redrawn`"),
         ({"max_steps": [1, 2]}, "max_steps: takes one value for all tensors"),
-        ({"fusion": "task_arithmetics"}, "not supported (did you mean 'task_arithmetic'?)"),
+        ({"fusion": "task_arithmetics"}, "is known (did you mean 'task_arithmetic'?); known are"),
         ({"safety_dataset": None}, "parameters.safety_dataset is missing"),
         ({"safety_dataset": 7}, "parameters.safety_dataset: 7 is not text"),
         ({"mask": "somewhere"}, "safety_dataset are both given"),
@@ -192,16 +192,16 @@ def test_weights_that_are_not_finite(refused, family_recipe, family, tmp_path, v
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_mask(family_recipe, tmp_path, monkeypatch):
     from somf_mergekit import MaskSet
-    from somf_mergekit.learner import loop
+    from somf_mergekit.learner import passes, tensors
 
-    real, calls = loop.dpo_losses, []
+    real, calls = passes.preference_losses, []
 
     def broken(*arguments):
         calls.append(1)
         losses, margins = real(*arguments)
         return (losses * float("nan") if len(calls) == 3 else losses), margins
 
-    monkeypatch.setattr(loop, "dpo_losses", broken)
+    monkeypatch.setattr(passes, "preference_losses", broken)
     file = tiny.write_recipe(tmp_path / "recipe.yml", family_recipe(max_steps=5))
     result = tiny.invoke("mergekit-yaml", file, tmp_path / "out")
     assert result.exit_code == 1
@@ -222,15 +222,15 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_mask(family_recipe, tmp_p
         return real(*arguments)
 
     calls.clear()
-    monkeypatch.setattr(loop, "dpo_losses", stopping)
+    monkeypatch.setattr(passes, "preference_losses", stopping)
     logits = {}
-    original = loop.MaskedTensor.update
+    original = tensors.MaskedTensor.update
 
     def update(self, step, rate):
         original(self, step, rate)
         logits[self.name] = self.logits.clone()
 
-    monkeypatch.setattr(loop.MaskedTensor, "update", update)
+    monkeypatch.setattr(tensors.MaskedTensor, "update", update)
     assert isinstance(tiny.invoke("mergekit-yaml", file, tmp_path / "again").exception, Stop)
     for name in kept.names():
         error = (kept.probabilities(name) - torch.sigmoid(logits[name])).abs().max()

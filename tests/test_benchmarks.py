@@ -33,12 +33,11 @@ def test_no_prompt_is_both_learned_from_and_measured_with(pairs):
 
 
 def test_every_recipe_of_the_benchmark_is_right(tmp_path):
-    from somf_mergekit.method import fusion_parameters
 
     for name, content in recipes(tmp_path).items():
         if content["merge_method"] == "somf":
             config = read_recipe(content)
-            assert recipe_problems(config, fusion_parameters()) == [], name
+            assert recipe_problems(config) == [], name
 
 
 def test_a_model_is_measured_once(family, tmp_path, pairs):

@@ -7,11 +7,13 @@ import tiny
 import torch
 
 from somf_mergekit import masking
-from somf_mergekit.learner import loop
+from somf_mergekit.granularity import mask_layout
+from somf_mergekit.learner import loop, passes
 from somf_mergekit.learner.logprobs import answer_log_probs, output_head, token_batch
 from somf_mergekit.learner.tensors import MaskedTensor
 from somf_mergekit.preferences import EncodedPair
 from somf_mergekit.recipe import Settings
+from somf_mergekit.weights import LinearWeight
 
 VOCABULARY = 64
 
@@ -42,19 +44,21 @@ def make_problem(micro_batch=4, **parameters):
                 name=name,
                 weight=weight,
                 base=start.clone(),
-                fused=fused,
+                merged=LinearWeight(start.clone(), fused),
+                layout=mask_layout(settings.granularity, name, tuple(weight.shape), 8),
                 temperature=settings.temperature,
                 rescale=settings.mask_rescale,
                 seed=settings.seed,
                 init_logit=settings.init_logit,
+                learning_rate=settings.learning_rate,
             )
         )
-    return loop.LearningProblem(model, tensors, make_pairs(), settings, None, micro_batch)
+    return passes.LearningProblem(model, tensors, [], make_pairs(), [], settings, None, micro_batch)
 
 
 def trajectory(problem):
     reports = []
-    loop.learn_logits(problem, reports.append, lambda done: None)
+    loop.learn_logits(problem, reports.append, lambda done, total: None)
     return [r.loss for r in reports], [t.logits.clone() for t in problem.tensors]
 
 
@@ -69,7 +73,7 @@ def reference_trajectory(problem):
     """The same learning, written plainly: autograd through the mask, one pair at a time."""
     settings, model, pairs = problem.settings, copy.deepcopy(problem.model), problem.pairs
     base = {t.name: t.base for t in problem.tensors}
-    fused = {t.name: t.fused for t in problem.tensors}
+    fused = {t.name: t.merged.fused for t in problem.tensors}
     logits = {n: torch.full_like(b, settings.init_logit).requires_grad_() for n, b in base.items()}
     adam = torch.optim.Adam(logits.values(), lr=1.0, betas=(0.9, 0.95), eps=1e-8)
 
@@ -166,23 +170,23 @@ def test_no_step_leaves_the_mask_untrained():
 def test_a_loss_that_is_not_finite_stops_before_the_update():
     problem = make_problem()
     reports = []
-    real = loop.dpo_losses
+    real = passes.preference_losses
 
     def broken(*arguments):
         losses, margins = real(*arguments)
         return (losses * float("nan") if len(reports) == 2 else losses), margins
 
-    loop.dpo_losses = broken
+    passes.preference_losses = broken
     try:
-        with pytest.raises(loop.LossNotFinite) as error:
-            loop.learn_logits(problem, reports.append, lambda done: None)
+        with pytest.raises(passes.LossNotFinite) as error:
+            loop.learn_logits(problem, reports.append, lambda done, total: None)
     finally:
-        loop.dpo_losses = real
+        passes.preference_losses = real
     assert error.value.step == 2
     good = make_problem(max_steps=4)
     steps = iter(range(4))
     with pytest.raises(StopIteration):
-        loop.learn_logits(good, lambda r: stop_after(next(steps), 1), lambda done: None)
+        loop.learn_logits(good, lambda r: stop_after(next(steps), 1), lambda done, total: None)
     for one, other in zip(problem.tensors, good.tensors, strict=True):
         assert torch.equal(one.logits, other.logits)
 
@@ -196,7 +200,7 @@ def test_steps_epochs_and_batches():
     settings = Settings(safety_dataset="x", batch_size=4, epochs=2, max_steps=None)
     assert loop.step_count(settings, 10) == 6
     assert loop.step_count(settings.model_copy(update={"max_steps": 5}), 10) == 5
-    plan = list(loop.batches(10, settings, 6))
+    plan = loop.batches(10, settings, 6)
     assert [len(batch) for batch in plan] == [4, 4, 2, 4, 4, 2]
     assert plan[0] == [0, 1, 2, 3]
     assert sorted(list(itertools.chain(*plan[3:]))) == list(range(10))
@@ -204,11 +208,11 @@ def test_steps_epochs_and_batches():
 
 
 def test_learning_rate_warms_up_and_falls_to_almost_nothing():
-    rates = [loop.learning_rate_at(step, 60, 0.1) for step in range(60)]
+    rates = [0.1 * loop.rate_share(step, 60) for step in range(60)]
     assert rates[:5] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])
     assert all(a > b for a, b in itertools.pairwise(rates[4:]))
     assert rates[-1] < 0.001
-    assert loop.learning_rate_at(0, 1, 0.1) == 0.1
+    assert loop.rate_share(0, 1) == 1
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "granite"])

@@ -5,6 +5,7 @@ import tiny
 from somf_mergekit import RecipeError
 from somf_mergekit import preferences as prefs
 from somf_mergekit.dialogue import answer_ids, cut_to_length, prompt_ids, user_prompt
+from somf_mergekit.rows import dataset_rows
 
 
 def rows(*items):
@@ -112,12 +113,12 @@ def test_files_and_folders_are_read(tmp_path, extension):
         "parquet": data.to_parquet,
     }[extension](str(path))
     for source in (path, folder):
-        assert prefs.dataset_rows(str(source))["prompt"][:] == ["how?", "and?"]
+        assert dataset_rows(str(source))["prompt"][:] == ["how?", "and?"]
 
 
 def test_a_saved_dataset_is_read(tmp_path):
     rows(ROW).save_to_disk(str(tmp_path / "saved"))
-    assert prefs.dataset_rows(str(tmp_path / "saved"))["chosen"][:] == ["no"]
+    assert dataset_rows(str(tmp_path / "saved"))["chosen"][:] == ["no"]
 
 
 @pytest.mark.parametrize(
@@ -132,19 +133,19 @@ def test_unreadable_data_is_refused(tmp_path, name, content, said):
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(RecipeError, match=said):
-        prefs.dataset_rows(str(tmp_path / name))
+        dataset_rows(str(tmp_path / name))
 
 
 def test_hub_id_that_can_not_be_had_is_refused():
     with pytest.raises(RecipeError, match="nobody/nothing"):
-        prefs.dataset_rows("nobody/nothing")
+        dataset_rows("nobody/nothing")
 
 
 def test_sampled_pairs_depend_on_the_seed_alone():
     pairs = [prefs.Pair((("user", str(i)),), "a", "b") for i in range(50)]
-    assert prefs.sampled_pairs(pairs, 10, 1) == prefs.sampled_pairs(pairs, None, 1)[:10]
-    assert prefs.sampled_pairs(pairs, 10, 1) != prefs.sampled_pairs(pairs, 10, 2)
-    assert len(prefs.sampled_pairs(pairs, None, 0)) == 50
+    assert prefs.sampled(pairs, 10, 1) == prefs.sampled(pairs, None, 1)[:10]
+    assert prefs.sampled(pairs, 10, 1) != prefs.sampled(pairs, 10, 2)
+    assert len(prefs.sampled(pairs, None, 0)) == 50
 
 
 def test_chat_template_is_used_without_a_second_bos():

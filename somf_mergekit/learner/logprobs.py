@@ -82,29 +82,40 @@ def output_head(model: Any) -> Callable[[Tensor], Tensor]:
     return head
 
 
-def answer_log_probs(
+def answer_token_log_probs(
     model: Any, head: Callable[[Tensor], Tensor], batch: TokenBatch
 ) -> tuple[Tensor, Tensor]:
-    """Return the summed log-probability of each answer and its number of tokens.
+    """Return the log-probability of every answer's token, and which sequence it is of.
 
     Logits are computed for the answers' positions alone, in chunks, and computed again in the
     backward pass.
 
     Returns:
-        float32 (sequences,) and int64 (sequences,).
+        float32 (tokens,), sequence after sequence, and int64 (tokens,).
     """
     hidden = _hidden_states(model, batch.input_ids, batch.attention_mask)
     targets = batch.labels[:, 1:]
     answered = targets != IGNORED
-    rows = answered.nonzero()[:, 0]
     states, tokens = hidden[:, :-1][answered], targets[answered]
     pieces = [
         checkpoint(_token_log_probs, head, s, t, use_reentrant=False)
         for s, t in zip(states.split(CHUNK_POSITIONS), tokens.split(CHUNK_POSITIONS), strict=True)
     ]
-    sums = torch.zeros(len(batch.labels), dtype=torch.float32, device=hidden.device)
-    sums = sums.index_add(0, rows, torch.cat(pieces))
-    return sums, answered.sum(dim=1)
+    return torch.cat(pieces), answered.nonzero()[:, 0]
+
+
+def answer_log_probs(
+    model: Any, head: Callable[[Tensor], Tensor], batch: TokenBatch
+) -> tuple[Tensor, Tensor]:
+    """Return the summed log-probability of each answer and its number of tokens.
+
+    Returns:
+        float32 (sequences,) and int64 (sequences,).
+    """
+    log_probs, rows = answer_token_log_probs(model, head, batch)
+    sums = torch.zeros(len(batch.labels), dtype=torch.float32, device=log_probs.device)
+    counts = torch.zeros(len(batch.labels), dtype=torch.int64, device=log_probs.device)
+    return sums.index_add(0, rows, log_probs), counts.index_add(0, rows, torch.ones_like(rows))
 
 
 def _token_log_probs(head: Callable[[Tensor], Tensor], states: Tensor, tokens: Tensor) -> Tensor:

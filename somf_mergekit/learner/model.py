@@ -2,14 +2,33 @@
 
 import copy
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..errors import RecipeError
+from ..granularity import head_width, mask_layout
 from ..recipe import Settings
 from ..sources import LoadedTensor
-from .tensors import MaskedTensor
+from .tensors import FixedTensor, MaskedTensor
+
+
+@dataclass(frozen=True)
+class LearningModel:
+    """A model in float32 that can hold the base, the plain merge, and the merge under a mask.
+
+    Attributes:
+        model: the transformers model.
+        masked: its weights with a mask.
+        fixed: its weights that the merge changes without a mask.
+        aliases: further checkpoint names of masked weights, with the name of their mask.
+    """
+
+    model: Any
+    masked: list[MaskedTensor]
+    fixed: list[FixedTensor]
+    aliases: dict[str, str]
 
 
 def learning_model(
@@ -19,11 +38,10 @@ def learning_model(
     masked_names: set[str],
     device: torch.device | str,
     trust_remote_code: bool,
-) -> tuple[Any, list[MaskedTensor], dict[str, str]]:
-    """Return a float32 model with the merge's weights, its masked tensors, and tied names.
+) -> LearningModel:
+    """Return the model that learns, its masked weights at the base's values.
 
-    Tensors outside ``masked_names`` get their plain fusion; tensors that no model changed stay
-    the base's and get no mask.
+    Tensors outside ``masked_names``, and those that no model changed, get no mask.
 
     Args:
         config: transformers configuration of the merged model.
@@ -33,64 +51,72 @@ def learning_model(
         device: where the model learns.
         trust_remote_code: as mergekit's option.
 
-    Returns:
-        The model; one MaskedTensor per mask; further checkpoint names of masked tensors, with the
-        name under which the mask is learned.
-
     Raises:
         RecipeError: the merge is no model of the base's architecture, or nothing has changed.
     """
-    model: Any = None
-    tensors: dict[int, MaskedTensor] = {}
-    aliases: dict[str, str] = {}
-    filled: set[str] = set()
-    changed = False
     loaded = list(loaded)
     model = _empty_model(config, loaded, device, trust_remote_code)
     places = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    masked: dict[int, MaskedTensor] = {}
+    fixed: dict[int, FixedTensor] = {}
+    aliases: dict[str, str] = {}
+    filled: set[str] = set()
     for tensor in loaded:
-        place = places.get(tensor.name)
-        if place is None or place.shape != tensor.base.shape:
-            found = "has no such weight" if place is None else f"expects {tuple(place.shape)}"
-            raise RecipeError(
-                f"a mask can't be learned for this merge: {tensor.name} of shape "
-                f"{tuple(tensor.base.shape)} is written, but {type(model).__name__} {found}. A "
-                "learned mask can still be applied with the parameter `mask`."
-            )
+        place = _place(places, tensor, model)
         filled.add(tensor.name)
-        changed = changed or tensor.fused is not None
-        if id(place) in tensors:
-            aliases[tensor.name] = tensors[id(place)].name
+        if id(place) in masked:
+            aliases[tensor.name] = masked[id(place)].name
             continue
         with torch.no_grad():
             place.copy_(tensor.base)
-        if tensor.fused is None:
+        if tensor.weight is None:
             continue
-        if tensor.name not in masked_names:
+        weight = tensor.weight.to(device)
+        base = tensor.base.to(device)
+        if not tensor.changed or tensor.name not in masked_names:
             with torch.no_grad():
-                place.add_(tensor.fused.to(place.device))
+                merged = weight.merged(torch.ones((), device=base.device))
+            if not torch.equal(merged, base.float()):
+                fixed[id(place)] = FixedTensor(place, base, merged)
             continue
-        tensors[id(place)] = MaskedTensor(
+        values = tensor.parameters
+        masked[id(place)] = MaskedTensor(
             name=tensor.name,
             weight=place,
-            base=tensor.base.to(device),
-            fused=tensor.fused.to(device),
-            temperature=tensor.parameters["temperature"],
-            rescale=tensor.parameters["mask_rescale"],
+            base=base,
+            merged=weight,
+            layout=mask_layout(
+                values["granularity"], tensor.name, tuple(base.shape), head_width(config)
+            ),
+            temperature=values["temperature"],
+            rescale=values["mask_rescale"],
             seed=settings.seed,
-            init_logit=settings.init_logit,
+            init_logit=values["init_logit"],
+            learning_rate=values["learning_rate"],
         )
     _check_complete(model, filled)
-    if not changed:
+    if not any(tensor.changed for tensor in loaded):
         raise RecipeError(
             "all task vectors are zero: the fine-tuned models equal the base in every tensor, so "
             "there is nothing to merge and no mask to learn"
         )
-    if not tensors:
+    if not masked:
         raise RecipeError(
             "parameters.include and parameters.exclude leave no changed tensor for a mask"
         )
-    return model, list(tensors.values()), aliases
+    return LearningModel(model, list(masked.values()), list(fixed.values()), aliases)
+
+
+def _place(places: dict[str, Any], tensor: LoadedTensor, model: Any) -> Any:
+    place = places.get(tensor.name)
+    if place is not None and place.shape == tensor.base.shape:
+        return place
+    found = "has no such weight" if place is None else f"expects {tuple(place.shape)}"
+    raise RecipeError(
+        f"a mask can't be learned for this merge: {tensor.name} of shape "
+        f"{tuple(tensor.base.shape)} is written, but {type(model).__name__} {found}. A "
+        "learned mask can still be applied with the parameter `mask`."
+    )
 
 
 def _empty_model(

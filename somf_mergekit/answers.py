@@ -1,0 +1,111 @@
+"""Prompts with one answer each: harmless ones for the utility term, safe ones for ``sft``."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .dialogue import Message, answer_ids, cut_to_length, prompt_ids, user_prompt
+from .errors import RecipeError
+from .preferences import answer_text, read_messages
+from .rows import Dropped
+
+# Column of the prompt, of its answer, and of what may follow the prompt.
+_COLUMNS = (
+    ("prompt", "response", ()),
+    ("prompt", "answer", ()),
+    ("prompt", "completion", ()),
+    ("prompt", "chosen", ()),
+    ("question", "answer", ()),
+    ("instruction", "output", ("input",)),
+    ("instruction", "response", ("context",)),
+)
+_DIALOGUE = "messages"
+_SAFE = "is_safe"
+KNOWN_ANSWERS = (
+    "; ".join(f"'{prompt}' with '{answer}'" for prompt, answer, _ in _COLUMNS)
+    + f"; or '{_DIALOGUE}', a message list that ends with the assistant's answer. A column "
+    f"'{_SAFE}' tells which answers are safe"
+)
+
+
+@dataclass(frozen=True)
+class EncodedAnswer:
+    """Token ids of a prompt and its answer, ``max_length`` of them at most."""
+
+    prompt: list[int]
+    answer: list[int]
+
+
+def has_answers(columns: Sequence[str]) -> bool:
+    """Return whether prompts and answers are found among a dataset's columns."""
+    return _columns_of(columns) is not None or _DIALOGUE in columns
+
+
+def answered_prompts(rows: Any, source: str) -> tuple[list[tuple[list[Message], str]], Dropped]:
+    """Return the prompts of ``rows`` with their answers, and how many were dropped and why.
+
+    Rows whose ``is_safe`` is false are dropped.
+
+    Raises:
+        RecipeError: the columns are not recognised, or no prompt has an answer.
+    """
+    columns = _columns_of(rows.column_names)
+    if columns is None and _DIALOGUE not in rows.column_names:
+        raise RecipeError(
+            f"dataset {source}: prompts with answers not found. "
+            f"Found: {', '.join(rows.column_names) or '(no columns)'}. Expected {KNOWN_ANSWERS}."
+        )
+    found, dropped = [], Dropped()
+    for row in rows:
+        if _SAFE in row and not row[_SAFE]:
+            dropped.add("not safe")
+            continue
+        messages, answer = _dialogue(row) if columns is None else _columns(row, columns)
+        if not messages:
+            dropped.add("unreadable")
+        elif answer is None or not answer.strip():
+            dropped.add("without an answer")
+        else:
+            found.append((messages, answer))
+    if not found:
+        why = f": {dropped}" if dropped.reasons else ": it has no rows"
+        raise RecipeError(f"dataset {source} has no prompt with an answer{why}")
+    return found, dropped
+
+
+def encoded_answers(
+    examples: Sequence[tuple[list[Message], str]], tokenizer: Any, max_length: int
+) -> list[EncodedAnswer]:
+    """Tokenise prompts and answers with the chat template and cut them to ``max_length`` tokens."""
+    encoded = []
+    for messages, text in examples:
+        prompt, (answer,) = cut_to_length(
+            prompt_ids(tokenizer, messages), [answer_ids(tokenizer, messages, text)], max_length
+        )
+        if prompt and answer:
+            encoded.append(EncodedAnswer(prompt, answer))
+    return encoded
+
+
+def _columns_of(columns: Sequence[str]) -> tuple[str, str, tuple[str, ...]] | None:
+    return next((c for c in _COLUMNS if c[0] in columns and c[1] in columns), None)
+
+
+def _columns(
+    row: dict[str, Any], columns: tuple[str, str, tuple[str, ...]]
+) -> tuple[list[Message] | None, str | None]:
+    prompt, answer, further = row[columns[0]], row[columns[1]], columns[2]
+    if isinstance(prompt, str):
+        texts = [prompt, *(row.get(name) for name in further)]
+        whole = "\n".join(text for text in texts if isinstance(text, str) and text.strip())
+        messages = user_prompt(whole) if whole.strip() else None
+    else:
+        messages = read_messages(prompt)
+    return messages, answer_text(answer)
+
+
+def _dialogue(row: dict[str, Any]) -> tuple[list[Message] | None, str | None]:
+    messages = read_messages(row[_DIALOGUE])
+    if not messages or messages[-1]["role"] != "assistant":
+        return None, None
+    return messages[:-1], messages[-1]["content"]

@@ -1,0 +1,276 @@
+"""The mergekit methods that fuse masked models: which there are, what each takes and gives."""
+
+import contextlib
+import hashlib
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache, reduce
+from typing import Any
+
+import torch
+from mergekit.merge_methods import registry
+from mergekit.merge_methods.base import (
+    BasePolicy,
+    GroupMergeMethod,
+    MergeMethod,
+    ParameterScope,
+    ParameterSpec,
+    TensorEntry,
+    TensorGroup,
+    TensorMetadata,
+)
+from torch import Tensor
+
+from .errors import RecipeError
+from .masking import masked_task_vector
+from .recipe import parameters
+
+# Fusions that are Fuse(base; task vectors * c) = start + D * c for every c >= 0 that the models
+# share: sums, and also sign elections, which a shared positive factor can't turn.
+_LINEAR = ("task_arithmetic", "linear", "passthrough")
+_LINEAR_WHEN_DENSE = (
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "breadcrumbs",
+    "breadcrumbs_ties",
+    "della",
+    "della_linear",
+)
+_RANDOMLY_DROPPED = ("dare_linear", "dare_ties")
+# The value of a parameter without a default where only the kind of a fusion is asked for.
+_TRIAL = 0.4
+
+
+class FusingMethod(GroupMergeMethod):
+    """A merge method that leaves the fusing to another: no fusion itself."""
+
+
+def known_fusions() -> dict[str, MergeMethod]:
+    """Return every method that is registered and can fuse, by name."""
+    return {
+        method.spec.name: method
+        for method in registry.registered_methods()
+        if not isinstance(method, FusingMethod)
+    }
+
+
+def fusion_specs() -> tuple[ParameterSpec, ...]:
+    """Return the specs of all fusions' parameters, one per name, unset by default.
+
+    Unset, the chosen fusion's own default applies. A name that some fusion takes per model can be
+    given per model.
+    """
+    return _fusion_specs(tuple(known_fusions()))
+
+
+@lru_cache(maxsize=4)
+def _fusion_specs(names: tuple[str, ...]) -> tuple[ParameterSpec, ...]:
+    ours = {parameter.name for parameter in parameters()}
+    types: dict[str, list[Any]] = {}
+    scopes: dict[str, ParameterScope] = {}
+    helps: dict[str, str | None] = {}
+    for name in names:
+        for spec in registry.get(name).spec.parameters:
+            if spec.name in ours:
+                continue
+            types.setdefault(spec.name, [])
+            if spec.value_type not in types[spec.name]:
+                types[spec.name].append(spec.value_type)
+            per_model = spec.scope is not ParameterScope.SHARED
+            if per_model or spec.name not in scopes:
+                # The base is masked by nothing and has no value of its own.
+                scopes[spec.name] = ParameterScope.NON_BASE if per_model else spec.scope
+            helps.setdefault(spec.name, spec.description)
+    return tuple(
+        ParameterSpec(name, reduce(operator.or_, [*kinds, None]), scopes[name], None, helps[name])
+        for name, kinds in types.items()
+    )
+
+
+def fused(group: TensorGroup, values: Mapping[str, Any]) -> Tensor:
+    """Fuse the inputs of one tensor with the mergekit method that ``values`` name, in float32.
+
+    Random numbers of the fusion are a function of the seed and the tensor's name.
+
+    Args:
+        group: base and (masked) fine-tuned models of one tensor.
+        values: parameters of the somf method; those of the fusion count where they are set.
+
+    Raises:
+        RecipeError: the fusion can't fuse this tensor.
+    """
+    if not group.non_base:
+        return group.entries[0].tensor.float()
+    method = registry.get(values["fusion"])
+    name = group.metadata.name
+    if method.spec.contract.base in (BasePolicy.IGNORED, BasePolicy.FORBIDDEN):
+        group = TensorGroup(group.non_base, group.metadata)
+    arguments = _arguments(method, values, [entry.id for entry in group.non_base])
+    try:
+        with _seeded(f"fusion/{values['seed']}/{name}", group.entries[0].tensor.device):
+            (result,) = method((group,), parameters=arguments, dtype=torch.float32)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"{name}: the fusion {values['fusion']} refuses: {error}") from error
+    return result
+
+
+def masked_group(group: TensorGroup, factor: Tensor) -> TensorGroup:
+    """Return the group, in float32, with each fine-tuned model as base + masked task vector.
+
+    Args:
+        group: with a base; tensors in the weight's shape.
+        factor: see ``masking.mask_factor``; broadcasts to the weight.
+    """
+    base = group.base.tensor.float()
+    entries = tuple(
+        TensorEntry(
+            id=entry.id,
+            tensor=base
+            if entry.is_base
+            else base + masked_task_vector(entry.tensor.float() - base, factor),
+            is_base=entry.is_base,
+        )
+        for entry in group.entries
+    )
+    return TensorGroup(entries=entries, metadata=group.metadata)
+
+
+def is_linear(values: Mapping[str, Any]) -> bool:
+    """Return whether the fusion of these parameters is start + D * c in a shared factor c >= 0."""
+    fusion = values["fusion"]
+    if fusion in _LINEAR:
+        return True
+    if fusion not in _LINEAR_WHEN_DENSE:
+        return False
+    densities = [d for d in (values.get("density") or {}).values() if d is not None]
+    if all(density >= 1 for density in densities):
+        return True
+    # Which entries are dropped does not depend on the mask; only the rescaling does.
+    return fusion in _RANDOMLY_DROPPED and values.get("rescale") is False
+
+
+def count_problem(fusion: str, fine_tuned: int) -> str | None:
+    """Return a sentence where the fusion does not take so many fine-tuned models."""
+    contract = known_fusions()[fusion].spec.contract
+    with_base = contract.base not in (BasePolicy.IGNORED, BasePolicy.FORBIDDEN)
+    ids = [*range(fine_tuned), *(["base"] if with_base else [])]
+    try:
+        contract.validate_ids(ids, "base" if with_base else None)
+    except ValueError as error:
+        counted = "the base among them" if with_base else "the base not counted"
+        return f"{fusion} can't fuse {fine_tuned} fine-tuned models: {error} ({counted})"
+    return None
+
+
+def name_problem(fusion: str) -> str | None:
+    """Return a sentence where the fusion has a parameter named as one of ours."""
+    ours = {parameter.name for parameter in parameters()}
+    shared = [p.name for p in known_fusions()[fusion].spec.parameters if p.name in ours]
+    if not shared:
+        return None
+    return f"{fusion} has parameters that somf has too ({', '.join(shared)}): it can't be used here"
+
+
+def fusing_problem(values: Mapping[str, Any], models: Sequence[Any], learning: bool) -> str | None:
+    """Return a sentence where the fusion refuses these parameters, or can't be learned through.
+
+    It is tried on small random tensors: nothing is loaded.
+
+    Args:
+        values: parameters as for ``fused``.
+        models: ids of the fine-tuned models.
+        learning: whether a mask is to be learned through the fusion.
+    """
+    try:
+        differentiable = _is_differentiable(values, models)
+    except RecipeError as error:
+        return error.message.removeprefix("(trial): ")
+    if differentiable or not learning:
+        return None
+    return (
+        f"the fusion {values['fusion']} can't be differentiated, so no mask can be learned through "
+        f"it. Learn with one of {', '.join(_differentiable(len(models)))}; a learned mask can be "
+        "fused with any by the parameter `mask`"
+    )
+
+
+def _is_differentiable(values: Mapping[str, Any], models: Sequence[Any]) -> bool:
+    draw = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(6, 8, generator=draw) for _ in range(len(models) + 1)]
+    entries = [TensorEntry("base", tensors[0], True)]
+    entries += [TensorEntry(m, t) for m, t in zip(models, tensors[1:], strict=True)]
+    group = TensorGroup(tuple(entries), TensorMetadata(name="(trial)"))
+    factor = (0.5 + torch.rand(6, 8, generator=draw)).requires_grad_()
+    with torch.enable_grad():
+        result = fused(masked_group(group, factor), values)
+        if not result.requires_grad:
+            return False
+        try:
+            (gradient,) = torch.autograd.grad(result.square().sum(), factor, allow_unused=True)
+        except RuntimeError:
+            return False
+    return gradient is not None and bool(torch.isfinite(gradient).all())
+
+
+def _differentiable(models: int) -> list[str]:
+    """Return the fusions that a mask for so many models can be learned through."""
+    found = []
+    for name, method in known_fusions().items():
+        values: dict[str, Any] = {"fusion": name, "seed": 0}
+        for spec in method.spec.parameters:
+            if spec.required:
+                shared = spec.scope is ParameterScope.SHARED
+                values[spec.name] = _TRIAL if shared else dict.fromkeys(range(models), _TRIAL)
+        if count_problem(name, models) or name_problem(name):
+            continue
+        with contextlib.suppress(RecipeError):
+            if _is_differentiable(values, range(models)):
+                found.append(name)
+    return found
+
+
+def _arguments(
+    method: MergeMethod, values: Mapping[str, Any], models: Sequence[Any]
+) -> dict[str, Any]:
+    """Return the fusion's own parameters, its defaults where a model has no value.
+
+    Raises:
+        RecipeError: the models have different values of what the fusion takes once.
+    """
+    own: dict[str, Any] = {}
+    for spec in method.spec.parameters:
+        value = values.get(spec.name)
+        if isinstance(value, Mapping):
+            per_model = {model: value.get(model) for model in models}
+            if all(item is None for item in per_model.values()):
+                continue
+            if spec.scope is ParameterScope.SHARED:
+                distinct = set(per_model.values())
+                if len(distinct) > 1:
+                    raise RecipeError(
+                        f"{method.spec.name} takes one {spec.name} for all models, not one for each"
+                    )
+                value = distinct.pop()
+            elif not spec.required:
+                value = {m: spec.default if v is None else v for m, v in per_model.items()}
+            else:
+                value = {m: v for m, v in per_model.items() if v is not None}
+        if value is not None:
+            own[spec.name] = value
+    return own
+
+
+@contextlib.contextmanager
+def _seeded(text: str, device: torch.device) -> Iterator[None]:
+    """Seed torch's generators from ``text``, and put them back as they were."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    seed = int.from_bytes(digest, "little", signed=True)
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        # Not torch.manual_seed: that would disturb other devices' threads.
+        torch.default_generator.manual_seed(seed)
+        if on_gpu:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield

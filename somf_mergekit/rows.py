@@ -1,0 +1,91 @@
+"""Rows of a dataset, from the hub, a file or a folder, and a count of those left out."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import RecipeError
+
+FILE_FORMATS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+}
+
+
+@dataclass
+class Dropped:
+    """How many rows gave no pair, by reason."""
+
+    reasons: dict[str, int] = field(default_factory=dict)
+
+    def add(self, reason: str) -> None:
+        """Count one dropped row."""
+        self.reasons[reason] = self.reasons.get(reason, 0) + 1
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count} {reason}" for reason, count in sorted(self.reasons.items()))
+
+
+def dataset_rows(source: str, split: str = "train", config: str | None = None) -> Any:
+    """Return the rows of a hub dataset, a file (.jsonl, .json, .csv, .parquet) or a folder.
+
+    Raises:
+        RecipeError: there is no such file, folder, split or hub dataset, or it can't be read.
+    """
+    import datasets
+
+    path = os.path.expanduser(source)
+    try:
+        if os.path.isfile(path):
+            extension = os.path.splitext(path)[1].lower()
+            if extension not in FILE_FORMATS:
+                raise RecipeError(
+                    f"dataset file {source}: unknown kind {extension or '(no extension)'}; "
+                    f"known are {', '.join(FILE_FORMATS)}"
+                )
+            return datasets.load_dataset(FILE_FORMATS[extension], data_files=path, split="train")
+        if os.path.isdir(path):
+            if os.path.exists(os.path.join(path, "state.json")):
+                return datasets.load_from_disk(path)
+            return datasets.load_dataset(path, name=config, split=split)
+        if _looks_like_path(source):
+            raise RecipeError(f"dataset {source}: no such file or folder")
+        return datasets.load_dataset(source, name=config, split=split)
+    except RecipeError:
+        raise
+    except Exception as error:
+        raise RecipeError(
+            f"dataset {source} (split {split}) can't be read: {_first_line(error)}. Expected a hub "
+            f"id, a folder, or a file of {', '.join(FILE_FORMATS)}."
+        ) from error
+
+
+def rows_of_prompts(rows: Any, source: str, *columns: str) -> Iterator[tuple[str, ...]]:
+    """Yield the named text columns of each row.
+
+    Raises:
+        RecipeError: a column is missing, or a value is not text.
+    """
+    missing = [column for column in columns if column not in rows.column_names]
+    if missing:
+        raise RecipeError(
+            f"dataset {source}: column {', '.join(missing)} missing. "
+            f"Found: {', '.join(rows.column_names)}."
+        )
+    for number, row in enumerate(rows):
+        values = tuple(row[column] for column in columns)
+        if not all(isinstance(value, str) for value in values):
+            raise RecipeError(f"dataset {source}: row {number} has no text in {columns}")
+        yield values
+
+
+def _looks_like_path(source: str) -> bool:
+    extension = os.path.splitext(source)[1].lower()
+    return extension in FILE_FORMATS or source[:1] in "./~" or source.count("/") > 1
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
