@@ -105,7 +105,7 @@ def recipe_problems(config: Any) -> list[str]:
     own = {parameter.name: parameter for parameter in parameters()}
     fusion = top.get("fusion", own["fusion"].default)
     theirs: dict[str, ParameterSpec] = {}
-    if fusion in known_fusions():
+    if isinstance(fusion, str) and fusion in known_fusions():
         theirs = {spec.name: spec for spec in known_fusions()[fusion].spec.parameters}
         problems += _fusion_problems(config, fusion)
     elif isinstance(fusion, str):
