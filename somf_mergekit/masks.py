@@ -4,10 +4,12 @@ A probability p is stored in one byte as code = ceil(256 p) - 1 and read as (cod
 error is at most 1/512, and p > 0.5 holds after reading exactly where it held before.
 """
 
+import contextlib
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -163,29 +165,60 @@ def write_masks(
         history: one JSON-able row per optimiser step.
         repeats: for tensors whose entries cover several places of an axis: axis and how many.
     """
-    target = os.path.abspath(folder)
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    work = tempfile.mkdtemp(prefix=".somf-", dir=os.path.dirname(target))
-    os.chmod(work, 0o755)
     header = {
         "format": FORMAT,
         "provenance": provenance,
         "aliases": dict(aliases),
         "repeats": {name: list(repeat) for name, repeat in (repeats or {}).items()},
     }
-    save_file(
-        {name: encoded_probability(value) for name, value in probabilities.items()},
-        os.path.join(work, MASKS_FILE),
-        # One key: safetensors writes several in an order that differs from run to run.
-        metadata={_HEADER_KEY: json.dumps(header, sort_keys=True)},
-    )
-    with open(os.path.join(work, PROVENANCE_FILE), "w", encoding="utf-8") as file:
-        json.dump(provenance, file, indent=2, sort_keys=True)
-        file.write("\n")
-    with open(os.path.join(work, HISTORY_FILE), "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in history)
-    os.replace(work, target)
-    return MaskSet.open(target)
+    with _new_artifact(folder, provenance) as work:
+        save_file(
+            {name: encoded_probability(value) for name, value in probabilities.items()},
+            os.path.join(work, MASKS_FILE),
+            # One key: safetensors writes several in an order that differs from run to run.
+            metadata={_HEADER_KEY: json.dumps(header, sort_keys=True)},
+        )
+        with open(os.path.join(work, HISTORY_FILE), "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in history)
+    return MaskSet.open(folder)
+
+
+def keep_masks(
+    folder: str | os.PathLike[str], masks: MaskSet, provenance: Mapping[str, Any]
+) -> MaskSet:
+    """Write an artifact with masks that were learned elsewhere, and return it opened.
+
+    The header of the masks goes on telling where they come from.
+
+    Args:
+        folder: must not exist, or be empty.
+        masks: the learned ones.
+        provenance: of their use; JSON-able, stored in ``somf.json``.
+    """
+    with _new_artifact(folder, provenance) as work:
+        place = os.path.join(work, MASKS_FILE)
+        try:
+            os.link(os.path.realpath(masks.path), place)
+        except OSError:
+            shutil.copyfile(masks.path, place)
+    return MaskSet.open(folder)
+
+
+@contextlib.contextmanager
+def _new_artifact(folder: str | os.PathLike[str], provenance: Mapping[str, Any]) -> Iterator[str]:
+    """Give a folder to fill, which becomes ``folder`` when it is complete."""
+    target = os.path.abspath(folder)
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    work = tempfile.mkdtemp(prefix=".somf-", dir=os.path.dirname(target))
+    os.chmod(work, 0o755)
+    try:
+        yield work
+        with open(os.path.join(work, PROVENANCE_FILE), "w", encoding="utf-8") as file:
+            json.dump(provenance, file, indent=2, sort_keys=True)
+            file.write("\n")
+        os.replace(work, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def masks_path(source: str) -> str:

@@ -13,8 +13,8 @@ from .inputs import SafetyData, checked_data, given_mask, micro_batch
 from .learner.loop import StepReport, learn_logits, step_count
 from .learner.model import learning_model
 from .learner.passes import LearningProblem, LossNotFinite
-from .masks import HISTORY_FILE, MASKS_FILE, MaskSet, write_masks
-from .provenance import differences, learning_fingerprint, provenance
+from .masks import HISTORY_FILE, MASKS_FILE, MaskSet, keep_masks, write_masks
+from .provenance import differences, learning_fingerprint, provenance, provenance_of_use
 from .sources import PlannedMerge, loaded_tensors
 
 
@@ -26,7 +26,7 @@ def mask_for(planned: PlannedMerge, folder: str) -> MaskSet:
     """
     settings = planned.settings
     if settings.mask:
-        return given_mask(planned, settings.mask)
+        return _given_mask(planned, settings.mask, folder)
     _check_folder(folder)
     data = checked_data(planned)
     fingerprint = learning_fingerprint(planned, data)
@@ -41,6 +41,16 @@ def mask_for(planned: PlannedMerge, folder: str) -> MaskSet:
             "is learned, and the old one kept beside it",
         )
     return _learned_mask(planned, folder, data, fingerprint)
+
+
+def _given_mask(planned: PlannedMerge, source: str, folder: str) -> MaskSet:
+    masks = given_mask(planned, source)
+    kept = os.path.join(folder, MASKS_FILE)
+    if os.path.exists(kept) and os.path.samefile(kept, masks.path):
+        return masks
+    _check_folder(folder)
+    _make_room(folder)
+    return keep_masks(folder, masks, provenance_of_use(planned, masks))
 
 
 def _learned_mask(
@@ -93,9 +103,14 @@ def _learned_mask(
             f"{step_count(settings, len(data.pairs))}; the mask as it was before is kept in {kept} "
             f"({MASKS_FILE}, {HISTORY_FILE}). Try a smaller learning_rate, or another dtype."
         ) from error
+    _make_room(folder)
+    return artifact(folder)
+
+
+def _make_room(folder: str) -> None:
+    """Put a mask that is in ``folder`` aside."""
     if os.path.exists(os.path.join(folder, MASKS_FILE)):
         os.replace(folder, _free_name(f"{folder}.before"))
-    return artifact(folder)
 
 
 def _learn_with_progress(

@@ -8,6 +8,7 @@ from typing import Any
 
 from .inputs import SafetyData
 from .learner.tensors import MaskedTensor
+from .masks import MaskSet
 from .method import MASK_TENSOR
 from .sources import PlannedMerge, content_fingerprint
 
@@ -82,6 +83,20 @@ def provenance(
         },
         "versions": _versions(),
         "fingerprint": fingerprint,
+    }
+
+
+def provenance_of_use(planned: PlannedMerge, masks: MaskSet) -> dict[str, Any]:
+    """Return what is told with a mask that another recipe learned, as JSON."""
+    settings = planned.settings
+    return {
+        "recipe": planned.recipe,
+        "base_model": str(planned.base_model),
+        "models": [str(model) for model in planned.models],
+        "settings": settings.model_dump(),
+        "mask": settings.mask,
+        "origin": masks.provenance,
+        "versions": _versions(),
     }
 
 

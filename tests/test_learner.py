@@ -1,19 +1,23 @@
 import copy
+import dataclasses
 import itertools
 import math
 
 import pytest
 import tiny
 import torch
+from mergekit.merge_methods import merge_tensors
+from mergekit.merge_methods.base import TensorEntry, TensorGroup, TensorMetadata
 
 from somf_mergekit import masking
+from somf_mergekit.answers import EncodedAnswer
 from somf_mergekit.granularity import mask_layout
-from somf_mergekit.learner import loop, passes
+from somf_mergekit.learner import loop, passes, tensors
 from somf_mergekit.learner.logprobs import answer_log_probs, output_head, token_batch
 from somf_mergekit.learner.tensors import MaskedTensor
 from somf_mergekit.preferences import EncodedPair
 from somf_mergekit.recipe import Settings
-from somf_mergekit.weights import LinearWeight
+from somf_mergekit.weights import FusedWeight, LinearWeight
 
 VOCABULARY = 64
 
@@ -28,23 +32,37 @@ def make_pairs(count=12, seed=0):
     return [EncodedPair(tokens(3, 9), tokens(2, 7), tokens(2, 7)) for _ in range(count)]
 
 
-def make_problem(micro_batch=4, **parameters):
-    """A tiny Llama, two random task vectors at weight 0.5, and random pairs."""
+TIES = {"weight": {1: 0.5, 2: 0.5}, "density": {1: 0.6, 2: 0.6}}
+
+
+def make_utility(count=6, seed=9):
+    return [EncodedAnswer(pair.prompt, pair.chosen) for pair in make_pairs(count, seed)]
+
+
+def make_problem(micro_batch=4, fusion=None, **parameters):
+    """A tiny Llama, two random task vectors, and random pairs and utility examples."""
     values = {"safety_dataset": "x", "max_steps": 4, "batch_size": 4} | parameters
     settings = Settings(**values)
     base = tiny.tiny_llama(0, VOCABULARY)
-    others = [tiny.perturbed(base, seed) for seed in (1, 2)]
+    others = {seed: tiny.perturbed(base, seed) for seed in (1, 2)}
     model = copy.deepcopy(base).eval().requires_grad_(False)
-    tensors = []
+    masked = []
     for name, weight in model.named_parameters():
-        start = base.get_parameter(name).detach()
-        fused = sum(0.5 * (other.get_parameter(name).detach() - start) for other in others)
-        tensors.append(
+        start = base.get_parameter(name).detach().clone()
+        changed = {n: other.get_parameter(name).detach() for n, other in others.items()}
+        if fusion:
+            entries = [TensorEntry("base", start, True)]
+            entries += [TensorEntry(number, tensor) for number, tensor in changed.items()]
+            group = TensorGroup(tuple(entries), TensorMetadata(name=name))
+            merged = FusedWeight(group, {"fusion": fusion, "seed": 0, **TIES})
+        else:
+            merged = LinearWeight(start, sum(0.5 * (one - start) for one in changed.values()))
+        masked.append(
             MaskedTensor(
                 name=name,
                 weight=weight,
-                base=start.clone(),
-                merged=LinearWeight(start.clone(), fused),
+                base=start,
+                merged=merged,
                 layout=mask_layout(settings.granularity, name, tuple(weight.shape), 8),
                 temperature=settings.temperature,
                 rescale=settings.mask_rescale,
@@ -53,7 +71,10 @@ def make_problem(micro_batch=4, **parameters):
                 learning_rate=settings.learning_rate,
             )
         )
-    return passes.LearningProblem(model, tensors, [], make_pairs(), [], settings, None, micro_batch)
+    utility = make_utility() if settings.utility_dataset else []
+    return passes.LearningProblem(
+        model, masked, [], make_pairs(), utility, settings, None, micro_batch
+    )
 
 
 def trajectory(problem):
@@ -62,52 +83,113 @@ def trajectory(problem):
     return [r.loss for r in reports], [t.logits.clone() for t in problem.tensors]
 
 
-def answer_sum(model, weights, prompt, answer):
+def token_log_probs(model, weights, prompt, answer):
     ids = torch.tensor([prompt + answer])
     logits = torch.func.functional_call(model, weights, (ids,)).logits
     logs = torch.log_softmax(logits.float(), dim=-1)[0, len(prompt) - 1 : -1]
-    return logs.gather(1, torch.tensor(answer)[:, None]).sum()
+    return logs.gather(1, torch.tensor(answer)[:, None])[:, 0]
+
+
+def answer_sum(model, weights, prompt, answer):
+    return token_log_probs(model, weights, prompt, answer).sum()
+
+
+def plain_weight(tensor, mask):
+    """The merged weight under a mask, differentiable: the fusion of masked models."""
+    factor = mask / mask.mean() if tensor.rescale == "mean" else mask
+    if tensor.layout.repeat > 1:
+        factor = torch.cat(
+            [
+                part.expand(
+                    *tensor.layout.shape[: tensor.layout.axis],
+                    tensor.layout.repeat,
+                    *tensor.layout.shape[tensor.layout.axis + 1 :],
+                )
+                for part in factor.split(1, dim=tensor.layout.axis)
+            ],
+            dim=tensor.layout.axis,
+        )
+    if isinstance(tensor.merged, LinearWeight):
+        return tensor.base + tensor.merged.fused * factor
+    models = [e.tensor for e in tensor.merged.group.non_base]
+    masked = [tensor.base + (model - tensor.base) * factor for model in models]
+    own = {"weight": 0.5, "density": 0.6}
+    return merge_tensors([tensor.base, *masked], "ties", parameters=own, base_index=0)
+
+
+def plain_loss(settings, chosen, rejected, reference):
+    """The loss of one pair, from log-probabilities of its answers' tokens."""
+    likelihood = -chosen.mean()
+    if settings.objective == "sft":
+        return likelihood
+    if settings.objective == "ipo":
+        ratio = (chosen.mean() - rejected.mean()) - (reference[0].mean() - reference[1].mean())
+        loss = (ratio - 1 / (2 * settings.beta)) ** 2
+    else:
+        ratio = (chosen.sum() - rejected.sum()) - (reference[0].sum() - reference[1].sum())
+        margin = settings.beta * ratio
+        if settings.objective == "dpo":
+            loss = -torch.log(torch.sigmoid(margin))
+        else:
+            loss = torch.clamp(1 - margin, min=0)
+    return loss + settings.sft_weight * likelihood
 
 
 def reference_trajectory(problem):
     """The same learning, written plainly: autograd through the mask, one pair at a time."""
     settings, model, pairs = problem.settings, copy.deepcopy(problem.model), problem.pairs
-    base = {t.name: t.base for t in problem.tensors}
-    fused = {t.name: t.merged.fused for t in problem.tensors}
-    logits = {n: torch.full_like(b, settings.init_logit).requires_grad_() for n, b in base.items()}
+    weights_of = {t.name: t for t in problem.tensors}
+    logits = {
+        n: torch.full(t.layout.shape, settings.init_logit).requires_grad_()
+        for n, t in weights_of.items()
+    }
     adam = torch.optim.Adam(logits.values(), lr=1.0, betas=(0.9, 0.95), eps=1e-8)
 
     def merged(masks):
-        def scale(m):
-            return m.mean() if settings.mask_rescale == "mean" else 1.0
+        return {n: plain_weight(weights_of[n], m) for n, m in masks.items()}
 
-        return {n: base[n] + fused[n] * m / scale(m) for n, m in masks.items()}
-
-    if settings.reference == "base":
-        fixed = base
-    else:
-        fixed = merged({n: torch.sigmoid(x.detach()) for n, x in logits.items()})
-    reference = [
-        [answer_sum(model, fixed, p.prompt, a).item() for a in (p.chosen, p.rejected)]
-        for p in pairs
-    ]
-    losses = []
-    for step in range(settings.max_steps):
+    def sampled(step, start, prefix=""):
         masks = {}
-        for name, x in logits.items():
-            u = masking.uniform_noise(x.shape, seed=settings.seed, step=step, name=name)
+        for name, x in start.items():
+            u = masking.uniform_noise(x.shape, seed=settings.seed, step=step, name=prefix + name)
             masks[name] = torch.sigmoid((x + torch.log(u / (1 - u))) / settings.temperature)
-        weights = merged(masks)
-        rows = range(step * settings.batch_size, (step + 1) * settings.batch_size)
+        return merged(masks)
+
+    def answers(weights, pair):
+        return [
+            token_log_probs(model, weights, pair.prompt, a) for a in (pair.chosen, pair.rejected)
+        ]
+
+    untrained = {n: x.detach().clone() for n, x in logits.items()}
+    with torch.no_grad():
+        fixed = {n: t.base for n, t in weights_of.items()}
+        if settings.reference == "merged":
+            fixed = merged({n: torch.sigmoid(x) for n, x in untrained.items()})
+        unmasked = merged({n: torch.ones_like(x) for n, x in untrained.items()})
+        plain = [token_log_probs(model, unmasked, e.prompt, e.answer) for e in problem.utility]
+    losses, divergences = [], []
+    for step in range(settings.max_steps):
+        if settings.reference == "redrawn":
+            fixed = sampled(step, untrained, "untrained/")
+        weights = sampled(step, logits)
         terms = []
-        for row in (r % len(pairs) for r in rows):
-            pair = pairs[row]
-            chosen = answer_sum(model, weights, pair.prompt, pair.chosen)
-            rejected = answer_sum(model, weights, pair.prompt, pair.rejected)
-            margin = (chosen - rejected) - (reference[row][0] - reference[row][1])
-            terms.append(-torch.log(torch.sigmoid(settings.beta * margin)))
+        for row in range(step * settings.batch_size, (step + 1) * settings.batch_size):
+            pair = pairs[row % len(pairs)]
+            with torch.no_grad():
+                reference = answers(fixed, pair)
+            terms.append(plain_loss(settings, *answers(weights, pair), reference))
         loss = torch.stack(terms).mean()
         losses.append(loss.item())
+        if problem.utility:
+            apart = []
+            for row in range(step * settings.batch_size, (step + 1) * settings.batch_size):
+                if row < len(plain):
+                    example = problem.utility[row]
+                    now = token_log_probs(model, weights, example.prompt, example.answer)
+                    apart.append(0.5 * (now - plain[row]) ** 2)
+            divergence = torch.cat(apart).mean()
+            divergences.append(divergence.item())
+            loss = loss + settings.utility_weight * divergence
         adam.zero_grad()
         loss.backward()
         steps, warmup = settings.max_steps, max(1, round(0.08 * settings.max_steps))
@@ -115,27 +197,93 @@ def reference_trajectory(problem):
         rate = (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * progress))
         adam.param_groups[0]["lr"] = settings.learning_rate * rate
         adam.step()
-    return losses, [x.detach() for x in logits.values()]
+    return losses, divergences, [x.detach() for x in logits.values()]
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"max_steps": 3},
-        {"max_steps": 3, "mask_rescale": "none", "temperature": 0.8, "init_logit": 1.0},
-        {"max_steps": 3, "reference": "merged", "mask_rescale": "none", "beta": 0.5},
-    ],
-    ids=["defaults", "no rescale", "reference merged"],
-)
-def test_whole_trajectory_is_that_of_plain_autograd(changes):
+TRAJECTORIES = {
+    "defaults": {},
+    "no rescale": {"mask_rescale": "none", "temperature": 0.8, "init_logit": 1.0},
+    "reference merged": {"reference": "merged", "mask_rescale": "none", "beta": 0.5},
+    "reference redrawn": {"reference": "redrawn"},
+    "ipo": {"objective": "ipo", "beta": 0.2},
+    "hinge": {"objective": "hinge", "beta": 0.5},
+    "sft": {"objective": "sft"},
+    "dpo with sft": {"sft_weight": 0.5},
+    "ipo with sft": {"objective": "ipo", "beta": 0.5, "sft_weight": 2.0},
+    "utility": {"utility_dataset": "y", "utility_weight": 3.0, "max_steps": 2},
+    "ties": {"fusion": "ties"},
+    "row": {"granularity": "row"},
+    "column": {"granularity": "column"},
+    "head": {"granularity": "head"},
+    "tensor": {"granularity": "tensor", "mask_rescale": "none"},
+    "ties by rows": {"fusion": "ties", "granularity": "row"},
+}
+
+
+@pytest.mark.parametrize("name", TRAJECTORIES)
+def test_whole_trajectory_is_that_of_plain_autograd(name):
     # Adam turns the sign of a gradient that is rounding noise into almost a whole step: so all
     # losses are compared closely, but of the logits the few with such gradients may differ.
-    expected_losses, expected = reference_trajectory(make_problem(**changes))
-    losses, found = trajectory(make_problem(**changes))
-    assert losses == pytest.approx(expected_losses, abs=1e-5)
+    changes = {"max_steps": 3} | TRAJECTORIES[name]
+    expected_losses, expected_divergences, expected = reference_trajectory(make_problem(**changes))
+    problem = make_problem(**changes)
+    reports = []
+    loop.learn_logits(problem, reports.append, lambda done, total: None)
+    assert [r.loss for r in reports] == pytest.approx(expected_losses, rel=1e-5, abs=1e-5)
+    if problem.utility:
+        assert [r.utility for r in reports] == pytest.approx(expected_divergences, abs=1e-5)
+        assert max(expected_divergences) > 1e-3
+    found = [t.logits for t in problem.tensors]
     difference = torch.cat([(a - b).flatten() for a, b in zip(found, expected, strict=True)])
-    assert (difference.abs() < 1e-3).float().mean() > 0.995
+    moved = torch.cat([(a - changes.get("init_logit", 0)).flatten() for a in found])
+    assert moved.abs().max() > 0.05
+    assert (difference.abs() < 1e-3).float().mean() > 0.99
     assert difference.mean().abs() < 1e-4
+
+
+def test_a_larger_utility_weight_keeps_the_merge_closer_to_the_unmasked_one():
+    ends = []
+    for weight in (0.0, 30.0):
+        problem = make_problem(
+            utility_dataset="y", utility_weight=weight, max_steps=30, epochs=30, batch_size=12
+        )
+        loop.learn_logits(problem, lambda report: None, lambda done, total: None)
+        unmasked, soft = [], []
+        for values, write in ((unmasked, "write_unmasked"), (soft, "write_soft")):
+            for tensor in problem.tensors:
+                getattr(tensor, write)()
+            own = dict(problem.model.named_parameters())
+            with torch.no_grad():
+                values += [
+                    token_log_probs(problem.model, own, e.prompt, e.answer) for e in problem.utility
+                ]
+        ends.append((torch.cat(soft) - torch.cat(unmasked)).square().mean().item())
+    assert ends[1] < 0.5 * ends[0]
+
+
+def test_weights_merged_without_a_mask_are_the_bases_only_while_it_is_the_reference():
+    problem = make_problem(max_steps=1)
+    first, *masked = problem.tensors
+    other = first.base + 1.0
+    fixed = tensors.FixedTensor(first.weight, first.base, other)
+    seen = []
+    real = passes.answer_log_probs
+
+    def watching(*arguments):
+        seen.append(torch.equal(first.weight, first.base))
+        return real(*arguments)
+
+    passes.answer_log_probs = watching
+    try:
+        loop.learn_logits(
+            dataclasses.replace(problem, tensors=masked, fixed=[fixed]),
+            lambda report: None,
+            lambda done, total: None,
+        )
+    finally:
+        passes.answer_log_probs = real
+    assert seen == [True, False]
+    assert torch.equal(first.weight, other)
 
 
 def test_how_a_batch_is_cut_up_changes_nothing():

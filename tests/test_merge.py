@@ -156,7 +156,10 @@ def test_a_given_mask_is_what_is_used(learned, tmp_path, family, family_recipe):
     save_file(stored, tmp_path / "edited/masks.safetensors", metadata=header)
     recipe = family_recipe(safety_dataset=None, mask=str(tmp_path / "edited"), mask_rescale="none")
     merged(recipe, tmp_path / "out")
-    assert not (tmp_path / "out/somf").exists()
+    assert sorted(p.name for p in (tmp_path / "out/somf").iterdir()) == [
+        "masks.safetensors",
+        "somf.json",
+    ]
     masks = MaskSet.open(tmp_path / "edited")
     found = tiny.tensors_of(tmp_path / "out")
     assert_tensors_close(found, expected_merge(family, masks, rescale="none"))

@@ -1,0 +1,164 @@
+"""Coarser masks: what an entry covers, in learning, in the artifact and in the merge."""
+
+import itertools
+import json
+
+import pytest
+import tiny
+import torch
+
+from somf_mergekit import MaskSet
+from somf_mergekit.granularity import GRANULARITIES, Layout, head_width, mask_layout
+
+QUERY = "model.layers.0.self_attn.q_proj.weight"
+OUTPUT = "model.layers.0.self_attn.o_proj.weight"
+UP = "model.layers.0.mlp.up_proj.weight"
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("granularity", "name", "shape", "layout"),
+    [
+        ("weight", UP, (6, 8), Layout((6, 8))),
+        ("row", UP, (6, 8), Layout((6, 1))),
+        ("row", NORM, (8,), Layout((8,))),
+        ("row", "experts.gate_up_proj", (2, 6, 8), Layout((2, 1, 1))),
+        ("column", UP, (6, 8), Layout((1, 8))),
+        ("column", NORM, (8,), Layout((1,))),
+        ("tensor", UP, (6, 8), Layout((1, 1))),
+        ("tensor", NORM, (8,), Layout((1,))),
+        ("head", QUERY, (16, 8), Layout((4, 1), 0, 4)),
+        ("head", "model.layers.0.self_attn.k_proj.bias", (8,), Layout((2,), 0, 4)),
+        ("head", OUTPUT, (8, 16), Layout((1, 4), 1, 4)),
+        ("head", UP, (6, 8), Layout((6, 1))),
+        (
+            "head",
+            "gpt_neox.layers.0.attention.query_key_value.weight",
+            (24, 8),
+            Layout((2, 1), 0, 12),
+        ),
+        ("head", "transformer.h.0.attn.c_attn.weight", (8, 24), Layout((1, 6), 1, 4)),
+        ("head", "transformer.h.0.attn.c_proj.weight", (8, 8), Layout((2, 1), 0, 4)),
+        ("head", QUERY, (15, 8), Layout((15, 1))),
+    ],
+)
+def test_what_an_entry_covers(granularity, name, shape, layout):
+    assert mask_layout(granularity, name, shape, 4) == layout
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout((6, 8)),
+        Layout((6, 1)),
+        Layout((1, 8)),
+        Layout((1, 1)),
+        Layout((2, 1), 0, 3),
+        Layout((1, 2), 1, 4),
+    ],
+    ids=str,
+)
+def test_spreading_and_collecting_are_each_others_transpose(layout):
+    entries = torch.randn(layout.shape, generator=torch.Generator().manual_seed(0))
+    values = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
+    owner = torch.zeros(6, 8, dtype=torch.int64)
+    for row, column in itertools.product(range(6), range(8)):
+        place = [min(row, layout.shape[0] - 1), min(column, layout.shape[1] - 1)]
+        if layout.repeat > 1:
+            place[layout.axis] = (row, column)[layout.axis] // layout.repeat
+        owner[row, column] = place[0] * layout.shape[1] + place[1]
+    whole = layout.spread(entries).expand(6, 8)
+    assert torch.equal(whole, entries.flatten()[owner])
+    summed = torch.zeros(entries.numel()).index_add(0, owner.flatten(), values.flatten())
+    torch.testing.assert_close(layout.collected(values), summed.view(layout.shape))
+
+
+def test_head_width_is_the_configurations():
+    from transformers import AutoConfig
+
+    assert head_width(AutoConfig.for_model("llama", hidden_size=32, num_attention_heads=4)) == 8
+    assert head_width(AutoConfig.for_model("gemma2", hidden_size=32, head_dim=16)) == 16
+    assert head_width(AutoConfig.for_model("gpt2", n_embd=32, n_head=2)) == 16
+
+
+def merged(recipe, folder):
+    file = tiny.write_recipe(folder.parent / f"{folder.name}.yml", recipe)
+    result = tiny.invoke("mergekit-yaml", file, folder)
+    assert result.exit_code == 0, result.output
+    return tiny.tensors_of(folder)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_whole_merges(family, family_recipe, tmp_path, granularity):
+    rescale = "none" if granularity == "tensor" else "mean"
+    found = merged(family_recipe(granularity=granularity, mask_rescale=rescale), tmp_path / "out")
+    masks = MaskSet.open(tmp_path / "out")
+    base, math, code = (tiny.tensors_of(family / n) for n in ("base", "math", "code"))
+    entries = 0
+    for name, start in base.items():
+        layout = mask_layout(granularity, name, tuple(start.shape), 8)
+        assert masks.layout(name) == layout
+        assert masks.entries(name).shape == torch.Size(layout.shape)
+        entries += masks.entries(name).numel()
+        mask = masks.probabilities(name)
+        assert tuple(mask.shape) == masks.shape(name)
+        assert torch.equal(mask, layout.spread(masks.entries(name)))
+        factor = mask / mask.mean() if rescale == "mean" else mask
+        change = 0.5 * (math[name] - start) + 0.5 * (code[name] - start)
+        torch.testing.assert_close(found[name], start + change * factor, rtol=1e-5, atol=1e-6)
+    provenance = json.loads((tmp_path / "out/somf/somf.json").read_text())
+    assert provenance["entries"] == entries
+    assert (masks.entries(QUERY) - 0.5).abs().max() > 0.02
+    # The artifact is used again, and every command knows it.
+    again = tiny.invoke("mergekit-yaml", tmp_path / "out.yml", tmp_path / "out")
+    assert "reusing the mask" in again.output
+    inspected = tiny.invoke("mergekit-somf", "inspect", tmp_path / "out")
+    assert inspected.exit_code == 0
+    assert f"{entries:,}" in inspected.output
+    checked = tiny.invoke("mergekit-somf", "check", tmp_path / "out.yml")
+    assert f"mask entries: {entries:,} at most" in " ".join(checked.output.split())
+
+
+def test_a_heads_entry_is_drawn_once_for_the_whole_head(family_recipe, tmp_path):
+    merged(family_recipe(granularity="head"), tmp_path / "out")
+    masks = MaskSet.open(tmp_path / "out")
+    drawn = masks.mask(QUERY, "sampled", seed=3)
+    assert drawn.shape == (32, 1)
+    assert torch.equal(drawn, drawn[::8].repeat_interleave(8, dim=0))
+    assert drawn.unique().numel() == 4
+    binary = masks.mask(OUTPUT, "binary")
+    assert binary.shape == (1, 32)
+    assert torch.equal(binary, (masks.probabilities(OUTPUT) > 0.5).float())
+
+
+def test_granularity_may_differ_between_tensors(family_recipe, tmp_path):
+    granularity = [{"filter": "mlp", "value": "row"}, {"filter": "norm", "value": "weight"}]
+    merged(family_recipe(granularity=[*granularity, {"value": "column"}]), tmp_path / "out")
+    masks = MaskSet.open(tmp_path / "out")
+    assert masks.entries(UP).shape == (64, 1)
+    assert masks.entries(NORM).shape == (32,)
+    assert masks.entries(QUERY).shape == (1, 32)
+
+
+def refused(recipe, folder):
+    file = tiny.write_recipe(folder / "recipe.yml", recipe)
+    result = tiny.invoke("mergekit-yaml", file, folder / "refused")
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    return " ".join(result.output.split("Error: ", 1)[1].split())
+
+
+def test_a_mask_of_one_entry_that_is_divided_by_its_mean_is_refused(family_recipe, tmp_path):
+    message = refused(family_recipe(granularity="tensor"), tmp_path)
+    assert "is always 1; set `mask_rescale: none`" in message
+
+
+def test_granularity_that_a_reused_mask_does_not_have(family_recipe, tmp_path):
+    learned = tiny.write_recipe(tmp_path / "learn.yml", family_recipe(granularity="row"))
+    assert tiny.invoke("mergekit-somf", "learn", learned, tmp_path / "mask").exit_code == 0
+    given = {"safety_dataset": None, "mask": str(tmp_path / "mask")}
+    message = refused(family_recipe(**given, granularity="head"), tmp_path)
+    assert "parameters.granularity: head does not fit the mask" in message
+    assert "(32, 1)" in message
+    assert merged(family_recipe(**given, granularity="row"), tmp_path / "same")
+    assert merged(family_recipe(**given), tmp_path / "unsaid")
