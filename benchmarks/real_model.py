@@ -17,7 +17,7 @@ from .real_data import (
     write_pairs,
 )
 from .real_measures import Measuring, content_key, measured, read_results
-from .real_recipes import LEARNING, merge_with_mergekit, recipes
+from .real_recipes import LEARNING, groups, merge_with_mergekit, recipes
 from .real_table import MODELS, write_results
 from .real_training import (
     ALIGNMENT_SHARES,
@@ -28,8 +28,8 @@ from .real_training import (
 )
 
 PUBLISHED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-ALIGNED = Training(steps=110, learning_rate=3e-4, seed=0)
-SPECIALIST = Training(steps=60, learning_rate=6e-4, seed=1)
+ALIGNED = Training(steps=110, learning_rate=2e-4, seed=0)
+SPECIALIST = Training(steps=80, learning_rate=3e-4, seed=1)
 SPLIT_SEED = 0
 
 published_option = click.option(
@@ -91,12 +91,15 @@ def prepare(options: dict[str, Any], model: str) -> None:
 @click.argument("names", nargs=-1)
 @click.pass_obj
 def merge(options: dict[str, Any], names: tuple[str, ...]) -> None:
-    """Run mergekit-yaml on the recipes (all, or those named)."""
-    known = recipes(options["work"])
-    for unknown in set(names) - set(known):
-        raise click.ClickException(f"no recipe {unknown}; there are {', '.join(known)}")
-    for name in names or known:
-        merge_with_mergekit(name, known[name], options["work"])
+    """Run mergekit-yaml on recipes, or tables of them, by name (without any: the main table)."""
+    known, tables = recipes(options["work"]), groups(options["work"])
+    for unknown in set(names) - set(known) - set(tables):
+        raise click.ClickException(
+            f"no recipe {unknown}; there are {', '.join(known)} and the tables {', '.join(tables)}"
+        )
+    for name in names or ["main"]:
+        for chosen in tables.get(name, [name]):
+            merge_with_mergekit(chosen, known[chosen], options["work"])
 
 
 @main.command()
@@ -141,11 +144,14 @@ def table(options: dict[str, Any], harmful: int) -> None:
 @main.command()
 @published_option
 @harmful_option
+@click.option(
+    "--table", "tables", multiple=True, default=["main"], show_default=True, help="Which tables."
+)
 @click.pass_context
-def run(context: click.Context, model: str, harmful: int) -> None:
+def run(context: click.Context, model: str, harmful: int, tables: tuple[str, ...]) -> None:
     """Do all steps: prepare, merge, evaluate, table."""
     context.invoke(prepare, model=model)
-    context.invoke(merge)
+    context.invoke(merge, names=tables)
     context.invoke(evaluate, harmful=harmful)
     context.invoke(table, harmful=harmful)
 

@@ -1,4 +1,4 @@
-"""The table of results, and the record of how it came about."""
+"""The tables of results, and the record of how it came about."""
 
 import json
 import os
@@ -19,6 +19,47 @@ MODELS = {
     "untrained_sampled": "somf, untrained mask, sampled",
     "somf_soft": "somf, learned mask, soft",
     "somf_binary": "somf, learned mask, binary",
+    "dare": "dare_linear 0.3 + 0.3, density 0.8",
+    "somf_dare": "the same, somf",
+    "ties": "ties 0.4 + 0.4, density 0.2",
+    "somf_ties": "the same, somf",
+    "somf_row": "somf, one entry a row",
+    "somf_column": "somf, one entry a column",
+    "somf_head": "somf, one entry a head, else a row",
+    "somf_tensor": "somf, one entry a tensor, no rescale",
+    "somf_rate_0.03": "somf, learning_rate 0.03",
+    "somf_rate_0.3": "somf, learning_rate 0.3",
+    "somf_reference_merged": "somf, reference merged",
+    "somf_paper": "somf, preset paper",
+}
+# The models of each table, with those that they are compared with.
+TABLES = {
+    "main": list(MODELS)[:9],
+    "fusions": ["aligned", "dare", "somf_dare", "ties", "somf_ties"],
+    "granularities": [
+        "aligned",
+        "task_arithmetic",
+        "somf_soft",
+        "somf_row",
+        "somf_column",
+        "somf_head",
+        "somf_tensor",
+    ],
+    "settings": [
+        "aligned",
+        "task_arithmetic",
+        "somf_soft",
+        "somf_rate_0.03",
+        "somf_rate_0.3",
+        "somf_reference_merged",
+        "somf_paper",
+    ],
+}
+HEADINGS = {
+    "main": "What a safe merge gives",
+    "fusions": "Other fusions, with and without a mask",
+    "granularities": "What one entry of the mask covers",
+    "settings": "How the mask is learned",
 }
 COLUMNS = {
     "refusals": ("refusals", "{:.0%}"),
@@ -59,23 +100,29 @@ def circumstances() -> dict[str, Any]:
 def write_results(
     folder: Path, command: str, settings: dict[str, Any], rows: dict[str, dict[str, float]]
 ) -> str:
-    """Write real_model.json and real_model.md into ``folder`` and return the table."""
+    """Write real_model.json and real_model.md into ``folder`` and return the tables."""
     folder.mkdir(parents=True, exist_ok=True)
     machine = circumstances()
     record = {"command": command, **machine, "settings": settings, "results": rows}
     (folder / "real_model.json").write_text(json.dumps(record, indent=1) + "\n")
-    table = markdown_table(rows)
+    tables = [
+        (HEADINGS[title], {name: rows[name] for name in names if name in rows})
+        for title, names in TABLES.items()
+    ]
+    text_tables = [
+        f"## {heading}\n\n{markdown_table(found).rstrip()}" for heading, found in tables if found
+    ]
     packages = ", ".join(f"{name} {number}" for name, number in machine["packages"].items())
     text = [
         "# Safe merging of real specialists",
         f"`{command}`",
-        table.rstrip(),
+        *text_tables,
         _explanation(settings["measuring"]),
         f"Python {machine['python']}, {packages}; {machine['system']}, {machine['processor']}, "
         f"{machine['cores']} cores. All settings and seeds stand in `real_model.json`.",
     ]
     (folder / "real_model.md").write_text("\n\n".join(text) + "\n")
-    return table
+    return "\n\n".join(text_tables) + "\n"
 
 
 def _explanation(measuring: dict[str, Any]) -> str:

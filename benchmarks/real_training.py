@@ -17,7 +17,7 @@ from .real_data import TRAIN, drawn, examples_of
 
 # Shares of the aligned base's examples. "safe" are the safe answers of the preference pairs, of
 # which one in five refuses; "refusing" are those, for a base that refuses and doesn't only evade.
-ALIGNMENT_SHARES = {"refusing": 0.35, "safe": 0.2, "general": 0.15, "math": 0.15, "code": 0.15}
+ALIGNMENT_SHARES = {"refusing": 0.1, "safe": 0.4, "general": 0.2, "math": 0.15, "code": 0.15}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from benchmarks.real_data import split_by_prompt, write_pairs
 from benchmarks.real_measures import Measuring, content_key, measured
 from benchmarks.real_model import main
 from benchmarks.real_recipes import recipes
-from benchmarks.real_table import markdown_table, write_results
+from benchmarks.real_table import MODELS, TABLES, markdown_table, write_results
 from somf_mergekit.preferences import Pair
 from somf_mergekit.recipe_check import read_recipe, recipe_problems
 
@@ -83,12 +83,14 @@ def test_the_table_and_its_record(tmp_path):
     }
     settings = {"measuring": {"harmful_prompts": 1, "max_new_tokens": 2, "harmless_prompts": 3}}
     settings["measuring"] |= {"pairs": 4, "skill_answers": 5}
-    table = write_results(tmp_path, "command", settings, {"somf_soft": row})
-    assert table == markdown_table({"somf_soft": row})
+    table = write_results(tmp_path, "command", settings, {"somf_soft": row, "ties": row})
+    assert table.startswith("## What a safe merge gives")
+    assert markdown_table({"somf_soft": row}) in table
+    assert markdown_table({"ties": row}) in table
     assert "| somf, learned mask, soft | 50% | 0% | 0.600 | 1.000 | 2.000 |" in table
     assert table in (tmp_path / "real_model.md").read_text()
     record = json.loads((tmp_path / "real_model.json").read_text())
-    assert record["results"] == {"somf_soft": row}
+    assert record["results"] == {"somf_soft": row, "ties": row}
     assert record["packages"]["mergekit"].startswith("0.1")
 
 
@@ -98,3 +100,8 @@ def test_help_says_what_it_needs():
     assert "Needs the package" in result.output
     for step in ("prepare", "merge", "evaluate", "table", "run"):
         assert step in result.output
+
+
+def test_every_recipe_is_named_in_the_tables(tmp_path):
+    assert set(recipes(tmp_path)) <= set(MODELS)
+    assert {name for names in TABLES.values() for name in names} == set(MODELS)
