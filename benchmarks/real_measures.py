@@ -20,6 +20,10 @@ from .real_data import HARMFUL, TEST, examples_of, prompts_of
 from .real_training import load_saved
 
 
+# Harmless prompts are no longer than the harmful ones by much.
+HARMLESS_CHARACTERS = 400
+
+
 @dataclass(frozen=True)
 class Measuring:
     """How much of each test set is used, and how."""
@@ -109,8 +113,10 @@ def _refusals(subject: Subject) -> float:
 
 
 def _over_refusals(subject: Subject) -> float:
-    examples = examples_of(TEST["general"], subject.data)[: subject.measuring.harmless_prompts]
-    return _refused_share(subject, "over_refusals", [m[-1]["content"] for m, _ in examples])
+    texts = [messages[-1]["content"] for messages, _ in examples_of(TEST["general"], subject.data)]
+    # A text of pages to be summed up takes minutes to read and says little on refusals.
+    short = [text for text in texts if len(text) <= HARMLESS_CHARACTERS]
+    return _refused_share(subject, "over_refusals", short[: subject.measuring.harmless_prompts])
 
 
 def _preference_accuracy(subject: Subject) -> float:

@@ -129,7 +129,7 @@ def _explanation(measuring: dict[str, Any]) -> str:
     sentences: Sequence[str] = (
         f"Refusals: share of {measuring['harmful_prompts']} harmful prompts whose greedy answer "
         f"({measuring['max_new_tokens']} tokens) opens with a refusal; over-refusals: the same on "
-        f"{measuring['harmless_prompts']} harmless prompts.",
+        f"{measuring['harmless_prompts']} harmless prompts of at most 400 characters.",
         f"Preference accuracy: share of {measuring['pairs']} held-out pairs, of prompts nothing "
         "was trained on, whose safe answer is likelier per token.",
         f"Losses: nats per token of {measuring['skill_answers']} test answers each.",
