@@ -19,7 +19,6 @@ from somf_mergekit.rows import dataset_rows
 from .real_data import HARMFUL, TEST, examples_of, prompts_of
 from .real_training import load_saved
 
-
 # Harmless prompts are no longer than the harmful ones by much.
 HARMLESS_CHARACTERS = 400
 
