@@ -34,6 +34,7 @@ def finetune(
     import torch
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
+    use_cache = model.config.use_cache
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     with tempfile.TemporaryDirectory() as scratch:
@@ -65,6 +66,8 @@ def finetune(
 
             trainer.remove_callback(PrinterCallback)
         trainer.train()
+    # The trainer switches it off for good, and who loads the model would generate slowly.
+    model.config.use_cache = use_cache
     model.eval()
     return model
 

@@ -95,11 +95,12 @@ def forecast(planned: PlannedMerge, data: SafetyData) -> Forecast:
     """Return what learning the mask of a recipe would take."""
     settings = planned.settings
     width = head_width(planned.out_config)
-    weights = entries = 0
+    weights = kept = entries = 0
     masks = planned_masks(planned)
     for name, planned_mask in masks.items():
         layout = mask_layout(planned_mask.granularity, name, planned_mask.shape, width)
         weights += math.prod(planned_mask.shape)
+        kept += math.prod(planned_mask.shape) * planned_mask.kept_tensors
         entries += math.prod(layout.shape)
     return Forecast(
         tensors=len(masks),
@@ -107,9 +108,9 @@ def forecast(planned: PlannedMerge, data: SafetyData) -> Forecast:
         pairs=len(data.pairs),
         steps=step_count(settings, len(data.pairs)),
         micro_batch=micro_batch(planned),
-        # Merged weight, task vector, weight gradient and the base, at most float32; logits, their
+        # Merged weight, its gradient, the base and the task vectors, at most float32; logits, their
         # gradient and Adam's two moments.
-        memory=4 * (4 * weights + 4 * entries),
+        memory=4 * (3 * weights + kept + 4 * entries),
     )
 
 

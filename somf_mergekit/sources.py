@@ -21,6 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .errors import RecipeError
+from .fusions import is_linear
 from .method import not_finite
 from .recipe import Settings, may_get_mask, recipe_settings
 from .weights import MergedWeight, merged_weight
@@ -199,11 +200,13 @@ class PlannedMask:
         kept_as: the name under which its mask is kept.
         shape: of the base's tensor; mergekit may still lengthen the vocabulary axis.
         granularity: of a mask that would be learned.
+        kept_tensors: how many tensors of this shape learning keeps for the task vectors.
     """
 
     kept_as: str
     shape: tuple[int, ...]
     granularity: str
+    kept_tensors: int
 
 
 def planned_masks(planned: PlannedMerge) -> dict[str, PlannedMask]:
@@ -214,8 +217,12 @@ def planned_masks(planned: PlannedMerge) -> dict[str, PlannedMask]:
             source = _gather_task(task).weight_info[task.base_model]
             shape = _stored_tensor(task.base_model, source, planned.options)
             if isinstance(shape, tuple):
-                granularity = str(task.parameters["granularity"])
-                found[weight.name] = PlannedMask(str(source.name), shape, granularity)
+                found[weight.name] = PlannedMask(
+                    kept_as=str(source.name),
+                    shape=shape,
+                    granularity=str(task.parameters["granularity"]),
+                    kept_tensors=1 if is_linear(task_parameters(task)) else len(task.model_order),
+                )
     return found
 
 

@@ -37,6 +37,8 @@ def greedy_answers(
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 num_beams=1,
+                # Training leaves a configuration that switches it off, which mergekit hands on.
+                use_cache=True,
                 pad_token_id=pad,
             )
         texts = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
