@@ -6,8 +6,9 @@ from typing import Any
 from mergekit.config import ConditionalParameter, MergeConfiguration
 from mergekit.merge_methods.base import ParameterScope
 
-from .fusions import fusing_problem, known_fusions
-from .recipe_check import parameter_blocks
+from .fusion_check import fusing_problem
+from .fusions import known_fusions
+from .recipe_blocks import parameter_blocks
 from .sources import PlannedMerge, source_names, task_parameters
 
 

@@ -1,0 +1,101 @@
+"""Whether a fusion takes these models and parameters, tried on small tensors before any is loaded."""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from mergekit.merge_methods.base import (
+    BasePolicy,
+    ParameterScope,
+    TensorEntry,
+    TensorGroup,
+    TensorMetadata,
+)
+
+from .errors import RecipeError
+from .fusions import fused, known_fusions, masked_group
+from .recipe import parameters
+
+# The value of a parameter without a default where only the kind of a fusion is asked for.
+_TRIAL = 0.4
+
+
+def count_problem(fusion: str, fine_tuned: int) -> str | None:
+    """Return a sentence where the fusion does not take so many fine-tuned models."""
+    contract = known_fusions()[fusion].spec.contract
+    with_base = contract.base not in (BasePolicy.IGNORED, BasePolicy.FORBIDDEN)
+    ids = [*range(fine_tuned), *(["base"] if with_base else [])]
+    try:
+        contract.validate_ids(ids, "base" if with_base else None)
+    except ValueError as error:
+        counted = "the base among them" if with_base else "the base not counted"
+        return f"{fusion} can't fuse {fine_tuned} fine-tuned models: {error} ({counted})"
+    return None
+
+
+def name_problem(fusion: str) -> str | None:
+    """Return a sentence where the fusion has a parameter named as one of ours."""
+    ours = {parameter.name for parameter in parameters()}
+    shared = [p.name for p in known_fusions()[fusion].spec.parameters if p.name in ours]
+    if not shared:
+        return None
+    return f"{fusion} has parameters that somf has too ({', '.join(shared)}): it can't be used here"
+
+
+def fusing_problem(values: Mapping[str, Any], models: Sequence[Any], learning: bool) -> str | None:
+    """Return a sentence where the fusion refuses these parameters, or can't be learned through.
+
+    It is tried on small random tensors: nothing is loaded.
+
+    Args:
+        values: parameters as for ``fused``.
+        models: ids of the fine-tuned models.
+        learning: whether a mask is to be learned through the fusion.
+    """
+    try:
+        differentiable = _is_differentiable(values, models)
+    except RecipeError as error:
+        return error.message.removeprefix("(trial): ")
+    if differentiable or not learning:
+        return None
+    return (
+        f"the fusion {values['fusion']} can't be differentiated, so no mask can be learned through "
+        f"it. Learn with one of {', '.join(_differentiable(len(models)))}; a learned mask can be "
+        "fused with any by the parameter `mask`"
+    )
+
+
+def _is_differentiable(values: Mapping[str, Any], models: Sequence[Any]) -> bool:
+    draw = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(6, 8, generator=draw) for _ in range(len(models) + 1)]
+    entries = [TensorEntry("base", tensors[0], True)]
+    entries += [TensorEntry(m, t) for m, t in zip(models, tensors[1:], strict=True)]
+    group = TensorGroup(tuple(entries), TensorMetadata(name="(trial)"))
+    factor = (0.5 + torch.rand(6, 8, generator=draw)).requires_grad_()
+    with torch.enable_grad():
+        result = fused(masked_group(group, factor), values)
+        if not result.requires_grad:
+            return False
+        try:
+            (gradient,) = torch.autograd.grad(result.square().sum(), factor, allow_unused=True)
+        except RuntimeError:
+            return False
+    return gradient is not None and bool(torch.isfinite(gradient).all())
+
+
+def _differentiable(models: int) -> list[str]:
+    """Return the fusions that a mask for so many models can be learned through."""
+    found = []
+    for name, method in known_fusions().items():
+        values: dict[str, Any] = {"fusion": name, "seed": 0}
+        for spec in method.spec.parameters:
+            if spec.required:
+                shared = spec.scope is ParameterScope.SHARED
+                values[spec.name] = _TRIAL if shared else dict.fromkeys(range(models), _TRIAL)
+        if count_problem(name, models) or name_problem(name):
+            continue
+        with contextlib.suppress(RecipeError):
+            if _is_differentiable(values, range(models)):
+                found.append(name)
+    return found
