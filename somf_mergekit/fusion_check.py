@@ -1,4 +1,4 @@
-"""Whether a fusion takes these models and parameters, tried on small tensors before any is loaded."""
+"""Whether a fusion takes these models and parameters, tried on small tensors, none loaded."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
