@@ -246,3 +246,10 @@ def test_an_example_opens_with_what_it_needs_and_is_short(example):
     head = head_of(example)
     assert all(line.startswith("#") for line in head.splitlines())
     assert "\n# Needs: " in head
+
+
+def test_readme_names_every_example():
+    text = (ROOT / "README.md").read_text()
+    assert EXAMPLES
+    for example in EXAMPLES:
+        assert f"({example.relative_to(ROOT)})" in text

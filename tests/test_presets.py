@@ -1,12 +1,17 @@
 """The published hyper-parameters: what `preset: paper` sets, and what it leaves to the recipe."""
 
+import re
+from pathlib import Path
+
 import pytest
 import tiny
 from mergekit.options import MergeOptions
 
+from somf_mergekit import recipe
 from somf_mergekit.planner import planned_merge
 from somf_mergekit.recipe_check import read_recipe
 
+README = Path(__file__).parent.parent / "README.md"
 PAPER = {
     "temperature": 0.5,
     "init_logit": 0.0,
@@ -77,3 +82,12 @@ def test_an_unknown_preset_is_refused(family_recipe, tmp_path, preset):
     assert isinstance(result.exception, SystemExit), repr(result.exception)
     assert "parameters.preset: " in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_readme_shows_the_preset_as_it_is():
+    section = README.read_text().split("## The published hyper-parameters", 1)[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (\S+) \| (\S+) \|$", section, re.M)
+    defaults = {parameter.name: parameter.default_text for parameter in recipe.parameters()}
+    assert rows == [
+        (name, str(value), defaults[name]) for name, value in recipe.PRESETS["paper"].items()
+    ]
