@@ -3,7 +3,7 @@
 import json
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,15 +104,22 @@ def split_by_prompt(
 
 def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
     """Write single-turn pairs as JSON lines of prompt, chosen and rejected."""
+    rows = (
+        {"prompt": p.messages[-1]["content"], "chosen": p.chosen, "rejected": p.rejected}
+        for p in pairs
+    )
+    _write_rows(path, rows)
+
+
+def write_examples(path: Path, examples: Sequence[Example]) -> None:
+    """Write prompts with answers as JSON lines of prompt and response."""
+    _write_rows(path, ({"prompt": m[-1]["content"], "response": a} for m, a in examples))
+
+
+def _write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
     partial = path.with_suffix(".partial")
     with partial.open("w", encoding="utf-8") as file:
-        for pair in pairs:
-            row = {
-                "prompt": pair.messages[-1]["content"],
-                "chosen": pair.chosen,
-                "rejected": pair.rejected,
-            }
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     os.replace(partial, path)
 
 

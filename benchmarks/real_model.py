@@ -14,6 +14,7 @@ from .real_data import (
     examples_of,
     pairs_of,
     split_by_prompt,
+    write_examples,
     write_pairs,
 )
 from .real_measures import Measuring, content_key, measured, read_results
@@ -31,6 +32,7 @@ PUBLISHED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ALIGNED = Training(steps=110, learning_rate=2e-4, seed=0)
 SPECIALIST = Training(steps=80, learning_rate=3e-4, seed=1)
 SPLIT_SEED = 0
+UTILITY_EXAMPLES = 480
 
 published_option = click.option(
     "--model", default=PUBLISHED_MODEL, show_default=True, help="Hub id or folder to start from."
@@ -78,6 +80,8 @@ def prepare(options: dict[str, Any], model: str) -> None:
     pairs, held_out = split_by_prompt(pairs_of(data), HELD_OUT_PAIRS, SPLIT_SEED)
     write_pairs(work / "safety_pairs.jsonl", pairs)
     write_pairs(work / "held_out_pairs.jsonl", held_out)
+    harmless = drawn(examples_of(TRAIN["general"], data), UTILITY_EXAMPLES, SPLIT_SEED)
+    write_examples(work / "harmless.jsonl", harmless)
     make_published(work / "published", model)
     examples = alignment_examples(pairs, data, ALIGNED.examples, ALIGNED.seed)
     note = ", ".join(f"{share:.0%} {name}" for name, share in ALIGNMENT_SHARES.items())

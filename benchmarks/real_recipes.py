@@ -57,6 +57,7 @@ def groups(work: Path) -> dict[str, dict[str, Recipe]]:
             "somf_tensor": learning(granularity="tensor", mask_rescale="none", init_logit=3.0),
         },
         "settings": {
+            "somf_utility": learning(utility_dataset=str(work / "harmless.jsonl")),
             "somf_rate_0.03": learning(learning_rate=0.03),
             "somf_rate_0.3": learning(learning_rate=0.3),
             "somf_reference_merged": learning(reference="merged"),

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
+import yaml
+
 from .inputs import SafetyData
 from .learner.tensors import MaskedTensor
 from .masks import MaskSet
@@ -14,11 +16,12 @@ from .sources import PlannedMerge, content_fingerprint
 
 # Settings that choose how a learned mask is used, not which mask is learned.
 _USE_ONLY = ("mask", "mask_kind", MASK_TENSOR)
-# Settings that only say where the data is: what decides a mask is what is read there.
-_DATA = tuple(
-    f"{kind}_{what}"
-    for kind in ("safety", "utility")
-    for what in ("dataset", "split", "config", "samples")
+# Settings that only say where the data is, or stand for others: what decides a mask is what is read
+# there, and what they set.
+_STAND_INS = (
+    "preset",
+    *(f"safety_{what}" for what in ("dataset", "split", "config", "samples")),
+    *(f"utility_{what}" for what in ("dataset", "split", "config", "samples")),
 )
 _CURVE_STEPS = 10
 _CURVES = ("loss", "accuracy", "margin", "utility")
@@ -39,7 +42,7 @@ def learning_fingerprint(planned: PlannedMerge, data: SafetyData) -> dict[str, A
         "models": [content_fingerprint(model) for model in planned.models],
         "data": _digest([[p.prompt, p.chosen, p.rejected] for p in data.pairs]),
         "utility data": _digest([[e.prompt, e.answer] for e in data.utility]),
-        "settings": {k: v for k, v in settings.items() if k not in _DATA},
+        "settings": {k: v for k, v in settings.items() if k not in _STAND_INS},
         "parameters of the tensors": _digest(resolved),
         "dtype": planned.config.dtype or "as stored",
         "versions": _versions(),
@@ -72,7 +75,7 @@ def provenance(
             "examples": len(data.utility),
             "fingerprint": fingerprint["utility data"],
         },
-        "settings": settings.model_dump(),
+        "settings": _told_settings(planned),
         "seed": settings.seed,
         "steps": len(history),
         "tensors": len(tensors),
@@ -93,11 +96,19 @@ def provenance_of_use(planned: PlannedMerge, masks: MaskSet) -> dict[str, Any]:
         "recipe": planned.recipe,
         "base_model": str(planned.base_model),
         "models": [str(model) for model in planned.models],
-        "settings": settings.model_dump(),
+        "settings": _told_settings(planned),
         "mask": settings.mask,
         "origin": masks.provenance,
         "versions": _versions(),
     }
+
+
+def _told_settings(planned: PlannedMerge) -> dict[str, Any]:
+    """Return all settings; those that differ between tensors as the recipe says them."""
+    told = planned.settings.model_dump()
+    content = yaml.safe_load(planned.config.to_yaml())["parameters"]
+    varied = {k: v for k, v in content.items() if k in told and isinstance(v, (dict, list))}
+    return told | varied
 
 
 def _curve_mean(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -242,7 +242,11 @@ def apply_preset(config: Any) -> None:
     """Write a preset's values into a checked recipe, in place, where it does not set its own."""
     given = config.parameters or {}
     for name, value in PRESETS.get(given.get("preset", ""), {}).items():
-        given.setdefault(name, value)
+        own = given.setdefault(name, value)
+        items = own if isinstance(own, list) else [own]
+        if items and hasattr(items[-1], "filter"):
+            # A tensor that matches no filter is not set by the recipe: it gets the preset's value.
+            given[name] = [*items, type(items[-1])(value=value)]
 
 
 def may_get_mask(name: str, include: str, exclude: str) -> bool:

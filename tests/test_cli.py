@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-import yaml
 
 from somf_mergekit import MaskSet, recipe
 from somf_mergekit.masks import write_masks
@@ -151,42 +150,3 @@ def test_inspect_prints_tables_and_writes_a_png(masks, tmp_path):
 
 def test_readme_shows_the_parameters_as_they_are():
     assert recipe.parameter_table() in (ROOT / "README.md").read_text()
-
-
-EXAMPLES = sorted((ROOT / "examples/yaml").glob("*.yml"))
-
-
-def test_there_are_examples():
-    assert EXAMPLES
-
-
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_every_example_runs_with_tiny_models_in_place_of_the_names(example, family, tmp_path):
-    text = example.read_text()
-    head = text.split("\n\n", 1)[0]
-    assert head.startswith("#"), "an example opens with what it does"
-    assert f"mergekit-yaml examples/yaml/{example.name}" in head
-    content = yaml.safe_load(text)
-    content["base_model"] = str(family / "base")
-    for model, name in zip(content["models"], ("math", "code"), strict=False):
-        model["model"] = str(family / name)
-    parameters = content["parameters"]
-    if "mask" in parameters:
-        first = tiny.recipe(
-            family / "base",
-            [family / "math"],
-            safety_dataset=str(family / "pairs.jsonl"),
-            max_steps=1,
-            batch_size=4,
-            max_length=48,
-        )
-        file = tiny.write_recipe(tmp_path / "first.yml", first)
-        assert tiny.invoke("mergekit-somf", "learn", file, tmp_path / "mask").exit_code == 0
-        parameters["mask"] = str(tmp_path / "mask")
-    else:
-        parameters["safety_dataset"] = str(family / "pairs.jsonl")
-        parameters.update(max_steps=min(2, parameters.get("max_steps", 2)), max_length=48)
-    file = tiny.write_recipe(tmp_path / "recipe.yml", content)
-    result = tiny.invoke("mergekit-yaml", file, tmp_path / "out")
-    assert result.exit_code == 0, result.output
-    assert (tmp_path / "out/model.safetensors").exists()

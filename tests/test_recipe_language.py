@@ -58,6 +58,8 @@ def test_filters_and_gradients_are_resolved_per_tensor_while_learning_too(
     }
     found = merged(recipe, tmp_path / "out")
     masks = MaskSet.open(tmp_path / "out")
+    told = masks.provenance["settings"]["init_logit"]
+    assert told == [{"filter": "v_proj", "value": 2.0}, {"value": 0.0}]
     for layer, math_weight in ((0, 0.2), (1, 0.8)):
         name = QUERY.format(layer)
         close(found[name], masked_sum(family, masks, name, {"math": math_weight, "code": 0.0}))

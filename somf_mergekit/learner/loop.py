@@ -23,7 +23,7 @@ class StepReport:
         accuracy: share of pairs with a positive margin; None where the objective has no margin.
         margin: mean reward margin; None likewise.
         utility: mean divergence from the unmasked merge; None without a utility term.
-        learning_rate: of the recipe as a whole at this step.
+        rate_share: of the learning rate at its peak, from 0 to 1.
         seconds: that it took.
     """
 
@@ -33,7 +33,7 @@ class StepReport:
     accuracy: float | None
     margin: float | None
     utility: float | None
-    learning_rate: float
+    rate_share: float
     seconds: float
 
 
@@ -111,7 +111,7 @@ def learn_logits(
                 accuracy=sum(m > 0 for m in margins) / len(margins) if margins else None,
                 margin=sum(margins) / len(margins) if margins else None,
                 utility=utility,
-                learning_rate=share * settings.learning_rate,
+                rate_share=share,
                 seconds=time.perf_counter() - start,
             )
         )

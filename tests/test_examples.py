@@ -1,0 +1,255 @@
+"""Every example runs as it is written, with tiny models under the names that it gives."""
+
+import hashlib
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+from mergekit.merge_methods import merge_tensors
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from somf_mergekit import MaskSet, recipe
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted((ROOT / "examples/yaml").glob("*.yml"))
+BASE = "org/aligned-chat-model"
+# The mask that an example takes over is made by this one.
+SOURCE = ROOT / "examples/yaml/two-specialists.yml"
+
+
+def labelled_rows():
+    """Preference pairs with PKU-SafeRLHF's columns."""
+    return [
+        {
+            "prompt": row["prompt"],
+            "response_0": row["rejected"],
+            "response_1": row["chosen"],
+            "is_response_0_safe": False,
+            "is_response_1_safe": True,
+        }
+        for row in tiny.preference_rows()
+    ]
+
+
+def save_adapter(base, seed, folder):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory, family):
+    """A folder with everything that the examples name, where they expect it.
+
+    Whoever looks for a hub's id finds a folder of that name first.
+    """
+    root = tmp_path_factory.mktemp("hub")
+    (root / "org").mkdir()
+    for name, kept in (("aligned-chat-model", "base"), ("math-specialist", "math")):
+        (root / "org" / name).symlink_to(family / kept)
+    (root / "org/code-specialist").symlink_to(family / "code")
+    tokenizer = tiny.tiny_tokenizer()
+    base = tiny.tiny_llama(0, len(tokenizer))
+    tiny.save_model(tiny.perturbed(base, 3), tokenizer, root / "org/law-specialist")
+    for seed, name in enumerate(("math-adapter", "code-adapter")):
+        save_adapter(family / "base", seed, root / "org" / name)
+    (root / "safety_pairs.jsonl").symlink_to(family / "pairs.jsonl")
+    instructions = [{"instruction": "make a cake", "input": "", "output": "mix flour with sugar"}]
+    for name, rows in (
+        ("PKU-Alignment/PKU-SafeRLHF", labelled_rows()),
+        ("PKU-Alignment/PKU-SafeRLHF-10K", labelled_rows()),
+        ("tatsu-lab/alpaca", instructions * 8),
+    ):
+        (root / name).mkdir(parents=True)
+        tiny.write_jsonl(root / name / "train.jsonl", rows)
+    return root
+
+
+@pytest.fixture
+def workplace(hub, tmp_path, monkeypatch):
+    """The current folder, from which an example's command is run."""
+    for part in hub.iterdir():
+        (tmp_path / part.name).symlink_to(part)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def head_of(example):
+    return example.read_text().split("\n\n", 1)[0]
+
+
+def run_as_told(example):
+    """Run the command that the example opens with; return the folder that it writes."""
+    (line,) = [part for part in head_of(example).splitlines() if part.startswith("#   ")]
+    program, file, out, *options = shlex.split(line.removeprefix("#"))
+    assert ROOT / file == example
+    # The card would ask the hub about the models: their names look like the hub's.
+    result = tiny.invoke(program, example, out, *options, "--no-write-model-card", "--quiet")
+    assert result.exit_code == 0, result.output
+    return Path(out)
+
+
+def overwrite_mask(folder):
+    """Put random probabilities in a learned mask's place: few steps leave it near its start."""
+    file = folder / "masks.safetensors"
+    with safe_open(file, framework="pt") as handle:
+        header = handle.metadata()
+    draw = torch.Generator().manual_seed(0)
+    codes = {
+        name: torch.randint(0, 256, mask.shape, generator=draw).to(torch.uint8)
+        for name, mask in load_file(file).items()
+    }
+    save_file(codes, file, metadata=header)
+    return MaskSet.open(folder)
+
+
+def model_tensors(name):
+    """The tensors of a model, or of base+adapter."""
+    base, _, adapter = name.partition("+")
+    if not adapter:
+        return tiny.tensors_of(base)
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    return model.merge_and_unload().state_dict()
+
+
+def expected_tensors(content, masks):
+    """The recipe's fusion of base + delta * m / mean(m), by mergekit, tensor by tensor."""
+    dtype = getattr(torch, content["dtype"])
+    ours = content["parameters"]
+    fusion = ours.get("fusion", "task_arithmetic")
+    names = [model["model"] for model in content["models"]]
+    own = {parameter.name for parameter in recipe.parameters()}
+    parameters = {key: value for key, value in ours.items() if key not in own}
+    weights = [model.get("parameters", {}).get("weight") for model in content["models"]]
+    if None not in weights:
+        parameters["weight"] = dict(zip(names, weights, strict=True))
+    base, *models = (
+        {key: tensor.to(dtype).float() for key, tensor in model_tensors(name).items()}
+        for name in (content["base_model"], *names)
+    )
+    merged = {}
+    for name, start in base.items():
+        factor = torch.ones(1)
+        if name in masks:
+            mask = masks.probabilities(name)
+            if ours.get("mask_kind") == "binary":
+                mask = (mask > 0.5).float()
+            factor = mask * (1 / mask.mean().item())
+        tensors = [start + (model[name] - start) * factor for model in models]
+        with_base = fusion != "linear"
+        seed = f"fusion/{ours.get('seed', 0)}/{name}".encode()
+        with torch.random.fork_rng():
+            digest = hashlib.blake2b(seed, digest_size=8).digest()
+            torch.manual_seed(int.from_bytes(digest, "little", signed=True))
+            result = merge_tensors(
+                [start, *tensors] if with_base else tensors,
+                fusion,
+                parameters=parameters,
+                ids=["base", *names] if with_base else names,
+                base_index=0 if with_base else None,
+                name=name,
+            )
+        merged[name] = result.to(getattr(torch, content.get("out_dtype", content["dtype"])))
+    return merged
+
+
+def assert_equal_but_for_rounding(found, expected):
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        # One step of bfloat16.
+        torch.testing.assert_close(found[name], tensor, rtol=1 / 128, atol=1e-6)
+
+
+def resolved(parameters):
+    """Every setting of a recipe: its own, else its preset's, else the default."""
+    values = {parameter.name: parameter.default for parameter in recipe.parameters()}
+    values |= recipe.PRESETS.get(parameters.get("preset"), {})
+    values |= {key: value for key, value in parameters.items() if key in values}
+    return {
+        key: ",".join(value) if isinstance(value, list) else value for key, value in values.items()
+    }
+
+
+def has_masks_of_heads_and_rows(artifact):
+    masks = MaskSet.open(artifact)
+    shapes = {name: tuple(masks.entries(name).shape) for name in masks.names()}
+    layer = "model.layers.0."
+    assert shapes[layer + "self_attn.q_proj.weight"] == (4, 1)
+    assert shapes[layer + "self_attn.k_proj.weight"] == (2, 1)
+    assert shapes[layer + "self_attn.o_proj.weight"] == (1, 4)
+    assert shapes[layer + "mlp.up_proj.weight"] == (64, 1)
+    assert not {"lm_head.weight", "model.embed_tokens.weight"} & set(shapes)
+
+
+def has_a_utility_curve(artifact):
+    assert MaskSet.open(artifact).provenance["utility_dataset"]["examples"] == 8
+    rows = (artifact / "training.jsonl").read_text().splitlines()
+    assert all(json.loads(row)["utility"] >= 0 for row in rows)
+
+
+def has_masks_where_adapters_are(artifact):
+    names = MaskSet.open(artifact).names()
+    assert len(names) == 4
+    assert all("q_proj" in name or "up_proj" in name for name in names)
+
+
+def is_of_other_models(artifact):
+    assert "org/law-specialist" not in MaskSet.open(artifact).provenance["models"]
+
+
+FURTHER = {
+    "coarse-mask": has_masks_of_heads_and_rows,
+    "keep-the-skills": has_a_utility_curve,
+    "lora-adapters": has_masks_where_adapters_are,
+    "reuse-a-mask": is_of_other_models,
+}
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_writes_its_fusion_of_the_masked_models(example, workplace):
+    content = yaml.safe_load(example.read_text())
+    parameters = content["parameters"]
+    if "mask" in parameters:
+        run_as_told(SOURCE)
+        artifact = workplace / parameters["mask"]
+    else:
+        artifact = run_as_told(example) / "somf"
+        told = json.loads((artifact / "somf.json").read_text())
+        assert told["settings"] == resolved(parameters)
+        assert yaml.safe_load(told["recipe"]) == content
+        assert told["steps"] > 1
+    FURTHER.get(example.stem, lambda _: None)(artifact)
+    # What is used is what is in the file, and a random mask is far from doing nothing.
+    masks = overwrite_mask(artifact)
+    out = run_as_told(example)
+    assert_equal_but_for_rounding(tiny.tensors_of(out), expected_tensors(content, masks))
+    assert (out / "somf").exists() == ("mask" not in parameters)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_opens_with_what_it_needs_and_is_short(example):
+    lines = example.read_text().splitlines()
+    assert len(lines) <= 30
+    assert max(map(len, lines)) <= 100
+    head = head_of(example)
+    assert all(line.startswith("#") for line in head.splitlines())
+    assert "\n# Needs: " in head
+
+
+def test_readme_names_every_example():
+    text = (ROOT / "README.md").read_text()
+    assert EXAMPLES
+    for example in EXAMPLES:
+        assert f"({example.relative_to(ROOT)})" in text
