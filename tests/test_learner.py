@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from somf_mergekit import masking
-from somf_mergekit.granularity import mask_layout
+from somf_mergekit.granularity import Storage, mask_layout
 from somf_mergekit.learner import loop, passes
 from somf_mergekit.learner.logprobs import answer_log_probs, output_head, token_batch
 from somf_mergekit.learner.tensors import MaskedTensor
@@ -45,7 +45,7 @@ def make_problem(micro_batch=4, **parameters):
                 weight=weight,
                 base=start.clone(),
                 merged=LinearWeight(start.clone(), fused),
-                layout=mask_layout(settings.granularity, name, tuple(weight.shape), 8),
+                layout=mask_layout(settings.granularity, name, tuple(weight.shape), Storage(8)),
                 temperature=settings.temperature,
                 rescale=settings.mask_rescale,
                 seed=settings.seed,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import RecipeError
-from ..granularity import head_width, mask_layout
+from ..granularity import mask_layout, weight_storage
 from ..recipe import Settings
 from ..sources import LoadedTensor
 from .tensors import FixedTensor, MaskedTensor
@@ -86,7 +86,7 @@ def learning_model(
             base=base,
             merged=weight,
             layout=mask_layout(
-                values["granularity"], tensor.name, tuple(base.shape), head_width(config)
+                values["granularity"], tensor.name, tuple(base.shape), weight_storage(config)
             ),
             temperature=values["temperature"],
             rescale=values["mask_rescale"],
