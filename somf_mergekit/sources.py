@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .errors import RecipeError
-from .method import not_finite
+from .method import is_shared_buffer, not_finite
 from .recipe import Settings, may_get_mask, recipe_settings
 from .weights import MergedWeight, merged_weight
 
@@ -76,7 +76,7 @@ class LoadedTensor:
         name: in the merged checkpoint.
         base: the base model's tensor, in the recipe's dtype.
         weight: the merged weight as a function of the mask; None for what is no number to learn
-            on (buffers of integers).
+            on (buffers of integers, or of infinity in every model).
         changed: whether any model differs from the base.
         parameters: the somf method's parameters as mergekit resolved them for this tensor.
         vocabulary_axis: the axis of tokens, if there is one.
@@ -109,15 +109,18 @@ def loaded_tensors(planned: PlannedMerge) -> Iterator[LoadedTensor]:
             continue
         group = TensorGroup(entries, TensorMetadata.from_weight_info(weight))
         group.validate_tensors()
+        shared = is_shared_buffer(group)
         broken = not_finite(group)
-        if broken:
+        if broken and not shared:
             raise RecipeError(broken)
         base = group.base.tensor
         parameters = task_parameters(task)
         yield LoadedTensor(
             name=weight.name,
             base=base,
-            weight=merged_weight(group, parameters) if base.is_floating_point() else None,
+            weight=None
+            if shared or not base.is_floating_point()
+            else merged_weight(group, parameters),
             changed=any(not torch.equal(entry.tensor, base) for entry in group.non_base),
             parameters=parameters,
             vocabulary_axis=weight.vocabulary_axis,
