@@ -169,6 +169,7 @@ def learning_problem(planned: PlannedMerge) -> str | None:
 def checkpoint_problems(planned: PlannedMerge) -> list[str]:
     """Return what does not fit between the models, told from file headers alone."""
     problems = []
+    missing: dict[ModelReference, list[str]] = {}
     for weight, task in planned.tensors:
         gathered = _gather_task(task)
         aligned = gathered is not task.gather_tensors
@@ -176,7 +177,7 @@ def checkpoint_problems(planned: PlannedMerge) -> list[str]:
         for model, source in gathered.weight_info.items():
             found = _stored_tensor(model, source, planned.options)
             if found == "missing" and not source.optional:
-                problems.append(f"{source.name}: not in the checkpoint of {model}")
+                missing.setdefault(model, []).append(str(source.name))
             elif isinstance(found, tuple):
                 shapes[model] = found
         base = shapes.get(task.base_model)
@@ -191,6 +192,12 @@ def checkpoint_problems(planned: PlannedMerge) -> list[str]:
                     f"{weight.name}: shape {_shape_text(shape)} in {model}, {_shape_text(base)} in "
                     f"the base {task.base_model}{hint}"
                 )
+    problems += [
+        f"{model}: its checkpoint has no {', '.join(names[:3])}"
+        f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}, which mergekit's definition "
+        "of the architecture asks for"
+        for model, names in missing.items()
+    ]
     return problems
 
 
