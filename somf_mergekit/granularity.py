@@ -7,16 +7,20 @@ from typing import Any
 from torch import Tensor
 
 GRANULARITIES = ("weight", "row", "column", "head", "tensor")
-# How attention tensors keep their heads: which axis, and how many head widths in a row belong to
-# one head. Linear layers are (out, in); GPT-2's are (in, out).
+# Where attention tensors keep their heads: along outputs or inputs, and how many head widths in a
+# row belong to one head. GPT-NeoX keeps a head's query, key and value together; other tensors that
+# hold all three keep them apart or in groups, so that each gets an entry of its own.
 _HEADS = (
-    (r"attention\.query_key_value\.(weight|bias)$", 0, 3),
-    (r"attn\.c_attn\.weight$", 1, 1),
-    (r"attn\.c_attn\.bias$", 0, 1),
-    (r"attn\.c_proj\.weight$", 0, 1),
-    (r"\.(q|k|v|qkv|query|key|value)_proj\.(weight|bias)$", 0, 1),
-    (r"(self_attn\.(o_proj|out_proj|dense)|attention\.dense)\.weight$", 1, 1),
+    (r"(^|\.)attention\.query_key_value\.(weight|bias)$", "outputs", 3),
+    (r"self_attention\.query_key_value\.(weight|bias)$", "outputs", 1),
+    (r"attn\.c_attn\.(weight|bias)$", "outputs", 1),
+    (r"\.(q|k|v|qkv|query|key|value)_proj\.(weight|bias)$", "outputs", 1),
+    (r"attn\.c_proj\.weight$", "inputs", 1),
+    (r"(self_attn\.(o_proj|out_proj|dense)|attention\.dense)\.weight$", "inputs", 1),
 )
+# Layers are (out, in), but for these of GPT-2 and its descendants.
+_INPUTS_FIRST = re.compile(r"\.(c_attn|c_proj|c_fc2?)\.weight$")
+_INPUTS_FIRST_MODELS = ("gpt2", "jais")
 
 
 @dataclass(frozen=True)
@@ -50,40 +54,73 @@ class Layout:
         return summed.unflatten(self.axis, (-1, self.repeat)).sum(self.axis + 1)
 
 
-def mask_layout(granularity: str, name: str, shape: tuple[int, ...], head_width: int) -> Layout:
-    """Return how a mask of ``granularity`` lies on the weight ``name``.
+@dataclass(frozen=True)
+class Storage:
+    """How a model keeps its weights.
 
-    A vector is a column of rows with one entry each. With ``head``, tensors in which no heads are
-    found get rows.
-
-    Args:
-        granularity: one of GRANULARITIES.
-        name: of the weight in the checkpoint.
-        shape: of the weight.
-        head_width: entries of one attention head.
+    Attributes:
+        head_width: entries of one attention head; 0 where there are none of one width.
+        inputs_first: whether layers named as GPT-2's are (in, out).
     """
-    ones = (1,) * len(shape)
-    if granularity == "weight" or not shape:
-        return Layout(tuple(shape))
-    if granularity == "tensor":
-        return Layout(ones)
-    if granularity == "column":
-        return Layout((*ones[1:], shape[-1]) if len(shape) > 1 else ones)
-    if granularity == "head":
-        for pattern, axis, widths in _HEADS:
-            size = widths * head_width
-            if re.search(pattern, name) and len(shape) > axis and shape[axis] % size == 0:
-                heads = shape[axis] // size
-                return Layout((*ones[:axis], heads, *ones[axis + 1 :]), axis, size)
-    return Layout((shape[0], *ones[1:]))
+
+    head_width: int
+    inputs_first: bool = False
 
 
-def head_width(config: Any) -> int:
-    """Return the entries of one attention head.
+def weight_storage(config: Any) -> Storage:
+    """Return how a model keeps its weights.
 
     Args:
         config: a transformers configuration.
     """
     text = config.get_text_config()
     width = getattr(text, "head_dim", None)
-    return int(width or text.hidden_size // text.num_attention_heads)
+    heads = getattr(text, "num_attention_heads", None)
+    if not width and isinstance(heads, int) and heads > 0:
+        width = text.hidden_size // heads
+    width = width if isinstance(width, int) else 0
+    return Storage(width, text.model_type in _INPUTS_FIRST_MODELS)
+
+
+def mask_layout(granularity: str, name: str, shape: tuple[int, ...], storage: Storage) -> Layout:
+    """Return how a mask of ``granularity`` lies on the weight ``name``.
+
+    A vector is a column of rows with one entry each. More than two axes are a stack of matrices,
+    such as a mixture's experts, each with rows and columns of its own. With ``head``, tensors in
+    which no heads are found get rows.
+
+    Args:
+        granularity: one of GRANULARITIES.
+        name: of the weight in the checkpoint.
+        shape: of the weight.
+        storage: how the model keeps its weights.
+    """
+    if granularity == "weight" or not shape:
+        return Layout(tuple(shape))
+    if granularity == "tensor":
+        return Layout((1,) * len(shape))
+    axes = _axes(name, len(shape), storage)
+    if granularity == "head":
+        for pattern, along, widths in _HEADS:
+            axis, size = axes[along], widths * storage.head_width
+            if axis is not None and size and shape[axis] % size == 0 and re.search(pattern, name):
+                return Layout(_kept(shape, axis, shape[axis] // size), axis, size)
+    axis = axes["inputs" if granularity == "column" else "outputs"]
+    return Layout((1,)) if axis is None else Layout(_kept(shape, axis, shape[axis]))
+
+
+def _axes(name: str, count: int, storage: Storage) -> dict[str, int | None]:
+    if count == 1:
+        return {"outputs": 0, "inputs": None}
+    first, second = count - 2, count - 1
+    if storage.inputs_first and _INPUTS_FIRST.search(name):
+        first, second = second, first
+    return {"outputs": first, "inputs": second}
+
+
+def _kept(shape: tuple[int, ...], axis: int, entries: int) -> tuple[int, ...]:
+    """Return a shape with ``entries`` on ``axis``, one on the matrices' other axis."""
+    last = range(len(shape) - 2, len(shape))
+    return tuple(
+        entries if at == axis else 1 if at in last else size for at, size in enumerate(shape)
+    )

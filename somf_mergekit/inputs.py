@@ -9,7 +9,7 @@ from mergekit.graph import Executor
 from . import machine
 from .answers import EncodedAnswer, answered_prompts, encoded_answers, has_answers
 from .errors import RecipeError, raise_together
-from .granularity import head_width, mask_layout
+from .granularity import mask_layout, weight_storage
 from .learner.loop import step_count
 from .masks import MaskSet
 from .method import mask_shape_problem
@@ -94,11 +94,11 @@ def checked_data(planned: PlannedMerge) -> SafetyData:
 def forecast(planned: PlannedMerge, data: SafetyData) -> Forecast:
     """Return what learning the mask of a recipe would take."""
     settings = planned.settings
-    width = head_width(planned.out_config)
+    storage = weight_storage(planned.out_config)
     weights = kept = entries = 0
     masks = planned_masks(planned)
     for name, planned_mask in masks.items():
-        layout = mask_layout(planned_mask.granularity, name, planned_mask.shape, width)
+        layout = mask_layout(planned_mask.granularity, name, planned_mask.shape, storage)
         weights += math.prod(planned_mask.shape)
         kept += math.prod(planned_mask.shape) * planned_mask.kept_tensors
         entries += math.prod(layout.shape)
@@ -129,7 +129,7 @@ def given_mask(planned: PlannedMerge, source: str) -> MaskSet:
             f"{', '.join(masks.names()[:2])} ...): the mask is of another model"
         )
     aligned = vocabulary_aligned(planned)
-    width = head_width(planned.out_config)
+    storage = weight_storage(planned.out_config)
     asks = "granularity" in (planned.config.parameters or {})
     for name, mask in planned_for.items():
         if mask.kept_as not in masks:
@@ -140,7 +140,7 @@ def given_mask(planned: PlannedMerge, source: str) -> MaskSet:
                 problems.append(problem)
                 continue
         layout = masks.layout(mask.kept_as)
-        if asks and layout.shape != mask_layout(mask.granularity, name, mask.shape, width).shape:
+        if asks and layout.shape != mask_layout(mask.granularity, name, mask.shape, storage).shape:
             problems.append(
                 f"parameters.granularity: {mask.granularity} does not fit the mask {source}, "
                 f"whose entries for {name} have the shape {layout.shape}: leave granularity out, "

@@ -73,6 +73,8 @@ class SomfMethod(FusingMethod):
         masks = _opened(str(mask_source))
         if name is None:
             raise RecipeError("somf finds masks by tensor name: merge_tensors needs `name`")
+        if is_shared_buffer(group):
+            return group.base.tensor
         result = fused(_masked(group, masks, parameters), parameters)
         if not torch.isfinite(result).all():
             raise RecipeError(not_finite(group) or f"{name}: the merged tensor is not finite")
@@ -114,6 +116,17 @@ def _spec(theirs: tuple[ParameterSpec, ...]) -> MergeMethodSpec:
         parameters=(*own, internal, *theirs),
         contract=InputContract(base=BasePolicy.REQUIRED),
     )
+
+
+def is_shared_buffer(group: TensorGroup) -> bool:
+    """Return whether a tensor holds no numbers to fuse, and all models have the same.
+
+    Older checkpoints keep attention's causal mask: truth values, and -inf in float16.
+    """
+    base = group.base.tensor
+    if base.is_floating_point() and torch.isfinite(base).all():
+        return False
+    return all(torch.equal(entry.tensor, base) for entry in group.non_base)
 
 
 def not_finite(group: TensorGroup) -> str | None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .errors import RecipeError
 from .fusions import is_linear
-from .method import not_finite
+from .method import is_shared_buffer, not_finite
 from .recipe import Settings, may_get_mask, recipe_settings
 from .weights import MergedWeight, merged_weight
 
@@ -77,7 +77,7 @@ class LoadedTensor:
         name: in the merged checkpoint.
         base: the base model's tensor, in the recipe's dtype.
         weight: the merged weight as a function of the mask; None for what is no number to learn
-            on (buffers of integers).
+            on (buffers of integers, or of infinity in every model).
         changed: whether any model differs from the base.
         parameters: the somf method's parameters as mergekit resolved them for this tensor.
         vocabulary_axis: the axis of tokens, if there is one.
@@ -110,15 +110,18 @@ def loaded_tensors(planned: PlannedMerge) -> Iterator[LoadedTensor]:
             continue
         group = TensorGroup(entries, TensorMetadata.from_weight_info(weight))
         group.validate_tensors()
+        shared = is_shared_buffer(group)
         broken = not_finite(group)
-        if broken:
+        if broken and not shared:
             raise RecipeError(broken)
         base = group.base.tensor
         parameters = task_parameters(task)
         yield LoadedTensor(
             name=weight.name,
             base=base,
-            weight=merged_weight(group, parameters) if base.is_floating_point() else None,
+            weight=None
+            if shared or not base.is_floating_point()
+            else merged_weight(group, parameters),
             changed=any(not torch.equal(entry.tensor, base) for entry in group.non_base),
             parameters=parameters,
             vocabulary_axis=weight.vocabulary_axis,
@@ -167,6 +170,7 @@ def learning_problem(planned: PlannedMerge) -> str | None:
 def checkpoint_problems(planned: PlannedMerge) -> list[str]:
     """Return what does not fit between the models, told from file headers alone."""
     problems = []
+    missing: dict[ModelReference, list[str]] = {}
     for weight, task in planned.tensors:
         gathered = _gather_task(task)
         aligned = gathered is not task.gather_tensors
@@ -174,7 +178,7 @@ def checkpoint_problems(planned: PlannedMerge) -> list[str]:
         for model, source in gathered.weight_info.items():
             found = _stored_tensor(model, source, planned.options)
             if found == "missing" and not source.optional:
-                problems.append(f"{source.name}: not in the checkpoint of {model}")
+                missing.setdefault(model, []).append(str(source.name))
             elif isinstance(found, tuple):
                 shapes[model] = found
         base = shapes.get(task.base_model)
@@ -189,6 +193,12 @@ def checkpoint_problems(planned: PlannedMerge) -> list[str]:
                     f"{weight.name}: shape {_shape_text(shape)} in {model}, {_shape_text(base)} in "
                     f"the base {task.base_model}{hint}"
                 )
+    problems += [
+        f"{model}: its checkpoint has no {', '.join(names[:3])}"
+        f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}, which mergekit's definition "
+        "of the architecture asks for"
+        for model, names in missing.items()
+    ]
     return problems
 
 

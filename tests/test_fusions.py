@@ -17,7 +17,7 @@ from mergekit.merge_methods.base import (
 from mergekit.merge_methods.easy_define import merge_method
 
 from somf_mergekit import MaskSet, RecipeError, fusions, weights
-from somf_mergekit.granularity import mask_layout
+from somf_mergekit.granularity import Storage, mask_layout
 
 # Every fusion with its own parameters, as a recipe gives them: to all models, or once.
 WITH_TWO = {
@@ -130,7 +130,7 @@ def test_registered_fusions_are_all_tested():
 def test_learning_sees_the_fusions_weights_and_gradients(fusion, models, granularity):
     group, base, changed = group_of(models)
     weight = weights.merged_weight(group, values_of(fusion, models))
-    layout = mask_layout(granularity, "w", (12, 16), 4)
+    layout = mask_layout(granularity, "w", (12, 16), Storage(4))
     draw = torch.Generator().manual_seed(5)
     factor = 0.5 + torch.rand(layout.shape, generator=draw)
     gradient = torch.randn(12, 16, generator=draw)

@@ -8,7 +8,7 @@ import tiny
 import torch
 
 from somf_mergekit import MaskSet
-from somf_mergekit.granularity import GRANULARITIES, Layout, head_width, mask_layout
+from somf_mergekit.granularity import GRANULARITIES, Layout, Storage, mask_layout, weight_storage
 
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 OUTPUT = "model.layers.0.self_attn.o_proj.weight"
@@ -22,7 +22,9 @@ NORM = "model.norm.weight"
         ("weight", UP, (6, 8), Layout((6, 8))),
         ("row", UP, (6, 8), Layout((6, 1))),
         ("row", NORM, (8,), Layout((8,))),
-        ("row", "experts.gate_up_proj", (2, 6, 8), Layout((2, 1, 1))),
+        ("row", "experts.gate_up_proj", (2, 6, 8), Layout((2, 6, 1))),
+        ("column", "experts.gate_up_proj", (2, 6, 8), Layout((2, 1, 8))),
+        ("row", "transformer.h.0.mlp.c_fc.weight", (6, 8), Layout((1, 8))),
         ("column", UP, (6, 8), Layout((1, 8))),
         ("column", NORM, (8,), Layout((1,))),
         ("tensor", UP, (6, 8), Layout((1, 1))),
@@ -43,7 +45,12 @@ NORM = "model.norm.weight"
     ],
 )
 def test_what_an_entry_covers(granularity, name, shape, layout):
-    assert mask_layout(granularity, name, shape, 4) == layout
+    assert (
+        mask_layout(
+            granularity, name, shape, Storage(4, inputs_first=name.startswith("transformer."))
+        )
+        == layout
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,12 +80,15 @@ def test_spreading_and_collecting_are_each_others_transpose(layout):
     torch.testing.assert_close(layout.collected(values), summed.view(layout.shape))
 
 
-def test_head_width_is_the_configurations():
+def test_storage_is_the_configurations():
     from transformers import AutoConfig
 
-    assert head_width(AutoConfig.for_model("llama", hidden_size=32, num_attention_heads=4)) == 8
-    assert head_width(AutoConfig.for_model("gemma2", hidden_size=32, head_dim=16)) == 16
-    assert head_width(AutoConfig.for_model("gpt2", n_embd=32, n_head=2)) == 16
+    def storage(*arguments, **options):
+        return weight_storage(AutoConfig.for_model(*arguments, **options))
+
+    assert storage("llama", hidden_size=32, num_attention_heads=4) == Storage(8)
+    assert storage("gemma2", hidden_size=32, head_dim=16) == Storage(16)
+    assert storage("gpt2", n_embd=32, n_head=2) == Storage(16, inputs_first=True)
 
 
 def merged(recipe, folder):
@@ -96,7 +106,7 @@ def test_whole_merges(family, family_recipe, tmp_path, granularity):
     base, math, code = (tiny.tensors_of(family / n) for n in ("base", "math", "code"))
     entries = 0
     for name, start in base.items():
-        layout = mask_layout(granularity, name, tuple(start.shape), 8)
+        layout = mask_layout(granularity, name, tuple(start.shape), Storage(8))
         assert masks.layout(name) == layout
         assert masks.entries(name).shape == torch.Size(layout.shape)
         entries += masks.entries(name).numel()

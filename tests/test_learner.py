@@ -11,7 +11,7 @@ from mergekit.merge_methods.base import TensorEntry, TensorGroup, TensorMetadata
 
 from somf_mergekit import masking
 from somf_mergekit.answers import EncodedAnswer
-from somf_mergekit.granularity import mask_layout
+from somf_mergekit.granularity import Storage, mask_layout
 from somf_mergekit.learner import loop, passes, tensors
 from somf_mergekit.learner.logprobs import answer_log_probs, output_head, token_batch
 from somf_mergekit.learner.tensors import MaskedTensor
@@ -63,7 +63,7 @@ def make_problem(micro_batch=4, fusion=None, **parameters):
                 weight=weight,
                 base=start,
                 merged=merged,
-                layout=mask_layout(settings.granularity, name, tuple(weight.shape), 8),
+                layout=mask_layout(settings.granularity, name, tuple(weight.shape), Storage(8)),
                 temperature=settings.temperature,
                 rescale=settings.mask_rescale,
                 seed=settings.seed,

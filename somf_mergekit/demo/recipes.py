@@ -49,7 +49,7 @@ def demo_recipes(
         "fusion": "task_arithmetic",
         "learning_rate": settings.mask.learning_rate,
         "batch_size": settings.mask_batch_size,
-        "beta": settings.mask_beta,
+        "sft_weight": settings.mask_sft_weight,
         "max_length": settings.max_length,
         "seed": seed,
     }

@@ -28,8 +28,8 @@ class DemoSettings:
         harmful_pairs, harmless_pairs: the safety pairs to learn the mask from.
         mask: the optimiser steps and the learning rate of the mask.
         mask_batch_size: pairs in a step of the mask.
-        mask_beta: DPO's strength. At 0.1, the method's default, the loss of so small a model
-            goes on falling once the refusal has won, and the words of the answers suffer.
+        mask_sft_weight: of the safe answers' likelihood beside DPO. Without it the preference of
+            so small a model is won at the expense of its wording.
         train, held_out: the most examples in a split.
         max_length: tokens of a question with its answer, at most.
     """
@@ -47,9 +47,9 @@ class DemoSettings:
     weight: float = 0.7
     harmful_pairs: int = 640
     harmless_pairs: int = 960
-    mask: Stage = field(default=Stage(60, 0.05))
+    mask: Stage = field(default=Stage(90, 0.1))
     mask_batch_size: int = 16
-    mask_beta: float = 2.0
+    mask_sft_weight: float = 1.0
     train: int = 1200
     held_out: int = 96
     max_length: int = 64

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import RecipeError
-from ..granularity import head_width, mask_layout
+from ..granularity import mask_layout, weight_storage
 from ..recipe import Settings
 from ..sources import LoadedTensor
 from .tensors import FixedTensor, MaskedTensor
@@ -62,8 +62,12 @@ def learning_model(
     aliases: dict[str, str] = {}
     filled: set[str] = set()
     for tensor in loaded:
-        place = _place(places, tensor, model)
-        filled.add(tensor.name)
+        loaded_as = tensor.name if tensor.name in places else _loaded_name(tensor.name, model)
+        if loaded_as not in places and not tensor.changed:
+            # Buffers of older checkpoints: the model makes its own, and ignores these.
+            continue
+        place = _place(places, loaded_as, tensor, model)
+        filled.add(loaded_as)
         if id(place) in masked:
             aliases[tensor.name] = masked[id(place)].name
             continue
@@ -86,7 +90,7 @@ def learning_model(
             base=base,
             merged=weight,
             layout=mask_layout(
-                values["granularity"], tensor.name, tuple(base.shape), head_width(config)
+                values["granularity"], tensor.name, tuple(base.shape), weight_storage(config)
             ),
             temperature=values["temperature"],
             rescale=values["mask_rescale"],
@@ -107,8 +111,19 @@ def learning_model(
     return LearningModel(model, list(masked.values()), list(fixed.values()), aliases)
 
 
-def _place(places: dict[str, Any], tensor: LoadedTensor, model: Any) -> Any:
-    place = places.get(tensor.name)
+def _loaded_name(name: str, model: Any) -> str:
+    """Return the name that transformers gives a checkpoint's tensor when it loads it."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    for transform in get_model_conversion_mapping(model):
+        if isinstance(transform, WeightRenaming):
+            name, _ = transform.rename_source_key(name)
+    return name
+
+
+def _place(places: dict[str, Any], loaded_as: str, tensor: LoadedTensor, model: Any) -> Any:
+    place = places.get(loaded_as)
     if place is not None and place.shape == tensor.base.shape:
         return place
     found = "has no such weight" if place is None else f"expects {tuple(place.shape)}"

@@ -1,0 +1,276 @@
+"""Each architecture from learning to the loaded merged model, on two random layers."""
+
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import transformers
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from somf_mergekit import MaskSet
+from somf_mergekit.granularity import Storage, mask_layout, weight_storage
+
+WEIGHTS = {"first": 0.4, "second": 0.7}
+# What the specialists change: all but the norms of layer 1 and after it, and untied heads.
+CHANGED = {
+    "first": (".0.", "embed", "wte", "wpe"),
+    "second": ("attn", "attention", "mlp"),
+}
+SIZE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+GROUPED = {"num_key_value_heads": 2}
+WIDE = {**GROUPED, "head_dim": 16}
+EXPERTS = {**GROUPED, "num_experts_per_tok": 2}
+ARCHITECTURES = {
+    "Llama": ("LlamaConfig", GROUPED),
+    "Mistral": ("MistralConfig", GROUPED),
+    "Qwen2": ("Qwen2Config", {**GROUPED, "tie_word_embeddings": True}),
+    "Qwen3": ("Qwen3Config", WIDE),
+    "Gemma2": ("Gemma2Config", {**WIDE, "query_pre_attn_scalar": 16}),
+    "Gemma3 (text)": ("Gemma3TextConfig", {**WIDE, "query_pre_attn_scalar": 16}),
+    "Phi3": ("Phi3Config", GROUPED),
+    "GPT-NeoX": ("GPTNeoXConfig", {}),
+    "GPT-2": ("GPT2Config", {}),
+    "OLMo2": ("Olmo2Config", GROUPED),
+    "Granite": (
+        "GraniteConfig",
+        {
+            **GROUPED,
+            "logits_scaling": 2.0,
+            "residual_multiplier": 0.5,
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.25,
+        },
+    ),
+    "StableLM": ("StableLmConfig", {**GROUPED, "use_qkv_bias": True}),
+    "Mixtral": ("MixtralConfig", {**EXPERTS, "num_local_experts": 4}),
+    "Qwen3-MoE": ("Qwen3MoeConfig", {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 16}),
+}
+
+
+# Names of a checkpoint that transformers changes when it loads it.
+LOADED_AS = {"embed_out.weight": "lm_head.weight"}
+README = Path(__file__).parents[1] / "README.md"
+
+
+def saved_family(architecture, folder):
+    """Save a base and two specialists; return them by name."""
+    name, own = ARCHITECTURES[architecture]
+    tokenizer = tiny.tiny_tokenizer()
+    torch.manual_seed(0)
+    config = getattr(transformers, name)(**SIZE, **own, vocab_size=len(tokenizer))
+    models = {"base": AutoModelForCausalLM.from_config(config)}
+    for seed, (name, changed) in enumerate(CHANGED.items(), start=1):
+        models[name] = tiny.perturbed(models["base"], seed, names=changed)
+    for name, model in models.items():
+        tiny.save_model(model, tokenizer, folder / name)
+        if architecture == "GPT-NeoX":
+            add_buffers(folder / name)
+    return models
+
+
+def add_buffers(folder):
+    """Add what older versions of transformers saved with GPT-NeoX, and mergekit asks for."""
+    tensors = tiny.tensors_of(folder)
+    for layer in (0, 1):
+        attention = f"gpt_neox.layers.{layer}.attention"
+        tensors[f"{attention}.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()
+        tensors[f"{attention}.masked_bias"] = torch.tensor(-1e9).half()
+        tensors[f"{attention}.rotary_emb.inv_freq"] = torch.ones(1)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def run_merge(folder, family, dtype="float32", **parameters):
+    recipe = tiny.recipe(
+        folder / "base",
+        [folder / name for name in WEIGHTS],
+        weights=list(WEIGHTS.values()),
+        safety_dataset=str(family / "pairs.jsonl"),
+        max_steps=2,
+        batch_size=4,
+        max_length=48,
+        **parameters,
+    )
+    file = tiny.write_recipe(folder / "recipe.yml", {**recipe, "dtype": dtype})
+    return tiny.invoke("mergekit-yaml", file, folder / "out")
+
+
+def loaded_masks(masks, model):
+    """The masks by the names of the loaded model's parameters; tied ones under each name."""
+    places = dict(model.named_parameters(remove_duplicate=False))
+    by_place = {id(places[LOADED_AS.get(n, n)]): masks.probabilities(n) for n in masks.names()}
+    return {n: by_place[id(place)] for n, place in places.items() if id(place) in by_place}
+
+
+def check_merge(models, folder):
+    """Compare the loaded merge with the formula; return its masks."""
+    merged = AutoModelForCausalLM.from_pretrained(folder / "out")
+    masks = MaskSet.open(folder / "out")
+    by_name = loaded_masks(masks, merged)
+    base = models["base"].state_dict()
+    task_vectors = {
+        model: {name: value - base[name] for name, value in models[model].state_dict().items()}
+        for model in WEIGHTS
+    }
+    found = merged.state_dict()
+    assert set(found) == set(base)
+    for name, start in base.items():
+        mask = by_name.get(name, torch.ones(1))
+        change = sum(weight * task_vectors[model][name] for model, weight in WEIGHTS.items())
+        expected = start + change * mask / mask.mean()
+        torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-6)
+    written = {LOADED_AS.get(name, name): name for name in tiny.tensors_of(folder / "out")}
+    changed = {n for n in base if any(task_vectors[model][n].any() for model in WEIGHTS)}
+    assert set(masks.names()) == {name for n, name in written.items() if n in changed}
+    assert 0 < len(masks.names()) < len(written)
+    assert all((masks.probabilities(n) - 0.5).abs().max() > 0.01 for n in masks.names())
+    tokens = merged.generate(torch.tensor([[0, 5, 6]]), max_new_tokens=3, min_new_tokens=3)
+    assert tokens.shape == (1, 6)
+    return masks
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_mask_is_learned_merged_and_loaded(architecture, tmp_path, family):
+    models = saved_family(architecture, tmp_path)
+    result = run_merge(tmp_path, family)
+    assert result.exit_code == 0, result.output
+    check_merge(models, tmp_path)
+
+
+def test_checkpoints_without_what_mergekit_asks_for_are_refused(tmp_path, family):
+    models = saved_family("GPT-NeoX", tmp_path)
+    models["first"].save_pretrained(tmp_path / "first")
+    result = run_merge(tmp_path, family)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert (
+        f"Error: This merge can't be made: {tmp_path / 'first'}: its checkpoint has no "
+        "gpt_neox.layers.0.attention.bias" in result.output
+    )
+    assert "and 3 more, which mergekit's definition of the architecture asks for" in result.output
+
+
+# Which heads' outputs each entry of a mask reaches: 4 heads, of which two share key and value where
+# these are grouped.
+EACH = [{0}, {1}, {2}, {3}]
+SHARED = [{0, 1}, {2, 3}]
+REACHED = {
+    "Llama": {"q_proj": EACH, "k_proj": SHARED, "v_proj": SHARED},
+    "Phi3": {"qkv_proj": EACH + SHARED + SHARED},
+    "GPT-NeoX": {"query_key_value": EACH},
+    "GPT-2": {"c_attn": EACH + EACH + EACH},
+}
+ATTENTION = {
+    "Llama": ("model.layers.1.self_attn", "o_proj"),
+    "Phi3": ("model.layers.1.self_attn", "o_proj"),
+    "GPT-NeoX": ("gpt_neox.layers.1.attention", "dense"),
+    "GPT-2": ("transformer.h.1.attn", "c_proj"),
+}
+HEADS = 4
+
+
+@torch.no_grad()
+def head_outputs(model, projection):
+    """What attention hands to its last projection: (tokens, heads, head width)."""
+    caught = []
+    hook = projection.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0][0]))
+    model(torch.tensor([[0, 5, 6, 9, 7, 8]]))
+    hook.remove()
+    return caught[0].unflatten(-1, (HEADS, -1))
+
+
+def covered_by(layout, entry, shape):
+    """Truth values in the weight's shape: what one entry covers."""
+    chosen = torch.zeros(layout.shape).flatten()
+    chosen[entry] = 1
+    return layout.spread(chosen.reshape(layout.shape)).expand(shape) > 0
+
+
+@pytest.mark.parametrize("architecture", REACHED)
+def test_head_masks_lie_on_the_heads(architecture, tmp_path, family):
+    models = saved_family(architecture, tmp_path)
+    # GPT-NeoX's truth values must also get through where no dtype casts them.
+    dtype = None if architecture == "GPT-NeoX" else "float32"
+    result = run_merge(tmp_path, family, granularity="head", dtype=dtype)
+    assert result.exit_code == 0, result.output
+    masks = check_merge(models, tmp_path)
+    model = models["base"].eval()
+    place, last = ATTENTION[architecture]
+    projection = model.get_submodule(f"{place}.{last}")
+    before = head_outputs(model, projection)
+    for name, reached in REACHED[architecture].items():
+        layout = masks.layout(f"{place}.{name}.weight")
+        weight = model.get_parameter(f"{place}.{name}.weight")
+        assert len(masks.entries(f"{place}.{name}.weight").flatten()) == len(reached)
+        for entry, heads in enumerate(reached):
+            kept = weight.detach().clone()
+            # Not one number added to all: inputs that are normalised to mean 0 don't see that.
+            weight.data[covered_by(layout, entry, weight.shape)] *= -2
+            moved = (head_outputs(model, projection) - before).abs().amax(dim=(0, 2)) > 1e-6
+            weight.data.copy_(kept)
+            assert set(moved.nonzero().flatten().tolist()) == heads
+    # The last projection takes one head's output in through the weights of one entry.
+    layout = masks.layout(f"{place}.{last}.weight")
+    assert len(masks.entries(f"{place}.{last}.weight").flatten()) == HEADS
+    for head in range(HEADS):
+        single = torch.zeros(1, 1, HEADS, before.shape[-1])
+        single[:, :, head] = 1
+        (gradient,) = torch.autograd.grad(projection(single.flatten(2)).sum(), projection.weight)
+        assert torch.equal(gradient != 0, covered_by(layout, head, gradient.shape))
+
+
+def test_biases_get_an_entry_a_head_too():
+    assert mask_layout("head", "h.0.attn.c_attn.bias", (96,), Storage(8)).shape == (12,)
+    neox = "gpt_neox.layers.0.attention.query_key_value.bias"
+    assert mask_layout("head", neox, (96,), Storage(8)).shape == (4,)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "name", "shape", "entries"),
+    [
+        ("row", "h.0.mlp.c_fc.weight", (32, 64), (1, 64)),
+        ("column", "h.0.mlp.c_fc.weight", (32, 64), (32, 1)),
+        ("head", "h.0.mlp.c_proj.weight", (64, 32), (1, 32)),
+        ("row", "wte.weight", (300, 32), (300, 1)),
+        ("row", "mlp.experts.gate_up_proj", (4, 64, 32), (4, 64, 1)),
+        ("column", "mlp.experts.gate_up_proj", (4, 64, 32), (4, 1, 32)),
+    ],
+)
+def test_rows_are_outputs_however_weights_are_stored(granularity, name, shape, entries):
+    storage = Storage(8, inputs_first=True)
+    assert mask_layout(granularity, name, shape, storage).shape == entries
+
+
+def test_gpt2_names_do_not_make_gpt2s_storage():
+    """GPTBigCode's layers have GPT-2's names and are (out, in)."""
+    for config, c_attn in (
+        (transformers.GPT2Config(n_embd=32, n_head=4), (32, 96)),
+        (transformers.GPTBigCodeConfig(n_embd=32, n_head=4, multi_query=False), (96, 32)),
+    ):
+        storage = weight_storage(config)
+        layout = mask_layout("head", "transformer.h.0.attn.c_attn.weight", c_attn, storage)
+        assert (layout.shape[layout.axis], layout.repeat) == (12, 8)
+        assert c_attn[layout.axis] == 96
+
+
+def test_models_without_heads_have_no_head_width():
+    assert weight_storage(transformers.MambaConfig()) == Storage(0)
+
+
+def test_the_readme_lists_what_is_tested():
+    section = README.read_text(encoding="utf-8").split("## Architectures")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| ([^|]+) \| yes", section, flags=re.MULTILINE)
+    assert rows == list(ARCHITECTURES)
+    assert len(re.findall(r"^\|", section, flags=re.MULTILINE)) == len(rows) + 2
