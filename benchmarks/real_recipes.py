@@ -58,7 +58,7 @@ def groups(work: Path) -> dict[str, dict[str, Recipe]]:
         },
         "settings": {
             "somf_utility": learning(utility_dataset=str(work / "harmless.jsonl")),
-            "somf_rate_0.03": learning(learning_rate=0.03),
+            "somf_rate_0.01": learning(learning_rate=0.01),
             "somf_rate_0.3": learning(learning_rate=0.3),
             "somf_reference_merged": learning(reference="merged"),
             "somf_paper": somf(**data, preset="paper", max_length=128, seed=0),

@@ -10,9 +10,11 @@ from . import machine
 from .answers import EncodedAnswer, answered_prompts, encoded_answers, has_answers
 from .errors import RecipeError, raise_together
 from .granularity import mask_layout, weight_storage
+from .headers import checkpoint_problems, planned_masks
 from .learner.loop import step_count
 from .masks import MaskSet
 from .method import mask_shape_problem
+from .plan import PlannedMerge, learning_problem, vocabulary_aligned
 from .preferences import (
     EncodedPair,
     encoded_pairs,
@@ -20,13 +22,6 @@ from .preferences import (
     sampled,
 )
 from .rows import dataset_rows
-from .sources import (
-    PlannedMerge,
-    checkpoint_problems,
-    learning_problem,
-    planned_masks,
-    vocabulary_aligned,
-)
 
 CANT_BE_MADE = "This merge can't be made"
 

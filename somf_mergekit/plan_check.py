@@ -8,8 +8,8 @@ from mergekit.merge_methods.base import ParameterScope
 
 from .fusion_check import fusing_problem
 from .fusions import known_fusions
+from .plan import PlannedMerge, source_names, task_parameters
 from .recipe_blocks import parameter_blocks
-from .sources import PlannedMerge, source_names, task_parameters
 
 
 def plan_problems(planned: PlannedMerge) -> list[str]:

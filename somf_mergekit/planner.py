@@ -20,10 +20,10 @@ from . import machine, recipe
 from .errors import RecipeError, raise_together
 from .masks import MaskSet
 from .method import MASK_TENSOR
+from .plan import PlannedMerge, mask_name
 from .plan_check import plan_problems, unused_filters
 from .prepass import mask_for
 from .recipe_check import WRONG_RECIPE, check_recipe, check_writable, read_recipe
-from .sources import PlannedMerge, mask_name
 
 ARTIFACT_FOLDER = "somf"
 _WRAPPED = "_somf_wrapped"

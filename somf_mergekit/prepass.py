@@ -14,8 +14,9 @@ from .learner.loop import StepReport, learn_logits, step_count
 from .learner.model import learning_model
 from .learner.passes import LearningProblem, LossNotFinite
 from .masks import HISTORY_FILE, MASKS_FILE, MaskSet, keep_masks, write_masks
+from .plan import PlannedMerge
 from .provenance import differences, learning_fingerprint, provenance, provenance_of_use
-from .sources import PlannedMerge, loaded_tensors
+from .sources import loaded_tensors
 
 
 def mask_for(planned: PlannedMerge, folder: str) -> MaskSet:

@@ -12,7 +12,8 @@ from .inputs import SafetyData
 from .learner.tensors import MaskedTensor
 from .masks import MaskSet
 from .method import MASK_TENSOR
-from .sources import PlannedMerge, content_fingerprint
+from .plan import PlannedMerge
+from .sources import content_fingerprint
 
 # Settings that choose how a learned mask is used, not which mask is learned.
 _USE_ONLY = ("mask", "mask_kind", MASK_TENSOR)

@@ -149,6 +149,21 @@ def test_a_mask_is_learned_merged_and_loaded(architecture, tmp_path, family):
     check_merge(models, tmp_path)
 
 
+def test_check_counts_experts_that_are_put_together_when_loaded(tmp_path, family):
+    models = saved_family("Qwen3-MoE", tmp_path)
+    recipe = tiny.recipe(
+        tmp_path / "base",
+        [tmp_path / name for name in WEIGHTS],
+        safety_dataset=str(family / "pairs.jsonl"),
+        max_length=48,
+    )
+    file = tiny.write_recipe(tmp_path / "recipe.yml", recipe)
+    result = tiny.invoke("mergekit-somf", "check", file)
+    assert result.exit_code == 0, result.output
+    entries = sum(weight.numel() for weight in models["base"].parameters())
+    assert f"mask entries: {entries:,} at most" in " ".join(result.output.split())
+
+
 def test_checkpoints_without_what_mergekit_asks_for_are_refused(tmp_path, family):
     models = saved_family("GPT-NeoX", tmp_path)
     models["first"].save_pretrained(tmp_path / "first")

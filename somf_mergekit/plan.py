@@ -1,0 +1,104 @@
+"""A merge as mergekit planned it, and what its tasks say."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from mergekit.architecture import WeightInfo
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import GatherTensors
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.options import MergeOptions
+
+from .recipe import Settings, may_get_mask, recipe_settings
+
+
+@dataclass(frozen=True)
+class PlannedMerge:
+    """A merge as mergekit planned it.
+
+    Attributes:
+        config: the recipe, as mergekit rewrote it.
+        recipe: the recipe as it was given, YAML.
+        options: mergekit's options.
+        base_model: the aligned model.
+        out_config: transformers configuration of the merged model.
+        tensors: each tensor that will be written, with the task that makes it.
+        tokenizer_task: mergekit's task that builds the tokenizer, where the recipe asks for one.
+    """
+
+    config: MergeConfiguration
+    recipe: str
+    options: MergeOptions
+    base_model: ModelReference
+    out_config: Any
+    tensors: tuple[tuple[WeightInfo, ExecuteMergeMethodTask], ...]
+    tokenizer_task: Any
+
+    @cached_property
+    def settings(self) -> Settings:
+        """The recipe's own parameters."""
+        return recipe_settings(self.config)
+
+    @cached_property
+    def models(self) -> list[ModelReference]:
+        """The base and the fine-tuned models, in the plan's order."""
+        found = [self.base_model]
+        for _, task in self.tensors:
+            found += [model for model in task.model_order if model not in found]
+        return found
+
+    def may_get_mask(self, name: str) -> bool:
+        """Whether the recipe's patterns let this tensor have a mask."""
+        return may_get_mask(name, self.settings.include, self.settings.exclude)
+
+
+def task_parameters(task: ExecuteMergeMethodTask) -> dict[str, Any]:
+    """Return a task's parameters as ``fusions.fused`` takes them: those per model as mappings."""
+    values = dict(task.parameters.items())
+    for model, own in task.input_parameters.items():
+        for name, value in own.items():
+            values.setdefault(name, {})[model] = value
+    return values
+
+
+def source_names(task: ExecuteMergeMethodTask) -> set[str]:
+    """Return the names that a tensor has in the models it is made of."""
+    return {str(source.name) for source in gather_task(task).weight_info.values()}
+
+
+def mask_name(task: ExecuteMergeMethodTask) -> str:
+    """Return the name under which a mask for this tensor is kept: its name in the base."""
+    return str(gather_task(task).weight_info[task.base_model].name)
+
+
+def learning_problem(planned: PlannedMerge) -> str | None:
+    """Return a sentence where the merge without task vectors would not be the base model."""
+    example = None
+    for weight, task in planned.tensors:
+        if task.base_model != planned.base_model or mask_name(task) != weight.name:
+            example = f"{weight.name} is made of {mask_name(task)} of {task.base_model}"
+            break
+    if example is None and planned.out_config is not None:
+        layers = planned.out_config.get_text_config().num_hidden_layers
+        base = planned.base_model.config(trust_remote_code=planned.options.trust_remote_code)
+        if layers != base.get_text_config().num_hidden_layers:
+            example = f"it has {layers} layers, the base {base.get_text_config().num_hidden_layers}"
+    if example is None:
+        return None
+    return (
+        f"a mask can't be learned for this merge, whose output is no model of the base's shape: "
+        f"{example}. A learned mask can still be applied with the parameter `mask`"
+    )
+
+
+def vocabulary_aligned(planned: PlannedMerge) -> set[str]:
+    """Return the tensors whose vocabulary axis mergekit aligns before merging."""
+    return {w.name for w, task in planned.tensors if gather_task(task) is not task.gather_tensors}
+
+
+def gather_task(task: ExecuteMergeMethodTask) -> GatherTensors:
+    """Return the part of a task that loads its inputs, before any alignment of vocabularies."""
+    inner = task.gather_tensors
+    return inner if isinstance(inner, GatherTensors) else inner.gather_tensors
