@@ -48,6 +48,31 @@ def test_concrete_samples_are_above_one_half_as_often_as_the_probability_says():
     )
 
 
+def kolmogorov_smirnov(one, two):
+    """The largest distance between two samples' empirical distribution functions."""
+    places = torch.cat([one, two]).sort().values
+    below = [torch.searchsorted(part.sort().values, places, right=True) for part in (one, two)]
+    return (below[0] / len(one) - below[1] / len(two)).abs().max().item()
+
+
+@pytest.mark.parametrize("logit", [-2.0, 0.0, 1.5])
+@pytest.mark.parametrize("temperature", [0.5, 1.3])
+def test_concrete_samples_and_their_gradients_have_torchs_distribution(logit, temperature):
+    count = 50_000
+    logits = torch.full((count,), logit, requires_grad=True)
+    torch.manual_seed(0)
+    theirs = torch.distributions.RelaxedBernoulli(temperature, logits=logits).rsample()
+    (their_gradient,) = torch.autograd.grad(theirs.sum(), logits)
+    ours = masking.concrete_sample(logits.detach(), uniform((count,)), temperature)
+    gradient = masking.logit_gradient(torch.ones(count), ours, temperature, "none")
+    # 1 % of equal distributions are further apart than this.
+    limit = 1.63 * (2 / count) ** 0.5
+    assert kolmogorov_smirnov(ours, theirs.detach()) < limit
+    assert kolmogorov_smirnov(gradient, their_gradient) < limit
+    other = masking.concrete_sample(logits.detach() + 0.1, uniform((count,)), temperature)
+    assert kolmogorov_smirnov(other, theirs.detach()) > limit
+
+
 def test_noise_is_a_function_of_seed_step_and_name():
     assert torch.equal(uniform((9,)), uniform((9,)))
     for change in ({"seed": 1}, {"step": 1}, {"name": "v"}):
