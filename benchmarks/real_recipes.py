@@ -38,7 +38,7 @@ def groups(work: Path) -> dict[str, dict[str, Recipe]]:
     return {
         "main": {
             "task_arithmetic": _recipe(work, "task_arithmetic"),
-            "untrained_soft": somf(**data, **NOTHING_LEARNED, mask_kind="soft"),
+            # A soft mask that learned nothing is task arithmetic: the control is a random draw.
             "untrained_sampled": somf(**data, **NOTHING_LEARNED, mask_kind="sampled"),
             "somf_soft": learning(mask_kind="soft"),
             "somf_binary": somf(**learned, mask_kind="binary"),

@@ -15,7 +15,6 @@ MODELS = {
     "math": "math specialist",
     "code": "code specialist",
     "task_arithmetic": "task_arithmetic 0.5 + 0.5",
-    "untrained_soft": "somf, untrained mask, soft",
     "untrained_sampled": "somf, untrained mask, sampled",
     "somf_soft": "somf, learned mask, soft",
     "somf_binary": "somf, learned mask, binary",
@@ -35,7 +34,7 @@ MODELS = {
 }
 # The models of each table, with those that they are compared with.
 TABLES = {
-    "main": list(MODELS)[:9],
+    "main": list(MODELS)[:8],
     "fusions": ["aligned", "dare", "somf_dare", "ties", "somf_ties"],
     "granularities": [
         "aligned",
@@ -112,7 +111,9 @@ def write_results(
         for title, names in TABLES.items()
     ]
     text_tables = [
-        f"## {heading}\n\n{markdown_table(found).rstrip()}" for heading, found in tables if found
+        f"## {heading}\n\n{markdown_table(found).rstrip()}"
+        for heading, found in tables
+        if found and (heading == HEADINGS["main"] or set(found) - set(TABLES["main"]))
     ]
     packages = ", ".join(f"{name} {number}" for name, number in machine["packages"].items())
     text = [
