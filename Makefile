@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO ?= demo-output
 BENCH ?=
 
-.PHONY: demo test lint format bench dist check-dist clean
+.PHONY: demo test lint format bench bench-speed bench-safety dist check-dist clean
 
 demo: $(VENV)/ready
 	$(BIN)/mergekit-somf demo $(DEMO)
@@ -22,8 +22,13 @@ format: $(VENV)/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# BENCH="--data DIR --model DIR" uses local folders instead of hub ids.
-bench: $(VENV)/ready
+# BENCH="--data DIR" uses local files instead of hub ids; each command's --help says more.
+bench: bench-speed bench-safety
+
+bench-speed: $(VENV)/ready
+	$(BIN)/python -m benchmarks.speed $(BENCH)
+
+bench-safety: $(VENV)/ready
 	$(BIN)/python -m benchmarks.real_model $(BENCH) run
 
 dist: $(VENV)/ready

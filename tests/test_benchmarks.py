@@ -4,13 +4,16 @@ import json
 
 import pytest
 import tiny
+import torch
 from click.testing import CliRunner
 
+from benchmarks import speed, speed_ways
 from benchmarks.real_data import split_by_prompt, write_pairs
 from benchmarks.real_measures import Measuring, content_key, measured
 from benchmarks.real_model import main
 from benchmarks.real_recipes import recipes
 from benchmarks.real_table import MODELS, TABLES, markdown_table, write_results
+from benchmarks.speed_models import make_models
 from somf_mergekit.preferences import Pair
 from somf_mergekit.recipe_check import read_recipe, recipe_problems
 
@@ -105,3 +108,55 @@ def test_help_says_what_it_needs():
 def test_every_recipe_is_named_in_the_tables(tmp_path):
     assert set(recipes(tmp_path)) <= set(MODELS)
     assert {name for names in TABLES.values() for name in names} == set(MODELS)
+
+
+def tiny_pairs():
+    rows = tiny.preference_rows(8)
+    return [Pair((("user", row["prompt"]),), row["chosen"], row["rejected"]) for row in rows]
+
+
+def test_each_way_is_timed_and_tabulated(tmp_path):
+    folder = tmp_path / "speed-tiny"
+    rows = [
+        Pair((("user", r["prompt"]),), r["chosen"], r["rejected"]) for r in tiny.preference_rows(8)
+    ]
+    folder.mkdir()
+    write_pairs(folder / "pairs.jsonl", rows)
+    make_models(folder, "tiny", [pair.chosen for pair in rows])
+    options = {"steps": 2, "batch_size": 4, "micro_batch": 2, "max_length": 32}
+    found = {name: speed._measured_here(name, folder, options) for name in speed.WAYS}
+    found |= {name: speed._measured_here(name, folder, options) for name in speed.MERGES}
+    for name in speed.WAYS:
+        assert len(found[name]["all_seconds"]) == 2
+        assert found[name]["seconds"] == found[name]["all_seconds"][1] > 0
+    assert all(row["peak_bytes"] > 0 for row in found.values())
+    found["import"] = {"with": 2.0, "without": 1.0}
+    weights = speed._weight_count(folder / "base")
+    text = speed._write(found, weights, "tiny", {**options, "out": tmp_path / "out"})
+    assert text == (tmp_path / "out/speed-tiny.md").read_text().rstrip()
+    assert f"the model has {weights:,} weights" in text
+    ratio = found["ours"]["seconds"] / found["plain_dpo"]["seconds"]
+    assert f"| mask by this package | {found['ours']['seconds']:.2f} | {ratio:.2f} |" in text
+    record = json.loads((tmp_path / "out/speed-tiny.json").read_text())
+    assert record["results"]["naive"]["all_seconds"] == found["naive"]["all_seconds"]
+
+
+def test_the_naive_way_merges_by_the_formula(tmp_path):
+    rows = [
+        Pair((("user", r["prompt"]),), r["chosen"], r["rejected"]) for r in tiny.preference_rows(8)
+    ]
+    write_pairs(tmp_path / "pairs.jsonl", rows)
+    make_models(tmp_path, "tiny", [pair.chosen for pair in rows])
+    work = speed_ways.Work(tmp_path, tmp_path / "pairs.jsonl", 1, 4, 2, 32)
+    naive = speed_ways._NaiveModel(work, seed=0)
+    torch.manual_seed(3)
+    naive.draw()
+    torch.manual_seed(3)
+    base, one, two = (tiny.tensors_of(tmp_path / name) for name in ("base", "math", "code"))
+    name = "model.embed_tokens.weight"
+    half = torch.zeros_like(base[name]).float()
+    mask = torch.distributions.RelaxedBernoulli(torch.tensor(0.5), logits=half).rsample()
+    change = 0.5 * (one[name].float() - base[name]) + 0.5 * (two[name].float() - base[name])
+    torch.testing.assert_close(
+        naive.model.model.embed_tokens.weight, base[name].float() + change * mask / mask.mean()
+    )

@@ -1,0 +1,261 @@
+"""Time and memory of learning a mask, against a plain DPO step and the naive way; of merging."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+import yaml
+from safetensors import safe_open
+
+from .real_data import pairs_of, write_pairs
+from .real_table import circumstances
+from .speed_models import BASE, SHAPES, SPECIALISTS, WEIGHT, make_models
+
+WAYS = {
+    "plain_dpo": "plain DPO, all weights by AdamW",
+    "naive": "mask by autograd, RelaxedBernoulli",
+    "ours": "mask by this package",
+}
+MERGES = {"task_arithmetic": "task_arithmetic", "somf": "somf with a given mask"}
+# A first step pays for allocations and compilations that later ones do not.
+UNTIMED_STEPS = 1
+
+
+@click.command()
+@click.option(
+    "--model",
+    default="tiny",
+    show_default=True,
+    help=f"A shape with random weights ({', '.join(SHAPES)}), a hub id, or a folder.",
+)
+@click.option("--data", type=click.Path(exists=True, path_type=Path), help="As in real_model.")
+@click.option("--work", type=click.Path(path_type=Path), default=Path(__file__).parent / "work")
+@click.option("--steps", default=4, show_default=True, help="Steps a way; the first is not timed.")
+@click.option("--batch-size", default=16, show_default=True, help="Pairs a step.")
+@click.option("--micro-batch", default=8, show_default=True, help="Pairs at once.")
+@click.option("--max-length", default=128, show_default=True)
+@click.option("--way", "ways", multiple=True, default=[*WAYS], show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=Path(__file__).parent / "results")
+@click.option("--child", hidden=True)
+def main(model: str, data: Path | None, work: Path, child: str | None, **options: Any) -> None:
+    """Measure seconds a step and peak memory of each way, in a process of its own each.
+
+    Needs the package with its dependencies, and memory for the naive way: over 80 bytes a weight.
+    """
+    folder = work.resolve() / f"speed-{Path(model).name}"
+    if child:
+        click.echo(json.dumps(_measured_here(child, folder, options)))
+        return
+    pairs = pairs_of(data)[: options["steps"] * options["batch_size"] * 2]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_pairs(folder / "pairs.jsonl", pairs)
+    make_models(folder, model, [pair.messages[-1]["content"] + pair.chosen for pair in pairs])
+    rows: dict[str, dict[str, Any]] = {}
+    for name in (*options["ways"], *MERGES):
+        rows[name] = _in_a_process(name, model, work, options)
+        click.echo(f"{name}: {json.dumps(rows[name])}", err=True)
+    rows["import"] = _import_seconds()
+    click.echo(_write(rows, _weight_count(folder / BASE), model, options))
+
+
+def _in_a_process(name: str, model: str, work: Path, options: dict[str, Any]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.speed", "--child", name, "--model", model]
+    command += ["--work", str(work), "--steps", str(options["steps"])]
+    command += ["--batch-size", str(options["batch_size"])]
+    command += ["--micro-batch", str(options["micro_batch"])]
+    command += ["--max-length", str(options["max_length"])]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        last = (ended.stderr.strip().splitlines() or ["no message"])[-1]
+        return {"failed": f"exit code {ended.returncode}: {last}"}
+    return dict(json.loads(ended.stdout.strip().splitlines()[-1]))
+
+
+def _measured_here(name: str, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    if name in MERGES:
+        return _merge(name, folder)
+    with _peak_memory() as memory:
+        seconds = _ours(folder, options) if name == "ours" else _other(name, folder, options)
+    timed = seconds[UNTIMED_STEPS:] or seconds
+    return {"seconds": median(timed), "all_seconds": seconds, "peak_bytes": memory["peak"]}
+
+
+def _other(name: str, folder: Path, options: dict[str, Any]) -> list[float]:
+    from . import speed_ways
+
+    work = speed_ways.Work(
+        folder=folder,
+        pairs=folder / "pairs.jsonl",
+        steps=options["steps"],
+        batch_size=options["batch_size"],
+        micro_batch=options["micro_batch"],
+        max_length=options["max_length"],
+    )
+    return {"plain_dpo": speed_ways.plain_dpo, "naive": speed_ways.naive}[name](work)
+
+
+def _ours(folder: Path, options: dict[str, Any]) -> list[float]:
+    from somf_mergekit import learn
+
+    os.environ["SOMF_MICRO_BATCH_SIZE"] = str(options["micro_batch"])
+    content = _recipe(
+        folder,
+        "somf",
+        safety_dataset=str(folder / "pairs.jsonl"),
+        max_steps=options["steps"],
+        batch_size=options["batch_size"],
+        max_length=options["max_length"],
+        # A new mask each time: one that is there would be used again.
+        seed=time.time_ns() % 2**31,
+    )
+    learn(content, folder / "mask")
+    rows = (folder / "mask" / "training.jsonl").read_text().splitlines()
+    return [json.loads(row)["seconds"] for row in rows]
+
+
+def _merge(name: str, folder: Path) -> dict[str, Any]:
+    given = {"mask": str(folder / "mask")} if name == "somf" else {}
+    recipe = folder / f"{name}.yml"
+    recipe.write_text(yaml.safe_dump(_recipe(folder, name, **given)))
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    config = MergeConfiguration.model_validate(yaml.safe_load(recipe.read_text()))
+    start = time.perf_counter()
+    with _peak_memory() as memory:
+        run_merge(config, str(folder / f"merged-{name}"), MergeOptions(quiet=True))
+    return {"seconds": time.perf_counter() - start, "peak_bytes": memory["peak"]}
+
+
+def _recipe(folder: Path, method: str, **parameters: Any) -> dict[str, Any]:
+    return {
+        "merge_method": method,
+        "base_model": str(folder / BASE),
+        "models": [
+            {"model": str(folder / name), "parameters": {"weight": WEIGHT}} for name in SPECIALISTS
+        ],
+        **({"parameters": parameters} if parameters else {}),
+        "dtype": "bfloat16",
+        "tokenizer": {"source": "base"},
+    }
+
+
+@contextmanager
+def _peak_memory() -> Iterator[dict[str, int]]:
+    """Watch this process' anonymous memory: pages of mapped files do not count."""
+    found, stop = {"peak": 0}, threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.05):
+            found["peak"] = max(found["peak"], _anonymous_bytes())
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        stop.set()
+        thread.join()
+        found["peak"] = max(found["peak"], _anonymous_bytes())
+
+
+def _anonymous_bytes() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise click.ClickException("this system does not tell RssAnon in /proc/self/status")
+
+
+def _import_seconds() -> dict[str, float]:
+    """Return what `import torch` takes with and without the registration."""
+    script = "import time; s = time.perf_counter(); import torch; print(time.perf_counter() - s)"
+    found: dict[str, list[float]] = {"with": [], "without": []}
+    for _ in range(5):
+        for name, autoload in (("with", "1"), ("without", "0")):
+            env = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": autoload}
+            ended = subprocess.run(
+                [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True
+            )
+            found[name].append(float(ended.stdout))
+    return {name: median(values) for name, values in found.items()}
+
+
+def _weight_count(folder: Path) -> int:
+    count = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as handle:
+            shapes = (handle.get_slice(name).get_shape() for name in handle.keys())  # noqa: SIM118
+            count += sum(math.prod(shape) for shape in shapes)
+    return count
+
+
+def _write(
+    rows: dict[str, dict[str, Any]], weights: int, model: str, options: dict[str, Any]
+) -> str:
+    name = f"speed-{Path(model).name}"
+    text = "\n\n".join(
+        [
+            f"# Time and memory: {Path(model).name}",
+            _table(rows, WAYS, "plain_dpo", "a step", weights),
+            _table(rows, MERGES, "task_arithmetic", "a merge", weights),
+            f"`import torch`: {1000 * rows['import']['with']:.0f} ms with the registration, "
+            f"{1000 * rows['import']['without']:.0f} ms without (medians of five).",
+            f"{options['batch_size']} pairs of up to {options['max_length']} tokens a step, "
+            f"{options['micro_batch']} at once; medians of the steps after the first. Memory is "
+            f"the peak of RssAnon; the model has {weights:,} weights.",
+        ]
+    )
+    options["out"].mkdir(parents=True, exist_ok=True)
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in options.items() if k != "out"}
+    record = {
+        "model": Path(model).name,
+        "weights": weights,
+        "settings": settings,
+        **circumstances(),
+        "results": rows,
+    }
+    (options["out"] / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (options["out"] / f"{name}.md").write_text(text + "\n")
+    return text
+
+
+def _table(
+    rows: dict[str, dict[str, Any]], labels: dict[str, str], against: str, unit: str, weights: int
+) -> str:
+    lines = [
+        f"| | seconds {unit} | ratio | peak memory, GiB | ratio | bytes a weight |",
+        "|---|---|---|---|---|---|",
+    ]
+    known = rows.get(against, {})
+    for name, label in labels.items():
+        row = rows.get(name)
+        if not row:
+            continue
+        if "failed" in row:
+            lines.append(f"| {label} | {row['failed']} | | | | |")
+            continue
+        seconds, memory = row["seconds"], row["peak_bytes"]
+        ratios = [
+            f"{row[key] / known[key]:.2f}" if key in known else ""
+            for key in ("seconds", "peak_bytes")
+        ]
+        lines.append(
+            f"| {label} | {seconds:.2f} | {ratios[0]} | {memory / 2**30:.2f} | {ratios[1]} "
+            f"| {memory / weights:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""The ways of learning that are compared, each written out: run in a process of its own."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from somf_mergekit import machine
+from somf_mergekit.learner.logprobs import answer_log_probs, output_head, token_batch
+from somf_mergekit.objectives import preference_losses
+from somf_mergekit.preferences import EncodedPair, encoded_pairs, preference_pairs
+from somf_mergekit.rows import dataset_rows
+
+from .real_training import load_saved
+from .speed_models import BASE, SPECIALISTS, WEIGHT
+
+BETA, TEMPERATURE = 0.1, 0.5
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every way does alike.
+
+    Attributes:
+        folder: with the models.
+        pairs: safety pairs as JSON lines.
+        steps: to be timed.
+        batch_size: pairs a step.
+        micro_batch: pairs that go through the model at once.
+        max_length: tokens of a prompt with an answer.
+    """
+
+    folder: Path
+    pairs: Path
+    steps: int
+    batch_size: int
+    micro_batch: int
+    max_length: int
+
+
+def plain_dpo(work: Work) -> list[float]:
+    """Return the seconds of each step of DPO that trains all weights with AdamW."""
+    model, tokenizer = load_saved(work.folder / BASE)
+    model.eval()
+    head = output_head(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    batches = list(_batches(work, tokenizer))
+    with torch.no_grad():
+        reference = [[_ratios(model, head, part) for part in batch] for batch in batches]
+    seconds = []
+    for batch, fixed in zip(batches, reference, strict=True):
+        start = time.perf_counter()
+        for part, known in zip(batch, fixed, strict=True):
+            _backward(_ratios(model, head, part) - known, work)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def naive(work: Work) -> list[float]:
+    """Return the seconds of each step of the mask learned by autograd through everything.
+
+    A RelaxedBernoulli over all weights, its sample and the merged weights in the graph, every
+    task vector kept, and a second masked model, drawn anew each time, as the reference.
+    """
+    masked, reference = (_NaiveModel(work, seed) for seed in (0, 1))
+    _, tokenizer = load_saved(work.folder / BASE)
+    optimizer = torch.optim.AdamW(masked.logits, lr=0.01)
+    batches = list(_batches(work, tokenizer))
+    seconds = []
+    for batch in batches:
+        start = time.perf_counter()
+        # One draw a micro-batch: the merged weights are in the graph, which backward frees.
+        for part in batch:
+            with torch.no_grad():
+                reference.draw()
+                fixed = _ratios(reference.model, reference.head, part)
+            masked.draw()
+            _backward(_ratios(masked.model, masked.head, part) - fixed, work)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+class _NaiveModel:
+    """A model whose weights are results of the mask, as autograd sees them."""
+
+    def __init__(self, work: Work, seed: int):
+        torch.manual_seed(seed)
+        self.model, _ = load_saved(work.folder / BASE)
+        self.model.eval().requires_grad_(False)
+        self.head = output_head(self.model)
+        others = [load_saved(work.folder / name)[0] for name in SPECIALISTS]
+        theirs = [dict(other.named_parameters()) for other in others]
+        places: dict[int, list[tuple[torch.nn.Module, str]]] = {}
+        for module in self.model.modules():
+            for name, weight in module.named_parameters(recurse=False):
+                places.setdefault(id(weight), []).append((module, name))
+        self.parts = []
+        for name, weight in list(self.model.named_parameters()):
+            deltas = [other[name].data - weight.data for other in theirs]
+            logits = torch.zeros_like(weight).requires_grad_()
+            self.parts.append((places[id(weight)], weight.data, deltas, logits))
+        for where, *_ in self.parts:
+            for module, name in where:
+                del module._parameters[name]
+
+    @property
+    def logits(self) -> list[Tensor]:
+        return [logits for *_, logits in self.parts]
+
+    def draw(self) -> None:
+        """Set all weights to the merge under a new sample."""
+        temperature = torch.tensor(TEMPERATURE)
+        for where, base, deltas, logits in self.parts:
+            mask = torch.distributions.RelaxedBernoulli(temperature, logits=logits).rsample()
+            mask = mask / mask.mean()
+            weight = base + sum(WEIGHT * delta * mask for delta in deltas)
+            for module, name in where:
+                setattr(module, name, weight)
+
+
+def _batches(work: Work, tokenizer: Any) -> Iterator[list[list[EncodedPair]]]:
+    source = str(work.pairs)
+    count = work.steps * work.batch_size
+    pairs = preference_pairs(dataset_rows(source), source)[0][:count]
+    encoded, _ = encoded_pairs(pairs, tokenizer, work.max_length, source)
+    encoded = (encoded * (count // len(encoded) + 1))[:count]
+    for step in range(work.steps):
+        batch = encoded[step * work.batch_size : (step + 1) * work.batch_size]
+        batch.sort(key=lambda pair: len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)))
+        yield [
+            batch[start : start + work.micro_batch]
+            for start in range(0, len(batch), work.micro_batch)
+        ]
+
+
+def _ratios(model: Any, head: Any, pairs: list[EncodedPair]) -> Tensor:
+    """Return log pi(y+) - log pi(y-) of each pair."""
+    sequences = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
+    dtype = machine.autocast_type("cpu")
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        sums, _ = answer_log_probs(model, head, token_batch(sequences))
+    return sums[: len(pairs)] - sums[len(pairs) :]
+
+
+def _backward(log_ratio: Tensor, work: Work) -> None:
+    losses, _ = preference_losses("dpo", log_ratio, BETA)
+    (losses.sum() / work.batch_size).backward()
