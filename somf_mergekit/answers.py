@@ -74,9 +74,13 @@ def answered_prompts(rows: Any, source: str) -> tuple[list[tuple[list[Message], 
 
 
 def encoded_answers(
-    examples: Sequence[tuple[list[Message], str]], tokenizer: Any, max_length: int
+    examples: Sequence[tuple[list[Message], str]], tokenizer: Any, max_length: int, source: str
 ) -> list[EncodedAnswer]:
-    """Tokenise prompts and answers with the chat template and cut them to ``max_length`` tokens."""
+    """Tokenise prompts and answers with the chat template and cut them to ``max_length`` tokens.
+
+    Raises:
+        RecipeError: nothing is left of any answer.
+    """
     encoded = []
     for messages, text in examples:
         prompt, (answer,) = cut_to_length(
@@ -84,6 +88,8 @@ def encoded_answers(
         )
         if prompt and answer:
             encoded.append(EncodedAnswer(prompt, answer))
+    if not encoded:
+        raise RecipeError(f"dataset {source}: no answer has a token the tokenizer knows")
     return encoded
 
 

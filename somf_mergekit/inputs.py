@@ -173,7 +173,7 @@ def _safe_answers(planned: PlannedMerge, rows: Any, source: str) -> tuple[list[E
     settings = planned.settings
     examples, left_out = answered_prompts(rows, source)
     chosen = sampled(examples, settings.safety_samples, settings.seed)
-    encoded = encoded_answers(chosen, _tokenizer(planned), settings.max_length)
+    encoded = encoded_answers(chosen, _tokenizer(planned), settings.max_length, source)
     return [EncodedPair(e.prompt, e.answer, []) for e in encoded], str(left_out)
 
 
@@ -185,7 +185,7 @@ def _utility_data(planned: PlannedMerge) -> list[EncodedAnswer]:
     rows = dataset_rows(source, settings.utility_split, settings.utility_config)
     examples, _ = answered_prompts(rows, source)
     chosen = sampled(examples, settings.utility_samples, settings.seed)
-    return encoded_answers(chosen, _tokenizer(planned), settings.max_length)
+    return encoded_answers(chosen, _tokenizer(planned), settings.max_length, source)
 
 
 def _tokenizer(planned: PlannedMerge) -> Any:

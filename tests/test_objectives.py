@@ -112,6 +112,17 @@ def test_data_without_answers(row, said):
     assert said in error.value.message
 
 
+def test_answers_without_a_token_are_refused():
+    class Blind:
+        chat_template = bos_token_id = eos_token_id = None
+
+        def __call__(self, text, add_special_tokens=True):
+            return {"input_ids": []}
+
+    with pytest.raises(RecipeError, match="no answer has a token"):
+        answers.encoded_answers([EXPECTED], Blind(), 32, "data")
+
+
 def merged(recipe, folder):
     file = tiny.write_recipe(folder.parent / f"{folder.name}.yml", recipe)
     result = tiny.invoke("mergekit-yaml", file, folder)
