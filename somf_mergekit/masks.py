@@ -93,7 +93,7 @@ class MaskSet:
         stored = self._stored_name(name)
         with safe_open(self.path, framework="pt") as handle:
             shape = tuple(handle.get_slice(stored).get_shape())
-        return Layout(shape, *self._repeats.get(stored, ()))
+        return self._laid(stored, shape)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape in which ``probabilities`` gives the mask of ``name``."""
@@ -118,7 +118,7 @@ class MaskSet:
         Raises:
             KeyError: ``name`` has no mask.
         """
-        return self.layout(name).spread(self.entries(name))
+        return self._spread(name, self.entries(name))
 
     def mask(
         self, name: str, kind: str = "soft", *, temperature: float = 0.5, seed: int = 0
@@ -134,7 +134,13 @@ class MaskSet:
         drawn = mask_from_probabilities(
             self.entries(name), kind, temperature=temperature, seed=seed, name=name
         )
-        return self.layout(name).spread(drawn)
+        return self._spread(name, drawn)
+
+    def _spread(self, name: str, entries: Tensor) -> Tensor:
+        return self._laid(self._stored_name(name), tuple(entries.shape)).spread(entries)
+
+    def _laid(self, stored: str, shape: tuple[int, ...]) -> Layout:
+        return Layout(shape, *self._repeats.get(stored, ()))
 
     def _stored_name(self, name: str) -> str:
         stored = self._aliases.get(name, name)
