@@ -57,10 +57,12 @@ def groups(work: Path) -> dict[str, dict[str, Recipe]]:
             "somf_tensor": learning(granularity="tensor", mask_rescale="none", init_logit=3.0),
         },
         "settings": {
-            "somf_utility": learning(utility_dataset=str(work / "harmless.jsonl")),
-            "somf_rate_0.01": learning(learning_rate=0.01),
-            "somf_rate_0.3": learning(learning_rate=0.3),
-            "somf_reference_merged": learning(reference="merged"),
+            "somf_reference_base": learning(reference="base"),
+            "somf_utility": learning(
+                reference="base", utility_dataset=str(work / "harmless.jsonl")
+            ),
+            "somf_rate_0.01": learning(reference="base", learning_rate=0.01),
+            "somf_rate_0.3": learning(reference="base", learning_rate=0.3),
             "somf_paper": somf(**data, preset="paper", max_length=128, seed=0),
         },
     }

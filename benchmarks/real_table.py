@@ -26,10 +26,10 @@ MODELS = {
     "somf_column": "somf, one entry a column",
     "somf_head": "somf, one entry a head, else a row",
     "somf_tensor": "somf, one entry a tensor, no rescale",
-    "somf_utility": "somf, utility term on general answers",
-    "somf_rate_0.01": "somf, learning_rate 0.01",
-    "somf_rate_0.3": "somf, learning_rate 0.3",
-    "somf_reference_merged": "somf, reference merged",
+    "somf_reference_base": "somf, reference base",
+    "somf_utility": "the same with a utility term on general answers",
+    "somf_rate_0.01": "somf, reference base, learning_rate 0.01",
+    "somf_rate_0.3": "somf, reference base, learning_rate 0.3",
     "somf_paper": "somf, preset paper",
 }
 # The models of each table, with those that they are compared with.
@@ -49,10 +49,10 @@ TABLES = {
         "aligned",
         "task_arithmetic",
         "somf_soft",
+        "somf_reference_base",
         "somf_utility",
         "somf_rate_0.01",
         "somf_rate_0.3",
-        "somf_reference_merged",
         "somf_paper",
     ],
 }

@@ -125,7 +125,7 @@ class Settings(BaseModel):
         description="Decides the order of the pairs and every random draw.",
     )
     reference: Literal["base", "merged", "redrawn"] = Field(
-        "base",
+        "merged",
         description="Whose log-probabilities a preference loss compares with: `base`, `merged` "
         "(the merge under the untrained mask), or `redrawn` (the authors': the merge under an "
         "untrained mask drawn anew for every batch).",

@@ -204,6 +204,7 @@ TRAJECTORIES = {
     "defaults": {},
     "no rescale": {"mask_rescale": "none", "temperature": 0.8, "init_logit": 1.0},
     "reference merged": {"reference": "merged", "mask_rescale": "none", "beta": 0.5},
+    "reference base": {"reference": "base"},
     "reference redrawn": {"reference": "redrawn"},
     "ipo": {"objective": "ipo", "beta": 0.2},
     "hinge": {"objective": "hinge", "beta": 0.5},
@@ -262,7 +263,7 @@ def test_a_larger_utility_weight_keeps_the_merge_closer_to_the_unmasked_one():
 
 
 def test_weights_merged_without_a_mask_are_the_bases_only_while_it_is_the_reference():
-    problem = make_problem(max_steps=1)
+    problem = make_problem(max_steps=1, reference="base")
     first, *masked = problem.tensors
     other = first.base + 1.0
     fixed = tensors.FixedTensor(first.weight, first.base, other)

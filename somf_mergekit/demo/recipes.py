@@ -50,6 +50,7 @@ def demo_recipes(
         "learning_rate": settings.mask.learning_rate,
         "batch_size": settings.mask_batch_size,
         "sft_weight": settings.mask_sft_weight,
+        "reference": "base",
         "max_length": settings.max_length,
         "seed": seed,
     }
