@@ -235,7 +235,9 @@ def test_an_example_writes_its_fusion_of_the_masked_models(example, workplace):
     masks = overwrite_mask(artifact)
     out = run_as_told(example)
     assert_equal_but_for_rounding(tiny.tensors_of(out), expected_tensors(content, masks))
-    assert (out / "somf").exists() == ("mask" not in parameters)
+    used = json.loads((out / "somf" / "somf.json").read_text())
+    assert used.get("mask") == parameters.get("mask")
+    assert ("origin" in used) == ("mask" in parameters)
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
