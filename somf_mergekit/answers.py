@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .dialogue import Message, answer_ids, cut_to_length, prompt_ids, user_prompt
+from .dialogue import Message, encoded, user_prompt
 from .errors import RecipeError
 from .preferences import answer_text, read_messages
 from .rows import Dropped
@@ -81,16 +81,14 @@ def encoded_answers(
     Raises:
         RecipeError: nothing is left of any answer.
     """
-    encoded = []
+    kept = []
     for messages, text in examples:
-        prompt, (answer,) = cut_to_length(
-            prompt_ids(tokenizer, messages), [answer_ids(tokenizer, messages, text)], max_length
-        )
+        prompt, (answer,) = encoded(tokenizer, messages, [text], max_length)
         if prompt and answer:
-            encoded.append(EncodedAnswer(prompt, answer))
-    if not encoded:
+            kept.append(EncodedAnswer(prompt, answer))
+    if not kept:
         raise RecipeError(f"dataset {source}: no answer has a token the tokenizer knows")
-    return encoded
+    return kept
 
 
 def _columns_of(columns: Sequence[str]) -> tuple[str, str, tuple[str, ...]] | None:

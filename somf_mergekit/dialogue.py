@@ -55,6 +55,17 @@ def answer_ids(tokenizer: Any, messages: Sequence[Message], answer: str) -> list
     return _closed(tokenizer, _tokens(tokenizer, " " + answer.strip()))
 
 
+def encoded(
+    tokenizer: Any, messages: Sequence[Message], answers: Sequence[str], max_length: int
+) -> tuple[list[int], list[list[int]]]:
+    """Return the tokens of a prompt and of its answers, cut as ``cut_to_length`` says."""
+    return cut_to_length(
+        prompt_ids(tokenizer, messages),
+        [answer_ids(tokenizer, messages, answer) for answer in answers],
+        max_length,
+    )
+
+
 def cut_to_length(
     prompt: list[int], answers: Sequence[list[int]], max_length: int
 ) -> tuple[list[int], list[list[int]]]:

@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from .dialogue import Message, answer_ids, cut_to_length, prompt_ids
+from .dialogue import Message, encoded
 from .learner.logprobs import IGNORED
 
 Example = tuple[Sequence[Message], str]
@@ -75,9 +75,7 @@ def finetune(
 def _features(
     tokenizer: Any, messages: Sequence[Message], answer: str, max_length: int
 ) -> dict[str, list[int]]:
-    prompt, (reply,) = cut_to_length(
-        prompt_ids(tokenizer, messages), [answer_ids(tokenizer, messages, answer)], max_length
-    )
+    prompt, (reply,) = encoded(tokenizer, messages, [answer], max_length)
     return {
         "input_ids": prompt + reply,
         "attention_mask": [1] * (len(prompt) + len(reply)),

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from mergekit.merge_methods.base import (
-    BasePolicy,
     ParameterScope,
     TensorEntry,
     TensorGroup,
@@ -14,7 +13,7 @@ from mergekit.merge_methods.base import (
 )
 
 from .errors import RecipeError
-from .fusions import fused, known_fusions, masked_group
+from .fusions import fused, known_fusions, masked_group, takes_base
 from .recipe import parameters
 
 # The value of a parameter without a default where only the kind of a fusion is asked for.
@@ -23,11 +22,11 @@ _TRIAL = 0.4
 
 def count_problem(fusion: str, fine_tuned: int) -> str | None:
     """Return a sentence where the fusion does not take so many fine-tuned models."""
-    contract = known_fusions()[fusion].spec.contract
-    with_base = contract.base not in (BasePolicy.IGNORED, BasePolicy.FORBIDDEN)
+    method = known_fusions()[fusion]
+    with_base = takes_base(method)
     ids = [*range(fine_tuned), *(["base"] if with_base else [])]
     try:
-        contract.validate_ids(ids, "base" if with_base else None)
+        method.spec.contract.validate_ids(ids, "base" if with_base else None)
     except ValueError as error:
         counted = "the base among them" if with_base else "the base not counted"
         return f"{fusion} can't fuse {fine_tuned} fine-tuned models: {error} ({counted})"

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, reduce
 from typing import Any
 
@@ -50,6 +50,11 @@ def known_fusions() -> dict[str, MergeMethod]:
         for method in registry.registered_methods()
         if not isinstance(method, FusingMethod)
     }
+
+
+def takes_base(method: MergeMethod) -> bool:
+    """Return whether a method gets the base beside the masked models."""
+    return method.spec.contract.base not in (BasePolicy.IGNORED, BasePolicy.FORBIDDEN)
 
 
 def fusion_specs() -> tuple[ParameterSpec, ...]:
@@ -101,7 +106,7 @@ def fused(group: TensorGroup, values: Mapping[str, Any]) -> Tensor:
         return group.entries[0].tensor.float()
     method = registry.get(values["fusion"])
     name = group.metadata.name
-    if method.spec.contract.base in (BasePolicy.IGNORED, BasePolicy.FORBIDDEN):
+    if not takes_base(method):
         group = TensorGroup(group.non_base, group.metadata)
     arguments = _arguments(method, values, [entry.id for entry in group.non_base])
     try:
@@ -120,17 +125,20 @@ def masked_group(group: TensorGroup, factor: Tensor) -> TensorGroup:
         factor: see ``masking.mask_factor``; broadcasts to the weight.
     """
     base = group.base.tensor.float()
-    entries = tuple(
-        TensorEntry(
-            id=entry.id,
-            tensor=base
+    return with_tensors(
+        group,
+        lambda entry: (
+            base
             if entry.is_base
-            else base + masked_task_vector(entry.tensor.float() - base, factor),
-            is_base=entry.is_base,
-        )
-        for entry in group.entries
+            else base + masked_task_vector(entry.tensor.float() - base, factor)
+        ),
     )
-    return TensorGroup(entries=entries, metadata=group.metadata)
+
+
+def with_tensors(group: TensorGroup, tensor_of: Callable[[TensorEntry], Tensor]) -> TensorGroup:
+    """Return the group with another tensor in each entry."""
+    entries = (TensorEntry(e.id, tensor_of(e), e.is_base) for e in group.entries)
+    return TensorGroup(tuple(entries), group.metadata)
 
 
 def is_linear(values: Mapping[str, Any]) -> bool:

@@ -4,8 +4,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from mergekit.graph import Executor
-
 from . import machine
 from .answers import EncodedAnswer, answered_prompts, encoded_answers, has_answers
 from .errors import RecipeError, raise_together
@@ -165,7 +163,7 @@ def _safety_data(planned: PlannedMerge) -> tuple[list[EncodedPair], str]:
         return _safe_answers(planned, rows, source)
     pairs, left_out = preference_pairs(rows, source)
     chosen = sampled(pairs, settings.safety_samples, settings.seed)
-    encoded, cut = encoded_pairs(chosen, _tokenizer(planned), settings.max_length, source)
+    encoded, cut = encoded_pairs(chosen, planned.tokenizer, settings.max_length, source)
     return encoded, ", ".join(filter(None, (str(left_out), str(cut))))
 
 
@@ -173,7 +171,7 @@ def _safe_answers(planned: PlannedMerge, rows: Any, source: str) -> tuple[list[E
     settings = planned.settings
     examples, left_out = answered_prompts(rows, source)
     chosen = sampled(examples, settings.safety_samples, settings.seed)
-    encoded = encoded_answers(chosen, _tokenizer(planned), settings.max_length, source)
+    encoded = encoded_answers(chosen, planned.tokenizer, settings.max_length, source)
     return [EncodedPair(e.prompt, e.answer, []) for e in encoded], str(left_out)
 
 
@@ -185,22 +183,4 @@ def _utility_data(planned: PlannedMerge) -> list[EncodedAnswer]:
     rows = dataset_rows(source, settings.utility_split, settings.utility_config)
     examples, _ = answered_prompts(rows, source)
     chosen = sampled(examples, settings.utility_samples, settings.seed)
-    return encoded_answers(chosen, _tokenizer(planned), settings.max_length, source)
-
-
-def _tokenizer(planned: PlannedMerge) -> Any:
-    from transformers import AutoTokenizer
-
-    if planned.tokenizer_task is not None:
-        executor = Executor([planned.tokenizer_task])
-        for _, info in executor.run(quiet=True):
-            return info.tokenizer
-    base = planned.base_model.model
-    try:
-        return AutoTokenizer.from_pretrained(
-            base.path,
-            revision=base.revision,
-            trust_remote_code=planned.options.trust_remote_code,
-        )
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"the base {base} has no tokenizer that loads: {error}") from error
+    return encoded_answers(chosen, planned.tokenizer, settings.max_length, source)

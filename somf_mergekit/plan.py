@@ -7,10 +7,12 @@ from typing import Any
 from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
+from mergekit.graph import Executor
 from mergekit.io.tasks import GatherTensors
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 
+from .errors import RecipeError
 from .recipe import Settings, may_get_mask, recipe_settings
 
 
@@ -48,6 +50,28 @@ class PlannedMerge:
         for _, task in self.tensors:
             found += [model for model in task.model_order if model not in found]
         return found
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The merged model's tokenizer: the one mergekit builds, else the base's.
+
+        Raises:
+            RecipeError: the base has none that loads.
+        """
+        from transformers import AutoTokenizer
+
+        if self.tokenizer_task is not None:
+            for _, info in Executor([self.tokenizer_task]).run(quiet=True):
+                return info.tokenizer
+        base = self.base_model.model
+        try:
+            return AutoTokenizer.from_pretrained(
+                base.path,
+                revision=base.revision,
+                trust_remote_code=self.options.trust_remote_code,
+            )
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"the base {base} has no tokenizer that loads: {error}") from error
 
     def may_get_mask(self, name: str) -> bool:
         """Whether the recipe's patterns let this tensor have a mask."""

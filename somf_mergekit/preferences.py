@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from .dialogue import Message, answer_ids, cut_to_length, prompt_ids, user_prompt
+from .dialogue import Message, encoded, user_prompt
 from .errors import RecipeError
 from .rows import Dropped
 
@@ -86,26 +86,23 @@ def encoded_pairs(
     Raises:
         RecipeError: no pair is left with two different answers.
     """
-    encoded, dropped = [], Dropped()
+    kept, dropped = [], Dropped()
     for pair in pairs:
-        messages = pair.messages
-        prompt, (chosen, rejected) = cut_to_length(
-            prompt_ids(tokenizer, messages),
-            [answer_ids(tokenizer, messages, text) for text in (pair.chosen, pair.rejected)],
-            max_length,
+        prompt, (chosen, rejected) = encoded(
+            tokenizer, pair.messages, (pair.chosen, pair.rejected), max_length
         )
         if not prompt or not chosen or not rejected:
             dropped.add("without an answer after tokenisation")
         elif chosen == rejected:
             dropped.add(f"with equal answers in the first {max_length} tokens")
         else:
-            encoded.append(EncodedPair(prompt, chosen, rejected))
-    if not encoded:
+            kept.append(EncodedPair(prompt, chosen, rejected))
+    if not kept:
         raise RecipeError(
             f"dataset {source}: no pair is usable after tokenisation ({dropped}); "
             "raise max_length or use other data"
         )
-    return encoded, dropped
+    return kept, dropped
 
 
 def _reader(columns: list[str], source: str) -> Any:

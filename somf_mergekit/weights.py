@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from mergekit.merge_methods.base import TensorEntry, TensorGroup
+from mergekit.merge_methods.base import TensorGroup
 from torch import Tensor
 
-from .fusions import fused, is_linear, masked_group
+from .fusions import fused, is_linear, masked_group, with_tensors
 from .granularity import Layout
 from .masking import masked_task_vector
 
@@ -82,10 +82,8 @@ class FusedWeight:
 
     def to(self, device: torch.device | str) -> "FusedWeight":
         """See MergedWeight."""
-        entries = tuple(
-            TensorEntry(e.id, e.tensor.to(device), e.is_base) for e in self.group.entries
-        )
-        return FusedWeight(TensorGroup(entries, self.group.metadata), self.values)
+        group = with_tensors(self.group, lambda entry: entry.tensor.to(device))
+        return FusedWeight(group, self.values)
 
 
 def merged_weight(group: TensorGroup, values: dict[str, Any]) -> MergedWeight:
@@ -93,14 +91,9 @@ def merged_weight(group: TensorGroup, values: dict[str, Any]) -> MergedWeight:
     if not is_linear(values):
         return FusedWeight(group, values)
     base = group.base.tensor
-    start = fused(_with(group, lambda entry: base.float()), values)
+    start = fused(with_tensors(group, lambda entry: base.float()), values)
     if torch.equal(start, base.float()):
         start = base
     # What is linear in all of its inputs gives the fused task vector when its base is zero.
-    difference = _with(group, lambda entry: entry.tensor.float() - base.float())
+    difference = with_tensors(group, lambda entry: entry.tensor.float() - base.float())
     return LinearWeight(start, fused(difference, values))
-
-
-def _with(group: TensorGroup, tensor_of: Any) -> TensorGroup:
-    entries = tuple(TensorEntry(e.id, tensor_of(e), e.is_base) for e in group.entries)
-    return TensorGroup(entries, group.metadata)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..dialogue import Message, answer_ids, cut_to_length, prompt_ids
+from ..dialogue import Message, encoded
 from ..learner.logprobs import answer_log_probs, output_head, token_batch
 from ..preferences import EncodedPair
 
@@ -21,9 +21,7 @@ def answer_loss(
     """Return the mean negative log-likelihood per answer token, in nats."""
     sequences = []
     for messages, answer in examples:
-        prompt, (reply,) = cut_to_length(
-            prompt_ids(tokenizer, messages), [answer_ids(tokenizer, messages, answer)], max_length
-        )
+        prompt, (reply,) = encoded(tokenizer, messages, [answer], max_length)
         sequences.append((prompt, reply))
     sums, lengths = _log_probs(model, sequences, batch_size)
     return -sum(sums) / sum(lengths)

@@ -57,6 +57,7 @@ def learning_model(
     loaded = list(loaded)
     model = _empty_model(config, loaded, device, trust_remote_code)
     places = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    storage = weight_storage(config)
     masked: dict[int, MaskedTensor] = {}
     fixed: dict[int, FixedTensor] = {}
     aliases: dict[str, str] = {}
@@ -89,9 +90,7 @@ def learning_model(
             weight=place,
             base=base,
             merged=weight,
-            layout=mask_layout(
-                values["granularity"], tensor.name, tuple(base.shape), weight_storage(config)
-            ),
+            layout=mask_layout(values["granularity"], tensor.name, tuple(base.shape), storage),
             temperature=values["temperature"],
             rescale=values["mask_rescale"],
             seed=settings.seed,
