@@ -95,19 +95,12 @@ def recipe_of(family, fusion, models, **parameters):
     return recipe
 
 
-def merged(recipe, folder):
-    file = tiny.write_recipe(folder.parent / f"{folder.name}.yml", recipe)
-    result = tiny.invoke("mergekit-yaml", file, folder)
-    assert result.exit_code == 0, result.output
-    return tiny.tensors_of(folder)
-
-
 @pytest.mark.parametrize(("fusion", "models"), ALL, ids=[name for name, _ in ALL])
 def test_every_fusion_learns_a_mask_and_writes_the_fusion_of_masked_models(
     family, tmp_path, fusion, models
 ):
     recipe = recipe_of(family, fusion, models, safety_dataset=str(family / "pairs.jsonl"))
-    found = merged(recipe, tmp_path / "out")
+    found = tiny.merged(recipe, tmp_path / "out")
     masks = MaskSet.open(tmp_path / "out")
     base = tiny.tensors_of(family / "base")
     others = [tiny.tensors_of(family / name) for name in ("math", "code")[:models]]
@@ -176,7 +169,7 @@ def test_the_closed_form_is_used_where_the_fusion_is_linear(fusion, changes, lin
 
 def test_ties_trims_elects_and_averages_what_the_mask_left(family, tmp_path):
     recipe = recipe_of(family, "ties", 2, safety_dataset=str(family / "pairs.jsonl"))
-    found = merged(recipe, tmp_path / "out")
+    found = tiny.merged(recipe, tmp_path / "out")
     name = "model.layers.0.mlp.up_proj.weight"
     mask = MaskSet.open(tmp_path / "out").probabilities(name)
     base = tiny.tensors_of(family / "base")[name]
@@ -211,7 +204,7 @@ def test_parameters_left_out_for_one_model_take_the_fusions_default(family, tmp_
     recipe = recipe_of(family, "ties", 2, safety_dataset=str(family / "pairs.jsonl"))
     del recipe["parameters"]["density"]
     recipe["models"][0]["parameters"] = {"density": 0.5}
-    found = merged(recipe, tmp_path / "out")
+    found = tiny.merged(recipe, tmp_path / "out")
     masks = MaskSet.open(tmp_path / "out")
     for name, base in tiny.tensors_of(family / "base").items():
         factor = masks.probabilities(name) / masks.probabilities(name).mean()
@@ -271,22 +264,13 @@ def test_a_method_that_a_user_registered_fuses_too(family, tmp_path, registered)
     )
     for model, strength in zip(recipe["models"], (0.5, 2.0), strict=True):
         model["parameters"] = {"strength": strength}
-    found = merged(recipe, tmp_path / "out")
+    found = tiny.merged(recipe, tmp_path / "out")
     masks = MaskSet.open(tmp_path / "out")
     math, code = (tiny.tensors_of(family / name) for name in ("math", "code"))
     for name, base in tiny.tensors_of(family / "base").items():
         factor = masks.probabilities(name) / masks.probabilities(name).mean()
         delta = 0.5 * (math[name] - base) * factor + 2.0 * (code[name] - base) * factor
         torch.testing.assert_close(found[name], base - torch.tanh(delta), rtol=1e-5, atol=1e-6)
-
-
-def refused(recipe, folder):
-    file = tiny.write_recipe(folder / "recipe.yml", recipe)
-    result = tiny.invoke("mergekit-yaml", file, folder / "out")
-    assert result.exit_code == 1, result.output
-    assert isinstance(result.exception, SystemExit), repr(result.exception)
-    assert not (folder / "out").exists() or not list((folder / "out").iterdir())
-    return " ".join(result.output.split("Error: ", 1)[1].split())
 
 
 def test_a_fusion_that_can_not_be_differentiated_is_refused_with_those_that_can(
@@ -296,7 +280,7 @@ def test_a_fusion_that_can_not_be_differentiated_is_refused_with_those_that_can(
     recipe = family_recipe(fusion="frozen_merge", strength=0.5)
     for model in recipe["models"]:
         del model["parameters"]
-    message = refused(recipe, tmp_path)
+    message = tiny.refused(recipe, tmp_path)
     assert "frozen_merge can't be differentiated" in message
     known = message.split("Learn with one of ", 1)[1].split(";")[0].split(", ")
     assert set(known) == set(WITH_TWO)
@@ -308,7 +292,7 @@ def test_a_fusion_that_can_not_be_differentiated_is_refused_with_those_that_can(
         "strength": 0.5,
         "mask": str(tmp_path / "mask"),
     }
-    assert merged(recipe, tmp_path / "given")
+    assert tiny.merged(recipe, tmp_path / "given")
 
 
 def test_a_fusion_whose_parameters_have_our_names_is_refused(tmp_path, registered, family_recipe):
@@ -317,7 +301,7 @@ def test_a_fusion_whose_parameters_have_our_names_is_refused(tmp_path, registere
         return group.base.tensor * temperature
 
     registered(method)
-    message = refused(family_recipe(fusion="hot_merge"), tmp_path)
+    message = tiny.refused(family_recipe(fusion="hot_merge"), tmp_path)
     assert "hot_merge has parameters that somf has too (temperature)" in message
 
 
@@ -345,13 +329,13 @@ def test_what_does_not_fit_the_fusion(tmp_path, family_recipe, parameters, weigh
     recipe = family_recipe(**parameters)
     for model in recipe["models"]:
         model["parameters"] = {"weight": weight} if weight else {}
-    assert said in refused(recipe, tmp_path)
+    assert said in tiny.refused(recipe, tmp_path)
 
 
 def test_too_few_models(tmp_path, family_recipe):
     recipe = family_recipe(fusion="model_stock")
     recipe["models"] = [{"model": recipe["models"][0]["model"]}]
-    message = refused(recipe, tmp_path)
+    message = tiny.refused(recipe, tmp_path)
     assert "models: model_stock can't fuse 1 fine-tuned models" in message
     assert "at least 3 inputs; got 2 (the base among them)" in message
 
@@ -359,14 +343,14 @@ def test_too_few_models(tmp_path, family_recipe):
 def test_a_required_parameter_of_the_fusion(tmp_path, family_recipe):
     recipe = family_recipe(fusion="slerp")
     recipe["models"] = [{"model": recipe["models"][0]["model"]}]
-    assert "t is missing: slerp needs `t: ...`" in refused(recipe, tmp_path)
+    assert "t is missing: slerp needs `t: ...`" in tiny.refused(recipe, tmp_path)
 
 
 def test_a_parameter_for_all_models_stands_under_none(tmp_path, family_recipe):
     recipe = family_recipe(fusion="ties")
     recipe["models"][0]["parameters"]["normalize"] = False
     recipe["models"][1]["parameters"]["mask_kind"] = "binary"
-    message = refused(recipe, tmp_path)
+    message = tiny.refused(recipe, tmp_path)
     assert "models[0].parameters.normalize: ties takes one for all models" in message
     assert "models[1].parameters.mask_kind: all models share one mask" in message
 
@@ -375,7 +359,7 @@ def test_one_value_for_all_where_models_say_different_ones(tmp_path, family, fam
     recipe = family_recipe(fusion="ram")
     for model, value in zip(recipe["models"], (0.1, 0.2), strict=True):
         model["parameters"] = {"epsilon": value}
-    assert "ram takes one for all models" in refused(recipe, tmp_path)
+    assert "ram takes one for all models" in tiny.refused(recipe, tmp_path)
     group, _, _ = group_of()
     values = {"fusion": "ram", "seed": 0, "epsilon": {0: 0.1, 1: 0.2}}
     with pytest.raises(RecipeError, match="ram takes one epsilon for all models"):

@@ -91,17 +91,12 @@ def test_storage_is_the_configurations():
     assert storage("gpt2", n_embd=32, n_head=2) == Storage(16, inputs_first=True)
 
 
-def merged(recipe, folder):
-    file = tiny.write_recipe(folder.parent / f"{folder.name}.yml", recipe)
-    result = tiny.invoke("mergekit-yaml", file, folder)
-    assert result.exit_code == 0, result.output
-    return tiny.tensors_of(folder)
-
-
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_whole_merges(family, family_recipe, tmp_path, granularity):
     rescale = "none" if granularity == "tensor" else "mean"
-    found = merged(family_recipe(granularity=granularity, mask_rescale=rescale), tmp_path / "out")
+    found = tiny.merged(
+        family_recipe(granularity=granularity, mask_rescale=rescale), tmp_path / "out"
+    )
     masks = MaskSet.open(tmp_path / "out")
     base, math, code = (tiny.tensors_of(family / n) for n in ("base", "math", "code"))
     entries = 0
@@ -130,7 +125,7 @@ def test_whole_merges(family, family_recipe, tmp_path, granularity):
 
 
 def test_a_heads_entry_is_drawn_once_for_the_whole_head(family_recipe, tmp_path):
-    merged(family_recipe(granularity="head"), tmp_path / "out")
+    tiny.merged(family_recipe(granularity="head"), tmp_path / "out")
     masks = MaskSet.open(tmp_path / "out")
     drawn = masks.mask(QUERY, "sampled", seed=3)
     assert drawn.shape == (32, 1)
@@ -143,23 +138,15 @@ def test_a_heads_entry_is_drawn_once_for_the_whole_head(family_recipe, tmp_path)
 
 def test_granularity_may_differ_between_tensors(family_recipe, tmp_path):
     granularity = [{"filter": "mlp", "value": "row"}, {"filter": "norm", "value": "weight"}]
-    merged(family_recipe(granularity=[*granularity, {"value": "column"}]), tmp_path / "out")
+    tiny.merged(family_recipe(granularity=[*granularity, {"value": "column"}]), tmp_path / "out")
     masks = MaskSet.open(tmp_path / "out")
     assert masks.entries(UP).shape == (64, 1)
     assert masks.entries(NORM).shape == (32,)
     assert masks.entries(QUERY).shape == (1, 32)
 
 
-def refused(recipe, folder):
-    file = tiny.write_recipe(folder / "recipe.yml", recipe)
-    result = tiny.invoke("mergekit-yaml", file, folder / "refused")
-    assert result.exit_code == 1, result.output
-    assert isinstance(result.exception, SystemExit), repr(result.exception)
-    return " ".join(result.output.split("Error: ", 1)[1].split())
-
-
 def test_a_mask_of_one_entry_that_is_divided_by_its_mean_is_refused(family_recipe, tmp_path):
-    message = refused(family_recipe(granularity="tensor"), tmp_path)
+    message = tiny.refused(family_recipe(granularity="tensor"), tmp_path)
     assert "is always 1; set `mask_rescale: none`" in message
 
 
@@ -167,8 +154,8 @@ def test_granularity_that_a_reused_mask_does_not_have(family_recipe, tmp_path):
     learned = tiny.write_recipe(tmp_path / "learn.yml", family_recipe(granularity="row"))
     assert tiny.invoke("mergekit-somf", "learn", learned, tmp_path / "mask").exit_code == 0
     given = {"safety_dataset": None, "mask": str(tmp_path / "mask")}
-    message = refused(family_recipe(**given, granularity="head"), tmp_path)
+    message = tiny.refused(family_recipe(**given, granularity="head"), tmp_path)
     assert "parameters.granularity: head does not fit the mask" in message
     assert "(32, 1)" in message
-    assert merged(family_recipe(**given, granularity="row"), tmp_path / "same")
-    assert merged(family_recipe(**given), tmp_path / "unsaid")
+    assert tiny.merged(family_recipe(**given, granularity="row"), tmp_path / "same")
+    assert tiny.merged(family_recipe(**given), tmp_path / "unsaid")

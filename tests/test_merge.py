@@ -388,16 +388,7 @@ def test_mergekit_multi_runs_a_somf_step(tmp_path, family, family_recipe):
         ],
         "dtype": "float32",
     }
-    (tmp_path / "multi.yml").write_text(yaml.safe_dump_all([first, second]))
-    result = tiny.run(
-        tiny.command("mergekit-multi"),
-        tmp_path / "multi.yml",
-        "--out-path",
-        tmp_path / "out",
-        "-I",
-        tmp_path / "steps",
-    )
-    assert result.returncode == 0, result.stderr
+    tiny.merged_in_steps([first, second], tmp_path)
     safe, base = tiny.tensors_of(tmp_path / "steps/safe"), tiny.tensors_of(family / "base")
     assert_tensors_close(
         tiny.tensors_of(tmp_path / "out"), {n: (safe[n] + base[n]) / 2 for n in base}

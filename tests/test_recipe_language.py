@@ -5,28 +5,11 @@ import json
 import pytest
 import tiny
 import torch
-import yaml
 from mergekit.merge_methods import merge_state_dicts
 
 from somf_mergekit import MaskSet, register
 
 QUERY = "model.layers.{}.self_attn.q_proj.weight"
-
-
-def merged(recipe, folder, *options):
-    file = tiny.write_recipe(folder.parent / f"{folder.name}.yml", recipe)
-    result = tiny.invoke("mergekit-yaml", file, folder, *options)
-    assert result.exit_code == 0, result.output
-    return tiny.tensors_of(folder)
-
-
-def refused(recipe, folder):
-    file = tiny.write_recipe(folder / "refused.yml", recipe)
-    result = tiny.invoke("mergekit-yaml", file, folder / "refused")
-    assert result.exit_code == 1, result.output
-    assert isinstance(result.exception, SystemExit), repr(result.exception)
-    assert "Reading task vectors" not in result.output
-    return " ".join(result.output.split("Error: ", 1)[1].split())
 
 
 def masked_sum(family, masks, name, weights, kept_as=None, rescale="mean"):
@@ -56,7 +39,7 @@ def test_filters_and_gradients_are_resolved_per_tensor_while_learning_too(
     recipe["models"][1]["parameters"] = {
         "weight": [{"filter": "self_attn", "value": 0.0}, {"value": 0.5}]
     }
-    found = merged(recipe, tmp_path / "out")
+    found = tiny.merged(recipe, tmp_path / "out")
     masks = MaskSet.open(tmp_path / "out")
     told = masks.provenance["settings"]["init_logit"]
     assert told == [{"filter": "v_proj", "value": 2.0}, {"value": 0.0}]
@@ -80,9 +63,9 @@ def test_filters_and_gradients_are_resolved_per_tensor_while_learning_too(
 
 def test_a_weight_of_the_recipe_changes_the_mask_that_is_learned(family_recipe, tmp_path):
     recipe = family_recipe()
-    merged(recipe, tmp_path / "even")
+    tiny.merged(recipe, tmp_path / "even")
     recipe["models"][0]["parameters"]["weight"] = [0.5, 0.0]
-    merged(recipe, tmp_path / "uneven")
+    tiny.merged(recipe, tmp_path / "uneven")
     even, uneven = MaskSet.open(tmp_path / "even"), MaskSet.open(tmp_path / "uneven")
     assert not torch.equal(even.entries(QUERY.format(1)), uneven.entries(QUERY.format(1)))
 
@@ -104,7 +87,7 @@ def test_slices_that_keep_the_bases_layers_are_learned(family, family_recipe, tm
     recipe = family_recipe()
     del recipe["models"]
     recipe["slices"] = slices_of(family, [0, 1], [1, 2], weights=[0.3, 0.9])
-    found = merged(recipe, tmp_path / "out")
+    found = tiny.merged(recipe, tmp_path / "out")
     masks = MaskSet.open(tmp_path / "out")
     for layer, weight in ((0, 0.3), (1, 0.9)):
         name = QUERY.format(layer)
@@ -119,12 +102,12 @@ def test_stacked_layers_are_refused_for_learning_and_take_a_learned_mask(
     recipe = family_recipe()
     del recipe["models"]
     recipe["slices"] = slices_of(family, [0, 2], [1, 2], [0, 1])
-    message = refused(recipe, tmp_path)
+    message = tiny.refused(recipe, tmp_path)
     assert "whose output is no model of the base's shape" in message
     assert "model.layers.2.input_layernorm.weight is made of model.layers.1." in message
     assert "A learned mask can still be applied with the parameter `mask`" in message
     recipe["parameters"] = {"mask": str(tmp_path / "mask")}
-    found = merged(recipe, tmp_path / "out")
+    found = tiny.merged(recipe, tmp_path / "out")
     masks = MaskSet.open(tmp_path / "mask")
     for layer, source in enumerate((0, 1, 1, 0)):
         expected = masked_sum(
@@ -140,14 +123,14 @@ def test_fewer_layers_than_the_base_are_refused_for_learning(family, family_reci
     recipe = family_recipe()
     del recipe["models"]
     recipe["slices"] = slices_of(family, [0, 1])
-    assert "it has 1 layers, the base 2" in refused(recipe, tmp_path)
+    assert "it has 1 layers, the base 2" in tiny.refused(recipe, tmp_path)
 
 
 def test_modules(family, family_recipe, tmp_path):
     recipe = family_recipe()
     recipe["modules"] = {"default": {"slices": slices_of(family, [0, 2])}}
     del recipe["models"]
-    found = merged(recipe, tmp_path / "out")
+    found = tiny.merged(recipe, tmp_path / "out")
     masks = MaskSet.open(tmp_path / "out")
     close(found[QUERY.format(1)], masked_sum(family, masks, QUERY.format(1), {"math": 0.5}))
 
@@ -169,7 +152,7 @@ def test_embeddings_are_permuted_before_they_are_masked(
 ):
     recipe = family_recipe() | tokens
     recipe["models"][1]["model"] = str(wider)
-    found = merged(recipe, tmp_path / "out")
+    found = tiny.merged(recipe, tmp_path / "out")
     masks = MaskSet.open(tmp_path / "out")
     name = "model.embed_tokens.weight"
     assert masks.entries(name).shape == found[name].shape
@@ -188,7 +171,7 @@ def test_embeddings_are_permuted_before_they_are_masked(
             {"model": item["model"], "parameters": {"weight": float(weight)}}
             for item, weight in zip(recipe["models"], weights, strict=True)
         ]
-        parts[model] = merged(plain, tmp_path / f"plain-{model}")[name]
+        parts[model] = tiny.merged(plain, tmp_path / f"plain-{model}")[name]
     mask = masks.probabilities(name)
     change = 0.5 * (parts["math"] - parts["base"]) + 0.5 * (parts["wider"] - parts["base"])
     torch.testing.assert_close(
@@ -197,7 +180,7 @@ def test_embeddings_are_permuted_before_they_are_masked(
 
 
 def test_out_dtype(family, family_recipe, tmp_path):
-    found = merged(family_recipe() | {"out_dtype": "bfloat16"}, tmp_path / "out")
+    found = tiny.merged(family_recipe() | {"out_dtype": "bfloat16"}, tmp_path / "out")
     masks = MaskSet.open(tmp_path / "out")
     for name, tensor in found.items():
         assert tensor.dtype == torch.bfloat16
@@ -217,7 +200,7 @@ def test_the_base_may_be_an_adapter_too(family, family_recipe, tmp_path):
     adapted.save_pretrained(tmp_path / "adapter")
     recipe = family_recipe()
     recipe["base_model"] = f"{family / 'base'}+{tmp_path / 'adapter'}"
-    found = merged(recipe, tmp_path / "out", "--lora-merge-cache", tmp_path / "cache")
+    found = tiny.merged(recipe, tmp_path / "out", "--lora-merge-cache", tmp_path / "cache")
     masks = MaskSet.open(tmp_path / "out")
     name = QUERY.format(0)
     base = adapted.merge_and_unload().state_dict()[name]
@@ -234,16 +217,7 @@ def test_a_somf_step_feeds_another(family, family_recipe, tmp_path):
     first["models"] = first["models"][:1]
     second = family_recipe(seed=1)
     second["models"][0]["model"] = "safe-math"
-    (tmp_path / "multi.yml").write_text(yaml.safe_dump_all([first, second]))
-    result = tiny.run(
-        tiny.command("mergekit-multi"),
-        tmp_path / "multi.yml",
-        "--out-path",
-        tmp_path / "out",
-        "-I",
-        tmp_path / "steps",
-    )
-    assert result.returncode == 0, result.stderr
+    tiny.merged_in_steps([first, second], tmp_path)
     masks = MaskSet.open(tmp_path / "out")
     found, step = tiny.tensors_of(tmp_path / "out"), tiny.tensors_of(tmp_path / "steps/safe-math")
     first_masks = MaskSet.open(tmp_path / "steps/safe-math")
@@ -262,7 +236,7 @@ def test_a_somf_step_feeds_another(family, family_recipe, tmp_path):
 def test_merging_in_memory_gives_the_bits_of_the_written_merge(
     family, family_recipe, tmp_path, fusion, own
 ):
-    written = merged(family_recipe(fusion=fusion, seed=3, **own), tmp_path / "out")
+    written = tiny.merged(family_recipe(fusion=fusion, seed=3, **own), tmp_path / "out")
     register()
     models = {name: tiny.tensors_of(family / name) for name in ("base", "math", "code")}
     parameters = {"mask": str(tmp_path / "out"), "fusion": fusion, "seed": 3, "weight": 0.5, **own}
@@ -273,10 +247,10 @@ def test_merging_in_memory_gives_the_bits_of_the_written_merge(
 def test_a_mask_is_transferred_to_models_it_was_not_learned_on(family, family_recipe, tmp_path):
     first = family_recipe()
     first["models"] = first["models"][:1]
-    merged(first, tmp_path / "first")
+    tiny.merged(first, tmp_path / "first")
     second = family_recipe(safety_dataset=None, mask=str(tmp_path / "first"))
     second["models"] = second["models"][1:]
-    found = merged(second, tmp_path / "second")
+    found = tiny.merged(second, tmp_path / "second")
     masks = MaskSet.open(tmp_path / "second")
     for name in found:
         assert torch.equal(masks.entries(name), MaskSet.open(tmp_path / "first").entries(name))
@@ -302,7 +276,7 @@ def test_filters_that_match_no_tensor(family_recipe, tmp_path, where, value):
         recipe["models"][0]["parameters"]["weight"] = value
     else:
         recipe["parameters"]["temperature"] = value
-    message = refused(recipe, tmp_path)
+    message = tiny.refused(recipe, tmp_path)
     if isinstance(value, list):
         assert f"{where}: no tensor has 'no_such' in its name" in message
     else:

@@ -151,3 +151,37 @@ def invoke(name, *arguments):
     else:
         from somf_mergekit.cli import main
     return CliRunner().invoke(main, [str(a) for a in arguments], catch_exceptions=True)
+
+
+def merged(content, folder, *options):
+    """Write a recipe beside ``folder``, merge into it, return the written tensors."""
+    file = write_recipe(folder.parent / f"{folder.name}.yml", content)
+    result = invoke("mergekit-yaml", file, folder, *options)
+    assert result.exit_code == 0, result.output
+    return tensors_of(folder)
+
+
+def refused(content, folder):
+    """Merge a recipe that is wrong; return the message that it ended with, before any reading."""
+    file = write_recipe(folder / "refused.yml", content)
+    out = folder / "refused"
+    result = invoke("mergekit-yaml", file, out)
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    assert "Reading task vectors" not in result.output
+    assert not out.exists() or not list(out.iterdir())
+    return " ".join(result.output.split("Error: ", 1)[1].split())
+
+
+def merged_in_steps(steps, folder):
+    """Run mergekit-multi on recipes, the last one into ``folder / "out"``, others beside it."""
+    (folder / "multi.yml").write_text(yaml.safe_dump_all(steps))
+    result = run(
+        command("mergekit-multi"),
+        folder / "multi.yml",
+        "--out-path",
+        folder / "out",
+        "-I",
+        folder / "steps",
+    )
+    assert result.returncode == 0, result.stderr
