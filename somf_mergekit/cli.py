@@ -9,8 +9,6 @@ import click
 
 from . import machine, recipe
 
-_GIB = 2**30
-
 
 class _Commands(click.Group):
     """A group whose commands know mergekit's options, without importing mergekit for --help."""
@@ -77,7 +75,7 @@ def _check() -> click.Command:
     """Check a recipe, its models and its data; say what would be learned. Loads no weights."""
 
     def callback(recipe_file: str, **values: Any) -> None:
-        from . import inputs, planner, recipe_check
+        from . import forecast, inputs, planner, recipe_check
 
         options = _merge_options(values)
         planned = planner.planned_merge(recipe_check.read_recipe(recipe_file), options)
@@ -87,7 +85,7 @@ def _check() -> click.Command:
             click.echo(f"recipe: right. Mask of {len(masks.names())} tensors: {masks.path}")
             return
         data = inputs.checked_data(planned)
-        expected = inputs.forecast(planned, data)
+        expected = forecast.forecast(planned, data)
         click.echo("recipe: right. What would be learned:")
         for label, text in (
             ("tensors", f"{expected.tensors:,} at most (those that no model changed get no mask)"),
@@ -95,7 +93,7 @@ def _check() -> click.Command:
             ("pairs", f"{expected.pairs:,}" + (f"; left out: {data.dropped}" * bool(data.dropped))),
             ("steps", f"{expected.steps:,} of {settings.batch_size} pairs"),
             ("micro-batch", f"{expected.micro_batch} pairs"),
-            ("memory", f"{expected.memory / _GIB:.1f} GiB and the activations (forecast)"),
+            ("engine", expected.told),
         ):
             click.echo(f"  {label + ':':14}{text}")
 

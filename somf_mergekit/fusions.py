@@ -4,7 +4,8 @@ import contextlib
 import hashlib
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache, reduce
+from functools import lru_cache, partial, reduce
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from .errors import RecipeError
 from .masking import masked_task_vector
+from .pieces import row_blocks
 from .recipe import parameters
 
 # Fusions that are Fuse(base; task vectors * c) = start + D * c for every c >= 0 that the models
@@ -133,6 +135,30 @@ def masked_group(group: TensorGroup, factor: Tensor) -> TensorGroup:
             else base + masked_task_vector(entry.tensor.float() - base, factor)
         ),
     )
+
+
+def fused_masked(group: TensorGroup, factor: Tensor, values: Mapping[str, Any]) -> Tensor:
+    """Return the fusion of the masked models, computed in float32, in the base's dtype.
+
+    Args:
+        group: as in ``masked_group``.
+        factor: likewise.
+        values: as in ``fused``.
+    """
+    base = group.base.tensor
+    if values["fusion"] not in _LINEAR:
+        return fused(masked_group(group, factor), values).to(base.dtype)
+    # Sums: each entry depends on the same entry of the models alone, so that parts can be fused
+    # one by one, without float32 copies of whole tensors.
+    result, factor = torch.empty_like(base), factor.expand(base.shape)
+    for rows in row_blocks(base):
+        part = with_tensors(group, partial(_rows_of, rows=rows))
+        result[rows] = fused(masked_group(part, factor[rows]), values)
+    return result
+
+
+def _rows_of(entry: TensorEntry, rows: slice | EllipsisType) -> Tensor:
+    return entry.tensor[rows]
 
 
 def with_tensors(group: TensorGroup, tensor_of: Callable[[TensorEntry], Tensor]) -> TensorGroup:

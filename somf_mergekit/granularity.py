@@ -37,6 +37,13 @@ class Layout:
     axis: int = 0
     repeat: int = 1
 
+    @property
+    def spread_shape(self) -> tuple[int, ...]:
+        """The shape that broadcasts to the weight."""
+        return tuple(
+            size * (self.repeat if axis == self.axis else 1) for axis, size in enumerate(self.shape)
+        )
+
     def spread(self, entries: Tensor) -> Tensor:
         """Return one value per entry in a shape that broadcasts to the weight."""
         if self.repeat == 1:
@@ -45,10 +52,7 @@ class Layout:
 
     def collected(self, values: Tensor) -> Tensor:
         """Return the sum, for each entry, of the values in the weight's shape that it covers."""
-        spread = list(self.shape)
-        if self.repeat > 1:
-            spread[self.axis] *= self.repeat
-        summed = values.sum_to_size(spread)
+        summed = values.sum_to_size(self.spread_shape)
         if self.repeat == 1:
             return summed
         return summed.unflatten(self.axis, (-1, self.repeat)).sum(self.axis + 1)

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 
 from mergekit.architecture import WeightInfo
 from mergekit.architecture.conversion import can_convert_checkpoint_keys
@@ -50,29 +51,31 @@ def checkpoint_problems(planned: PlannedMerge) -> list[str]:
 
 
 @dataclass(frozen=True)
-class PlannedMask:
-    """A tensor of the merge that may get a mask.
+class PlannedTensor:
+    """A tensor of the merge.
 
     Attributes:
+        may_get_mask: whether the recipe's patterns let it have one.
         kept_as: the name under which its mask is kept.
         shape: of the base's tensor; mergekit may still lengthen the vocabulary axis.
+        has_vocabulary: whether one of its axes are the tokens.
         granularity: of a mask that would be learned.
         kept_tensors: how many tensors of this shape learning keeps for the task vectors.
     """
 
+    may_get_mask: bool
     kept_as: str
     shape: tuple[int, ...]
+    has_vocabulary: bool
     granularity: str
     kept_tensors: int
 
 
-def planned_masks(planned: PlannedMerge) -> dict[str, PlannedMask]:
-    """Return the tensors that may get a mask by their names in the merge, from file headers."""
+def planned_tensors(planned: PlannedMerge) -> dict[str, PlannedTensor]:
+    """Return the tensors of the merge by name, as far as file headers tell their shapes."""
     found = {}
     defined: dict[str, tuple[int, ...]] | None = None
     for weight, task in planned.tensors:
-        if not planned.may_get_mask(weight.name):
-            continue
         source = gather_task(task).weight_info[task.base_model]
         shape = _stored_tensor(task.base_model, source, planned.options)
         if shape == "unknown":
@@ -80,7 +83,9 @@ def planned_masks(planned: PlannedMerge) -> dict[str, PlannedMask]:
                 defined = _defined_shapes(planned)
             shape = defined.get(weight.name, shape)
         if isinstance(shape, tuple):
-            found[weight.name] = PlannedMask(
+            found[weight.name] = PlannedTensor(
+                may_get_mask=planned.may_get_mask(weight.name),
+                has_vocabulary=weight.vocabulary_axis is not None,
                 kept_as=str(source.name),
                 shape=shape,
                 granularity=str(task.parameters["granularity"]),
@@ -119,13 +124,19 @@ def _stored_tensor(
             continue
         if not file_name.endswith(".safetensors"):
             return "unknown"
-        with safe_open(os.path.join(index.base_path, file_name), framework="pt") as handle:
-            return tuple(handle.get_slice(name).get_shape())
+        path = os.path.join(index.base_path, file_name)
+        return _shapes_in(path, os.stat(path).st_mtime_ns)[name]
     model_type = model.config(trust_remote_code=options.trust_remote_code).model_type
     stored = set(index.tensor_paths)
     if any(can_convert_checkpoint_keys(model_type, stored, name) for name in names):
         return "unknown"
     return "missing"
+
+
+@lru_cache(maxsize=1024)
+def _shapes_in(path: str, _changed: int) -> dict[str, tuple[int, ...]]:
+    with safe_open(path, framework="pt") as handle:
+        return {n: tuple(handle.get_slice(n).get_shape()) for n in handle.keys()}  # noqa: SIM118
 
 
 def _fits(shape: tuple[int, ...], base: tuple[int, ...], weight: WeightInfo, aligned: bool) -> bool:

@@ -1,15 +1,12 @@
 """What a merge's mask is learned from: models that fit each other, data that is usable."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
-from . import machine
 from .answers import EncodedAnswer, answered_prompts, encoded_answers, has_answers
 from .errors import RecipeError, raise_together
 from .granularity import mask_layout, weight_storage
-from .headers import checkpoint_problems, planned_masks
-from .learner.loop import step_count
+from .headers import checkpoint_problems, planned_tensors
 from .masks import MaskSet
 from .method import mask_shape_problem
 from .plan import PlannedMerge, learning_problem, vocabulary_aligned
@@ -39,27 +36,6 @@ class SafetyData:
     utility: list[EncodedAnswer]
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """What learning a recipe's mask would take, at most: told without loading weights.
-
-    Attributes:
-        tensors: tensors that may get a mask.
-        entries: mask entries of all of them.
-        pairs: preference pairs.
-        steps: optimiser steps.
-        micro_batch: pairs that go through the model at once.
-        memory: bytes for weights, task vectors, logits, gradients and optimiser.
-    """
-
-    tensors: int
-    entries: int
-    pairs: int
-    steps: int
-    micro_batch: int
-    memory: int
-
-
 def checked_data(planned: PlannedMerge) -> SafetyData:
     """Return the safety data after checking it and the models against each other.
 
@@ -84,29 +60,6 @@ def checked_data(planned: PlannedMerge) -> SafetyData:
     return SafetyData(pairs, dropped, utility)
 
 
-def forecast(planned: PlannedMerge, data: SafetyData) -> Forecast:
-    """Return what learning the mask of a recipe would take."""
-    settings = planned.settings
-    storage = weight_storage(planned.out_config)
-    weights = kept = entries = 0
-    masks = planned_masks(planned)
-    for name, planned_mask in masks.items():
-        layout = mask_layout(planned_mask.granularity, name, planned_mask.shape, storage)
-        weights += math.prod(planned_mask.shape)
-        kept += math.prod(planned_mask.shape) * planned_mask.kept_tensors
-        entries += math.prod(layout.shape)
-    return Forecast(
-        tensors=len(masks),
-        entries=entries,
-        pairs=len(data.pairs),
-        steps=step_count(settings, len(data.pairs)),
-        micro_batch=micro_batch(planned),
-        # Merged weight, its gradient, the base and the task vectors, at most float32; logits, their
-        # gradient and Adam's two moments.
-        memory=4 * (3 * weights + kept + 4 * entries),
-    )
-
-
 def given_mask(planned: PlannedMerge, source: str) -> MaskSet:
     """Return the learned mask that a recipe names, after checking it against the models.
 
@@ -115,7 +68,9 @@ def given_mask(planned: PlannedMerge, source: str) -> MaskSet:
     """
     masks = MaskSet.open(source)
     problems = checkpoint_problems(planned)
-    planned_for = planned_masks(planned)
+    planned_for = {
+        name: tensor for name, tensor in planned_tensors(planned).items() if tensor.may_get_mask
+    }
     if not any(mask.kept_as in masks for mask in planned_for.values()):
         problems.append(
             f"mask {source}: none of its {len(masks.names())} tensors is in this merge (it has "
@@ -142,16 +97,6 @@ def given_mask(planned: PlannedMerge, source: str) -> MaskSet:
             break
     raise_together(problems, CANT_BE_MADE)
     return masks
-
-
-def micro_batch(planned: PlannedMerge) -> int:
-    """Return how many pairs go through the model at once on this machine."""
-    settings = planned.settings
-    # Half of what is free: the other half is for weights, logits and the optimiser.
-    free = machine.free_memory(planned.options.device or "cpu") // 2
-    return machine.micro_batch_pairs(
-        planned.out_config, settings.max_length, settings.batch_size, free
-    )
 
 
 def _safety_data(planned: PlannedMerge) -> tuple[list[EncodedPair], str]:

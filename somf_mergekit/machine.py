@@ -39,9 +39,15 @@ OPTIONS = (
         click.IntRange(min=1),
     ),
     MachineOption(
+        "engine",
+        "resident: all weights in memory; streaming: one layer's at a time, the rest in files "
+        "beside the output. Found from the free memory.",
+        click.Choice(["resident", "streaming"]),
+    ),
+    MachineOption(
         "precision",
-        "What the model computes in while learning (its weights stay float32): bfloat16 where the "
-        "device is fast at it, else float32.",
+        "What the model computes in while learning: bfloat16 (autocast) where the device is fast "
+        "at it, else float32.",
         click.Choice(["float32", "bfloat16"]),
     ),
     MachineOption(
@@ -92,25 +98,30 @@ def free_memory(device: str) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def micro_batch_pairs(config: Any, max_length: int, batch_size: int, free: int) -> int:
-    """Return how many pairs may go through the model at once.
+def activation_bytes(config: Any) -> int:
+    """Return about what a backward pass keeps of each token.
 
     Args:
         config: the model's transformers configuration.
-        max_length: tokens of a sequence, at most.
-        batch_size: pairs of an optimiser step; the answer is not larger.
-        free: bytes that activations may take.
     """
-    chosen = machine_setting("micro_batch_size")
-    if chosen:
-        return min(int(chosen), batch_size)
     text = config.get_text_config()
     hidden = text.hidden_size
     inner = getattr(text, "intermediate_size", None) or 4 * hidden
-    # What the backward pass keeps of a layer, per token: about twelve vectors of the model's
-    # width and four of the feed-forward's, in float32.
-    per_token = 4 * text.num_hidden_layers * (12 * hidden + 4 * inner)
-    return max(1, min(batch_size, free // (2 * max_length * per_token)))
+    # About twelve vectors of the model's width and four of the feed-forward's in each layer, in
+    # float32.
+    return int(4 * text.num_hidden_layers * (12 * hidden + 4 * inner))
+
+
+def micro_batch_pairs(batch_size: int, pair_bytes: int, room: int) -> int:
+    """Return how many pairs go through the model at once.
+
+    Args:
+        batch_size: pairs of an optimiser step; the answer is not larger.
+        pair_bytes: that the activations of a pair take.
+        room: bytes that activations may take.
+    """
+    chosen = machine_setting("micro_batch_size")
+    return max(1, min(batch_size, int(chosen) if chosen else room // pair_bytes))
 
 
 def _cpu_is_fast_at_bfloat16() -> bool:

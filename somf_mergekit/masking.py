@@ -4,39 +4,55 @@ A mask has the weight's shape or a coarser one that broadcasts to it. The formul
 arXiv 2405.09055 (subspace-oriented model fusion) and arXiv 2312.06173 (concrete masks).
 """
 
-import hashlib
 import math
 
 import torch
 from torch import Tensor
 
+from .noise import noise_key, uniform_noise
+from .pieces import pieces
+
 MASK_KINDS = ("soft", "binary", "sampled")
 RESCALES = ("mean", "none")
 # The draw of a `sampled` mask at merge time; optimiser steps count from 0.
 MERGE_STEP = -1
-# Keeps the logistic quantile of a float32 uniform finite (within +-13.8).
-_UNIFORM_EDGE = 1e-6
+# Keeps the logit of a probability finite (within +-13.8).
+_PROBABILITY_EDGE = 1e-6
 
 
-def uniform_noise(shape: torch.Size, *, seed: int, step: int, name: str) -> Tensor:
-    """Return u ~ U(0, 1), float32, as a function of (seed, step, tensor name, entry) alone.
+def concrete_sample(logits: Tensor, key: int, temperature: float) -> Tensor:
+    """Return m = sigmoid((x + log u - log(1 - u)) / T) in the shape of ``logits``, float32.
 
-    Drawn on the CPU wherever it is used, so that every device gets the same numbers.
+    Args:
+        logits: x.
+        key: of the noise u, see ``noise.noise_key``.
+        temperature: T.
     """
-    digest = hashlib.blake2b(f"{seed}/{step}/{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
-    return torch.rand(shape, generator=generator, dtype=torch.float32)
+    sample = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+    flat, entries = sample.view(-1), logits.reshape(-1)
+    for part in pieces(len(flat)):
+        flat[part] = concrete_piece(entries[part], key, part.start, temperature)
+    return sample
 
 
-def concrete_sample(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
-    """Return m = sigmoid((x + log u - log(1 - u)) / T) in the shape of ``logits``, float32."""
-    noise = torch.logit(uniform.to(logits.device), eps=_UNIFORM_EDGE)
-    return noise.add_(logits).div_(temperature).sigmoid_()
+def concrete_piece(logits: Tensor, key: int, start: int, temperature: float) -> Tensor:
+    """Return the part of a concrete sample that belongs to a part of the logits.
+
+    Args:
+        logits: x of consecutive entries, (count,).
+        key: as in ``concrete_sample``.
+        start: the first of these entries, in the flattened tensor.
+        temperature: T.
+    """
+    uniform = uniform_noise(key, len(logits), start=start, device=logits.device)
+    # log((1 - u) / u) costs one logarithm, and 1 - u is exact.
+    noise = (1 - uniform).div_(uniform).log_()
+    return torch.sub(logits, noise, out=noise).div_(temperature).sigmoid_()
 
 
 def logit_of(probability: Tensor) -> Tensor:
     """Return log(p / (1 - p)), finite also at p = 0 and p = 1."""
-    return torch.logit(probability.float(), eps=_UNIFORM_EDGE)
+    return torch.logit(probability.float(), eps=_PROBABILITY_EDGE)
 
 
 def mask_from_probabilities(
@@ -55,13 +71,13 @@ def mask_from_probabilities(
     if kind == "binary":
         return (probability > 0.5).float()
     if kind == "sampled":
-        uniform = uniform_noise(probability.shape, seed=seed, step=MERGE_STEP, name=name)
-        return concrete_sample(logit_of(probability), uniform, temperature)
+        key = noise_key(seed=seed, step=MERGE_STEP, name=name)
+        return concrete_sample(logit_of(probability), key, temperature)
     raise ValueError(f"unknown mask kind {kind!r}: expected one of {', '.join(MASK_KINDS)}")
 
 
-def mask_scale(mask: Tensor, rescale: str) -> float:
-    """Return the factor that goes with the mask: 1 / mean(m), or 1 for ``rescale`` none.
+def mask_scale(mean: float, rescale: str) -> float:
+    """Return the factor that goes with a mask of this mean: 1 / mean, or 1 for ``rescale`` none.
 
     An empty mask (mean 0) keeps nothing of the task vector: its factor is 0, not 1/0.
 
@@ -72,8 +88,12 @@ def mask_scale(mask: Tensor, rescale: str) -> float:
         return 1.0
     if rescale != "mean":
         raise ValueError(f"unknown rescale {rescale!r}: expected one of {', '.join(RESCALES)}")
-    mean = float(mask.mean(dtype=torch.float32))
     return 1.0 / mean if mean > 0 else 0.0
+
+
+def mask_mean(mask: Tensor) -> float:
+    """Return the mean of a mask, summed in float32."""
+    return float(mask.mean(dtype=torch.float32))
 
 
 def mask_factor(mask: Tensor, rescale: str) -> Tensor:
@@ -83,7 +103,7 @@ def mask_factor(mask: Tensor, rescale: str) -> Tensor:
         mask: m, one value per mask entry, float32.
         rescale: see ``mask_scale``.
     """
-    return mask * mask_scale(mask, rescale)
+    return mask * mask_scale(mask_mean(mask), rescale)
 
 
 def masked_task_vector(task_vector: Tensor, factor: Tensor) -> Tensor:
@@ -114,7 +134,7 @@ def logit_gradient(
     Returns:
         float32 in the shape of ``sample``.
     """
-    scale = mask_scale(sample, rescale)
+    scale = mask_scale(mask_mean(sample), rescale)
     gradient = factor_gradient.float() * scale
     if rescale == "mean":
         total = float((factor_gradient * sample).sum(dtype=torch.float32))

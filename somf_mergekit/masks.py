@@ -20,6 +20,7 @@ from torch import Tensor
 from .errors import RecipeError
 from .granularity import Layout
 from .masking import mask_from_probabilities
+from .pieces import pieces
 
 FORMAT = "somf-mask/1"
 MASKS_FILE = "masks.safetensors"
@@ -37,7 +38,11 @@ def encoded_probability(probability: Tensor) -> Tensor:
 
 def decoded_probability(codes: Tensor) -> Tensor:
     """Return uint8 codes as float32 probabilities in the same shape."""
-    return codes.float().add_(0.5).div_(_LEVELS)
+    found = torch.empty(codes.shape)
+    flat, flat_codes = found.view(-1), codes.reshape(-1)
+    for part in pieces(len(flat)):
+        flat[part].copy_(flat_codes[part]).add_(0.5).div_(_LEVELS)
+    return found
 
 
 class MaskSet:
@@ -53,7 +58,10 @@ class MaskSet:
         # Where one entry covers several places of an axis: [axis, how many].
         self._repeats = {k: (int(a), int(n)) for k, (a, n) in header.get("repeats", {}).items()}
         with safe_open(path, framework="pt") as handle:
-            self._stored = set(handle.keys())
+            self._shapes = {
+                name: tuple(handle.get_slice(name).get_shape())
+                for name in handle.keys()  # noqa: SIM118
+            }
 
     @classmethod
     def open(cls, source: str | os.PathLike[str]) -> "MaskSet":
@@ -83,25 +91,19 @@ class MaskSet:
 
     def names(self) -> list[str]:
         """Return the names of all tensors that have a mask, sorted."""
-        return sorted(self._stored | set(self._aliases))
+        return sorted(set(self._shapes) | set(self._aliases))
 
     def __contains__(self, name: object) -> bool:
-        return name in self._stored or name in self._aliases
+        return name in self._shapes or name in self._aliases
 
     def layout(self, name: str) -> Layout:
         """Return how the entries of ``name`` lie on its weight, without reading them."""
         stored = self._stored_name(name)
-        with safe_open(self.path, framework="pt") as handle:
-            shape = tuple(handle.get_slice(stored).get_shape())
-        return self._laid(stored, shape)
+        return self._laid(stored, self._shapes[stored])
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape in which ``probabilities`` gives the mask of ``name``."""
-        layout = self.layout(name)
-        return tuple(
-            size * (layout.repeat if axis == layout.axis else 1)
-            for axis, size in enumerate(layout.shape)
-        )
+        return self.layout(name).spread_shape
 
     def entries(self, name: str) -> Tensor:
         """Return the probability of each entry, float32, in the shape in which it was learned.
@@ -144,7 +146,7 @@ class MaskSet:
 
     def _stored_name(self, name: str) -> str:
         stored = self._aliases.get(name, name)
-        if stored not in self._stored:
+        if stored not in self._shapes:
             raise KeyError(f"no mask for {name} in {self.path}")
         return stored
 

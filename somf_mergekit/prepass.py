@@ -9,10 +9,14 @@ import torch
 
 from . import machine
 from .errors import RecipeError
-from .inputs import SafetyData, checked_data, given_mask, micro_batch
+from .forecast import STREAMING, forecast
+from .inputs import SafetyData, checked_data, given_mask
+from .learner.engine import ResidentEngine
 from .learner.loop import StepReport, learn_logits, step_count
-from .learner.model import learning_model
+from .learner.mapped import MappedFiles
+from .learner.model import Placement, learning_model
 from .learner.passes import LearningProblem, LossNotFinite
+from .learner.streaming import StreamingEngine, StreamingImpossible
 from .masks import HISTORY_FILE, MASKS_FILE, MaskSet, keep_masks, write_masks
 from .plan import PlannedMerge
 from .provenance import differences, learning_fingerprint, provenance, provenance_of_use
@@ -60,24 +64,38 @@ def _learned_mask(
     settings = planned.settings
     if data.dropped:
         _say(planned, f"somf: rows of the safety dataset left out: {data.dropped}")
+    expected = forecast(planned, data)
+    _say(planned, f"somf: {expected.told}")
+    streams = expected.engine == STREAMING
     device = planned.options.device or "cpu"
+    placement = Placement(
+        device=device,
+        autocast=machine.autocast_type(device),
+        files=MappedFiles(os.path.dirname(os.path.abspath(folder))) if streams else None,
+    )
     learning = learning_model(
         planned.out_config,
         loaded_tensors(planned),
         settings,
         {weight.name for weight, _ in planned.tensors if planned.may_get_mask(weight.name)},
-        device,
+        placement,
         planned.options.trust_remote_code,
     )
+    engine = StreamingEngine if streams else ResidentEngine
+    try:
+        runs = engine(learning.model, learning.masked, learning.fixed, placement.autocast)
+    except StreamingImpossible as error:
+        raise RecipeError(
+            f"{error}: the streaming engine can't run it, and the resident one needs more memory "
+            "unless `--engine resident` (SOMF_ENGINE=resident) says otherwise"
+        ) from error
     problem = LearningProblem(
-        model=learning.model,
+        engine=runs,
         tensors=learning.masked,
-        fixed=learning.fixed,
         pairs=data.pairs,
         utility=data.utility,
         settings=settings,
-        autocast=machine.autocast_type(device),
-        micro_batch=micro_batch(planned),
+        micro_batch=expected.micro_batch,
     )
     history: list[dict[str, Any]] = []
 

@@ -3,8 +3,8 @@
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from mergekit.common import ModelReference
@@ -16,7 +16,7 @@ from torch import Tensor
 from .errors import RecipeError
 from .method import is_shared_buffer, not_finite
 from .plan import PlannedMerge, task_parameters
-from .weights import MergedWeight, merged_weight
+from .weights import Keep, LinearWeight, MergedWeight, merged_weight
 
 _HASH_BLOCK = 1 << 22
 
@@ -28,8 +28,8 @@ class LoadedTensor:
     Attributes:
         name: in the merged checkpoint.
         base: the base model's tensor, in the recipe's dtype.
-        weight: the merged weight as a function of the mask; None for what is no number to learn
-            on (buffers of integers, or of infinity in every model).
+        weight: the merged weight as a function of the mask; None where the merge is the base's
+            whatever the mask (also buffers of integers, or of infinity in every model).
         changed: whether any model differs from the base.
         parameters: the somf method's parameters as mergekit resolved them for this tensor.
         vocabulary_axis: the axis of tokens, if there is one.
@@ -41,6 +41,19 @@ class LoadedTensor:
     changed: bool
     parameters: dict[str, Any]
     vocabulary_axis: int | None
+
+    def kept(self, keep: Keep, dtype: torch.dtype) -> "LoadedTensor":
+        """Return the same with its tensors put where ``keep`` puts them.
+
+        A task vector that is kept as one is in ``dtype``.
+        """
+        weight = self.weight and self.weight.kept(keep, dtype)
+        if isinstance(self.weight, LinearWeight) and self.weight.start is self.base:
+            # Kept once.
+            base = cast(LinearWeight, weight).start
+        else:
+            base = keep(self.base)
+        return replace(self, base=base, weight=weight)
 
 
 def loaded_tensors(planned: PlannedMerge) -> Iterator[LoadedTensor]:
@@ -68,13 +81,16 @@ def loaded_tensors(planned: PlannedMerge) -> Iterator[LoadedTensor]:
             raise RecipeError(broken)
         base = group.base.tensor
         parameters = task_parameters(task)
+        changed = any(not torch.equal(entry.tensor, base) for entry in group.non_base)
+        is_number = base.is_floating_point() and not shared
+        merged = merged_weight(group, parameters) if is_number else None
+        if not changed and isinstance(merged, LinearWeight) and merged.start is base:
+            merged = None
         yield LoadedTensor(
             name=weight.name,
             base=base,
-            weight=None
-            if shared or not base.is_floating_point()
-            else merged_weight(group, parameters),
-            changed=any(not torch.equal(entry.tensor, base) for entry in group.non_base),
+            weight=merged,
+            changed=changed,
             parameters=parameters,
             vocabulary_axis=weight.vocabulary_axis,
         )

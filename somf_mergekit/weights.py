@@ -1,5 +1,6 @@
 """One weight of the merge as a function of what the mask multiplies its task vectors with."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,17 +10,20 @@ from torch import Tensor
 
 from .fusions import fused, is_linear, masked_group, with_tensors
 from .granularity import Layout
-from .masking import masked_task_vector
+from .pieces import row_blocks
+
+# Puts a tensor where an engine has it: on a device, or in a file.
+Keep = Callable[[Tensor], Tensor]
 
 
 class MergedWeight(Protocol):
     """W(c), where c is the mask's factor (see ``masking.mask_factor``)."""
 
-    def merged(self, factor: Tensor) -> Tensor:
-        """Return W(c), float32 in the weight's shape; ``factor`` broadcasts to it."""
+    def write(self, weight: Tensor, factor: Tensor) -> None:
+        """Set ``weight`` to W(c), computed in float32; ``factor`` broadcasts to it."""
 
     def factor_gradient(self, weight_gradient: Tensor, factor: Tensor, layout: Layout) -> Tensor:
-        """Return dL/dc, one value per mask entry, from dL/dW at the weight W(c).
+        """Return dL/dc, float32, one value per mask entry, from dL/dW at the weight W(c).
 
         Args:
             weight_gradient: in the weight's shape.
@@ -27,8 +31,11 @@ class MergedWeight(Protocol):
             layout: how the entries lie on the weight.
         """
 
-    def to(self, device: torch.device | str) -> "MergedWeight":
-        """Return the same on ``device``."""
+    def kept(self, keep: Keep, dtype: torch.dtype) -> "MergedWeight":
+        """Return the same with its tensors put where ``keep`` puts them.
+
+        A task vector that is kept as one is in ``dtype``.
+        """
 
 
 @dataclass(frozen=True)
@@ -36,24 +43,33 @@ class LinearWeight:
     """W(c) = start + D c: all task vectors are kept as one, however many models there are.
 
     Attributes:
-        start: the merge of models that equal the base, float32 or the base's own dtype.
-        fused: D, the fused task vector, float32 in the weight's shape.
+        start: the merge of models that equal the base, in the weight's shape.
+        fused: D, the fused task vector, in the weight's shape.
     """
 
     start: Tensor
     fused: Tensor
 
-    def merged(self, factor: Tensor) -> Tensor:
+    def write(self, weight: Tensor, factor: Tensor) -> None:
         """See MergedWeight."""
-        return masked_task_vector(self.fused, factor).add_(self.start)
+        factor = factor.expand(self.fused.shape)
+        for rows in row_blocks(self.fused):
+            weight[rows] = (factor[rows] * self.fused[rows]).add_(self.start[rows])
 
     def factor_gradient(self, weight_gradient: Tensor, factor: Tensor, layout: Layout) -> Tensor:
         """See MergedWeight."""
-        return layout.collected(weight_gradient.float() * self.fused)
+        # Of a tensor that has one entry in all rows, the blocks are summed; else laid together.
+        spread = torch.zeros(layout.spread_shape, device=self.fused.device)
+        in_all_rows = spread.shape[:1] == (1,)
+        for rows in row_blocks(self.fused):
+            product = weight_gradient[rows].float() * self.fused[rows]
+            part = spread if in_all_rows else spread[rows]
+            part += product.sum_to_size(part.shape)
+        return layout.collected(spread)
 
-    def to(self, device: torch.device | str) -> "LinearWeight":
+    def kept(self, keep: Keep, dtype: torch.dtype) -> "LinearWeight":
         """See MergedWeight."""
-        return LinearWeight(self.start.to(device), self.fused.to(device))
+        return LinearWeight(keep(self.start), keep(self.fused.to(dtype)))
 
 
 @dataclass(frozen=True)
@@ -68,22 +84,25 @@ class FusedWeight:
     group: TensorGroup
     values: dict[str, Any]
 
-    def merged(self, factor: Tensor) -> Tensor:
+    def write(self, weight: Tensor, factor: Tensor) -> None:
         """See MergedWeight."""
-        return fused(masked_group(self.group, factor), self.values)
+        weight.copy_(self._merged(factor))
 
     def factor_gradient(self, weight_gradient: Tensor, factor: Tensor, layout: Layout) -> Tensor:
         """See MergedWeight."""
         leaf = factor.detach().requires_grad_()
         with torch.enable_grad():
-            weight = self.merged(layout.spread(leaf))
+            weight = self._merged(layout.spread(leaf))
         (gradient,) = torch.autograd.grad(weight, leaf, weight_gradient.float(), allow_unused=True)
         return torch.zeros_like(leaf) if gradient is None else gradient
 
-    def to(self, device: torch.device | str) -> "FusedWeight":
+    def kept(self, keep: Keep, dtype: torch.dtype) -> "FusedWeight":
         """See MergedWeight."""
-        group = with_tensors(self.group, lambda entry: entry.tensor.to(device))
+        group = with_tensors(self.group, lambda entry: keep(entry.tensor))
         return FusedWeight(group, self.values)
+
+    def _merged(self, factor: Tensor) -> Tensor:
+        return fused(masked_group(self.group, factor), self.values)
 
 
 def merged_weight(group: TensorGroup, values: dict[str, Any]) -> MergedWeight:

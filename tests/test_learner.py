@@ -9,12 +9,12 @@ import torch
 from mergekit.merge_methods import merge_tensors
 from mergekit.merge_methods.base import TensorEntry, TensorGroup, TensorMetadata
 
-from somf_mergekit import masking
+from somf_mergekit import noise
 from somf_mergekit.answers import EncodedAnswer
 from somf_mergekit.granularity import Storage, mask_layout
-from somf_mergekit.learner import loop, passes, tensors
+from somf_mergekit.learner import engine, loop, passes
 from somf_mergekit.learner.logprobs import answer_log_probs, output_head, token_batch
-from somf_mergekit.learner.tensors import MaskedTensor
+from somf_mergekit.learner.tensors import Content, FixedTensor, MaskedTensor, State
 from somf_mergekit.preferences import EncodedPair
 from somf_mergekit.recipe import Settings
 from somf_mergekit.weights import FusedWeight, LinearWeight
@@ -39,7 +39,9 @@ def make_utility(count=6, seed=9):
     return [EncodedAnswer(pair.prompt, pair.chosen) for pair in make_pairs(count, seed)]
 
 
-def make_problem(micro_batch=4, fusion=None, **parameters):
+def make_problem(
+    micro_batch=4, fusion=None, autocast=None, runs=engine.ResidentEngine, **parameters
+):
     """A tiny Llama, two random task vectors, and random pairs and utility examples."""
     values = {"safety_dataset": "x", "max_steps": 4, "batch_size": 4} | parameters
     settings = Settings(**values)
@@ -57,13 +59,15 @@ def make_problem(micro_batch=4, fusion=None, **parameters):
             merged = FusedWeight(group, {"fusion": fusion, "seed": 0, **TIES})
         else:
             merged = LinearWeight(start, sum(0.5 * (one - start) for one in changed.values()))
+        layout = mask_layout(settings.granularity, name, tuple(weight.shape), Storage(8))
         masked.append(
             MaskedTensor(
                 name=name,
                 weight=weight,
                 base=start,
                 merged=merged,
-                layout=mask_layout(settings.granularity, name, tuple(weight.shape), Storage(8)),
+                layout=layout,
+                logits=torch.full(layout.shape, settings.init_logit),
                 temperature=settings.temperature,
                 rescale=settings.mask_rescale,
                 seed=settings.seed,
@@ -73,7 +77,7 @@ def make_problem(micro_batch=4, fusion=None, **parameters):
         )
     utility = make_utility() if settings.utility_dataset else []
     return passes.LearningProblem(
-        model, masked, [], make_pairs(), utility, settings, None, micro_batch
+        runs(model, masked, [], autocast), masked, make_pairs(), utility, settings, micro_batch
     )
 
 
@@ -137,13 +141,13 @@ def plain_loss(settings, chosen, rejected, reference):
 
 def reference_trajectory(problem):
     """The same learning, written plainly: autograd through the mask, one pair at a time."""
-    settings, model, pairs = problem.settings, copy.deepcopy(problem.model), problem.pairs
+    settings, pairs = problem.settings, problem.pairs
+    model = tiny.tiny_llama(0, VOCABULARY)
     weights_of = {t.name: t for t in problem.tensors}
     logits = {
         n: torch.full(t.layout.shape, settings.init_logit).requires_grad_()
         for n, t in weights_of.items()
     }
-    adam = torch.optim.Adam(logits.values(), lr=1.0, betas=(0.9, 0.95), eps=1e-8)
 
     def merged(masks):
         return {n: plain_weight(weights_of[n], m) for n, m in masks.items()}
@@ -151,7 +155,8 @@ def reference_trajectory(problem):
     def sampled(step, start, prefix=""):
         masks = {}
         for name, x in start.items():
-            u = masking.uniform_noise(x.shape, seed=settings.seed, step=step, name=prefix + name)
+            key = noise.noise_key(seed=settings.seed, step=step, name=prefix + name)
+            u = noise.uniform_noise(key, x.numel()).view(x.shape)
             masks[name] = torch.sigmoid((x + torch.log(u / (1 - u))) / settings.temperature)
         return merged(masks)
 
@@ -190,13 +195,14 @@ def reference_trajectory(problem):
             divergence = torch.cat(apart).mean()
             divergences.append(divergence.item())
             loss = loss + settings.utility_weight * divergence
-        adam.zero_grad()
-        loss.backward()
+        gradients = torch.autograd.grad(loss, list(logits.values()), allow_unused=True)
         steps, warmup = settings.max_steps, max(1, round(0.08 * settings.max_steps))
         progress = (step - warmup + 1) / (steps - warmup + 1)
         rate = (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * progress))
-        adam.param_groups[0]["lr"] = settings.learning_rate * rate
-        adam.step()
+        for x, gradient in zip(logits.values(), gradients, strict=True):
+            if gradient is not None:
+                step_size = gradient / (gradient.abs() + 1e-8)
+                x.data -= settings.learning_rate * rate * step_size
     return losses, divergences, [x.detach() for x in logits.values()]
 
 
@@ -223,8 +229,8 @@ TRAJECTORIES = {
 
 @pytest.mark.parametrize("name", TRAJECTORIES)
 def test_whole_trajectory_is_that_of_plain_autograd(name):
-    # Adam turns the sign of a gradient that is rounding noise into almost a whole step: so all
-    # losses are compared closely, but of the logits the few with such gradients may differ.
+    # The sign of a gradient that is rounding noise is almost a whole step: so all losses are
+    # compared closely, but of the logits the few with such gradients may differ.
     changes = {"max_steps": 3} | TRAJECTORIES[name]
     expected_losses, expected_divergences, expected = reference_trajectory(make_problem(**changes))
     problem = make_problem(**changes)
@@ -238,7 +244,7 @@ def test_whole_trajectory_is_that_of_plain_autograd(name):
     difference = torch.cat([(a - b).flatten() for a, b in zip(found, expected, strict=True)])
     moved = torch.cat([(a - changes.get("init_logit", 0)).flatten() for a in found])
     assert moved.abs().max() > 0.05
-    assert (difference.abs() < 1e-3).float().mean() > 0.99
+    assert (difference.abs() < 2e-3).float().mean() > 0.99
     assert difference.mean().abs() < 1e-4
 
 
@@ -249,40 +255,31 @@ def test_a_larger_utility_weight_keeps_the_merge_closer_to_the_unmasked_one():
             utility_dataset="y", utility_weight=weight, max_steps=30, epochs=30, batch_size=12
         )
         loop.learn_logits(problem, lambda report: None, lambda done, total: None)
-        unmasked, soft = [], []
-        for values, write in ((unmasked, "write_unmasked"), (soft, "write_soft")):
-            for tensor in problem.tensors:
-                getattr(tensor, write)()
-            own = dict(problem.model.named_parameters())
-            with torch.no_grad():
-                values += [
-                    token_log_probs(problem.model, own, e.prompt, e.answer) for e in problem.utility
-                ]
-        ends.append((torch.cat(soft) - torch.cat(unmasked)).square().mean().item())
+        batch = token_batch([(e.prompt, e.answer) for e in problem.utility])
+        found = {
+            content: next(problem.engine.evaluate([batch], State(content)))[0]
+            for content in (Content.UNMASKED, Content.SOFT)
+        }
+        soft, unmasked = found[Content.SOFT], found[Content.UNMASKED]
+        ends.append((soft - unmasked).square().mean().item())
     assert ends[1] < 0.5 * ends[0]
 
 
-def test_weights_merged_without_a_mask_are_the_bases_only_while_it_is_the_reference():
+def test_weights_merged_without_a_mask_are_the_bases_only_while_it_is_the_reference(monkeypatch):
     problem = make_problem(max_steps=1, reference="base")
     first, *masked = problem.tensors
     other = first.base + 1.0
-    fixed = tensors.FixedTensor(first.weight, first.base, other)
+    fixed = FixedTensor(first.weight, first.base, LinearWeight(other, torch.zeros_like(other)))
     seen = []
-    real = passes.answer_log_probs
+    real = engine.answer_token_log_probs
 
     def watching(*arguments):
         seen.append(torch.equal(first.weight, first.base))
         return real(*arguments)
 
-    passes.answer_log_probs = watching
-    try:
-        loop.learn_logits(
-            dataclasses.replace(problem, tensors=masked, fixed=[fixed]),
-            lambda report: None,
-            lambda done, total: None,
-        )
-    finally:
-        passes.answer_log_probs = real
+    monkeypatch.setattr(engine, "answer_token_log_probs", watching)
+    runs = engine.ResidentEngine(problem.engine._model, masked, [fixed], None)
+    trajectory(dataclasses.replace(problem, tensors=masked, engine=runs))
     assert seen == [True, False]
     assert torch.equal(first.weight, other)
 

@@ -1,17 +1,21 @@
+import math
+
 import pytest
 import torch
 
-from somf_mergekit import masking
+from somf_mergekit import masking, noise, pieces
 
 
 def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def key(**changes):
+    return noise.noise_key(**({"seed": 0, "step": 0, "name": "w"} | changes))
+
+
 def uniform(shape, **changes):
-    return masking.uniform_noise(
-        torch.Size(shape), **({"seed": 0, "step": 0, "name": "w"} | changes)
-    )
+    return noise.uniform_noise(key(**changes), math.prod(shape)).view(shape)
 
 
 @pytest.mark.parametrize("mask_shape", [(6, 5), (6, 1), (1, 5), (1, 1)])
@@ -32,17 +36,21 @@ def test_logit_gradient_is_that_of_autograd(mask_shape, rescale):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_concrete_sample_follows_its_formula_and_leaves_the_uniform_alone():
-    logits, noise = draw(7, 3), uniform((7, 3))
-    kept = noise.clone()
-    expected = torch.sigmoid((logits + torch.log(noise) - torch.log1p(-noise)) / 0.7)
-    torch.testing.assert_close(masking.concrete_sample(logits, noise, 0.7), expected)
-    assert torch.equal(noise, kept)
+def test_concrete_sample_follows_its_formula_in_pieces_too(monkeypatch):
+    logits, u = draw(7, 3), uniform((7, 3))
+    expected = torch.sigmoid((logits + torch.log(u) - torch.log1p(-u)) / 0.7)
+    torch.testing.assert_close(masking.concrete_sample(logits, key(), 0.7), expected)
+    monkeypatch.setattr(pieces, "PIECE", 6)
+    torch.testing.assert_close(masking.concrete_sample(logits, key(), 0.7), expected)
+    torch.testing.assert_close(
+        masking.concrete_sample(logits.T, key(), 0.7),
+        torch.sigmoid((logits.T + torch.logit(u.view(3, 7))) / 0.7),
+    )
 
 
 def test_concrete_samples_are_above_one_half_as_often_as_the_probability_says():
     logits = torch.full((200_000,), 0.8)
-    sample = masking.concrete_sample(logits, uniform((200_000,)), 0.5)
+    sample = masking.concrete_sample(logits, key(), 0.5)
     assert (sample > 0.5).float().mean().item() == pytest.approx(
         torch.sigmoid(torch.tensor(0.8)).item(), abs=0.005
     )
@@ -63,20 +71,14 @@ def test_concrete_samples_and_their_gradients_have_torchs_distribution(logit, te
     torch.manual_seed(0)
     theirs = torch.distributions.RelaxedBernoulli(temperature, logits=logits).rsample()
     (their_gradient,) = torch.autograd.grad(theirs.sum(), logits)
-    ours = masking.concrete_sample(logits.detach(), uniform((count,)), temperature)
+    ours = masking.concrete_sample(logits.detach(), key(), temperature)
     gradient = masking.logit_gradient(torch.ones(count), ours, temperature, "none")
     # 1 % of equal distributions are further apart than this.
     limit = 1.63 * (2 / count) ** 0.5
     assert kolmogorov_smirnov(ours, theirs.detach()) < limit
     assert kolmogorov_smirnov(gradient, their_gradient) < limit
-    other = masking.concrete_sample(logits.detach() + 0.1, uniform((count,)), temperature)
+    other = masking.concrete_sample(logits.detach() + 0.1, key(), temperature)
     assert kolmogorov_smirnov(other, theirs.detach()) > limit
-
-
-def test_noise_is_a_function_of_seed_step_and_name():
-    assert torch.equal(uniform((9,)), uniform((9,)))
-    for change in ({"seed": 1}, {"step": 1}, {"name": "v"}):
-        assert not torch.equal(uniform((9,)), uniform((9,), **change))
 
 
 def test_mask_kinds():
@@ -87,10 +89,8 @@ def test_mask_kinds():
     sampled = masking.mask_from_probabilities(probability, "sampled", **options)
     assert torch.equal(soft, probability)
     assert binary.tolist() == [0, 0, 1, 1]
-    noise = uniform((4,), seed=3, step=masking.MERGE_STEP)
-    torch.testing.assert_close(
-        sampled, masking.concrete_sample(torch.logit(probability), noise, 0.5)
-    )
+    own = key(seed=3, step=masking.MERGE_STEP)
+    torch.testing.assert_close(sampled, masking.concrete_sample(torch.logit(probability), own, 0.5))
     with pytest.raises(ValueError, match="hard"):
         masking.mask_from_probabilities(probability, "hard", **options)
 
@@ -114,9 +114,9 @@ def test_rescaled_mask_averages_one_and_an_empty_mask_keeps_nothing():
     empty = delta * masking.mask_factor(torch.zeros(4, 4), "mean")
     assert torch.equal(empty, torch.zeros(4, 4))
     with pytest.raises(ValueError, match="median"):
-        masking.mask_scale(mask, "median")
+        masking.mask_scale(0.5, "median")
 
 
 def test_reductions_of_low_precision_masks_are_done_in_float32():
     mask = torch.full((70_000,), 0.3, dtype=torch.bfloat16)
-    assert masking.mask_scale(mask, "mean") == pytest.approx(1 / mask[0].item(), rel=1e-5)
+    assert masking.mask_mean(mask) == pytest.approx(mask[0].item(), rel=1e-5)

@@ -10,7 +10,7 @@ import yaml
 from mergekit.merge_methods import merge_state_dicts
 from safetensors.torch import load_file, save_file
 
-from somf_mergekit import MaskSet, learn, masking, register
+from somf_mergekit import MaskSet, learn, noise, register
 
 WEIGHTS = {"math": 0.5, "code": 0.5}
 
@@ -176,7 +176,8 @@ def test_sampled_masks_come_from_the_seed(learned, tmp_path, family, family_reci
     assert torch.equal(outputs["a"], outputs["b"])
     assert not torch.equal(outputs["a"], outputs["c"])
     p = MaskSet.open(source / "out").probabilities("lm_head.weight")
-    u = masking.uniform_noise(p.shape, seed=5, step=-1, name="lm_head.weight")
+    key = noise.noise_key(seed=5, step=-1, name="lm_head.weight")
+    u = noise.uniform_noise(key, p.numel()).view(p.shape)
     mask = torch.sigmoid((torch.logit(p) + torch.logit(u)) / 0.5)
     base, one, two = (
         tiny.tensors_of(family / n)["lm_head.weight"] for n in ("base", "math", "code")

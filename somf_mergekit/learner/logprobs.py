@@ -104,6 +104,24 @@ def answer_token_log_probs(
     return torch.cat(pieces), answered.nonzero()[:, 0]
 
 
+def answer_sums(log_probs: Tensor, owners: Tensor, answers: int) -> tuple[Tensor, Tensor]:
+    """Return the summed log-probability of each answer and its number of tokens.
+
+    Args:
+        log_probs: as ``answer_token_log_probs`` gives them.
+        owners: likewise.
+        answers: how many there are.
+
+    Returns:
+        float32 (answers,) and int64 (answers,).
+    """
+    sums = torch.zeros(answers, dtype=torch.float32, device=log_probs.device)
+    counts = torch.zeros(answers, dtype=torch.int64, device=log_probs.device)
+    return sums.index_add(0, owners, log_probs), counts.index_add(
+        0, owners, torch.ones_like(owners)
+    )
+
+
 def answer_log_probs(
     model: Any, head: Callable[[Tensor], Tensor], batch: TokenBatch
 ) -> tuple[Tensor, Tensor]:
@@ -112,10 +130,7 @@ def answer_log_probs(
     Returns:
         float32 (sequences,) and int64 (sequences,).
     """
-    log_probs, rows = answer_token_log_probs(model, head, batch)
-    sums = torch.zeros(len(batch.labels), dtype=torch.float32, device=log_probs.device)
-    counts = torch.zeros(len(batch.labels), dtype=torch.int64, device=log_probs.device)
-    return sums.index_add(0, rows, log_probs), counts.index_add(0, rows, torch.ones_like(rows))
+    return answer_sums(*answer_token_log_probs(model, head, batch), len(batch.labels))
 
 
 def _token_log_probs(head: Callable[[Tensor], Tensor], states: Tensor, tokens: Tensor) -> Tensor:

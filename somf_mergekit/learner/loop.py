@@ -90,27 +90,21 @@ def learn_logits(
     utility_plan = batches(len(problem.utility), settings, steps, "utility/") if has_utility else []
     passes = Passes(problem)
     passes.compare(_used(plan), _used(utility_plan), on_reference)
-    for tensor in problem.tensors:
-        tensor.weight.requires_grad_(True)
     for step, batch in enumerate(plan):
         start = time.perf_counter()
         if settings.objective in PREFERENCES and settings.reference == "redrawn":
             passes.redraw(step, batch)
-        for tensor in problem.tensors:
-            tensor.write_sample(step)
-        loss, margins = passes.pairs_backward(batch, step)
-        utility = passes.utility_backward(utility_plan[step], step) if has_utility else None
         share = rate_share(step, steps)
-        for tensor in problem.tensors:
-            tensor.update(step, share)
+        shown = passes.learn(batch, utility_plan[step] if has_utility else [], step, share)
+        margins = shown.margins
         on_step(
             StepReport(
                 step=step + 1,
                 steps=steps,
-                loss=loss,
+                loss=shown.loss,
                 accuracy=sum(m > 0 for m in margins) / len(margins) if margins else None,
                 margin=sum(margins) / len(margins) if margins else None,
-                utility=utility,
+                utility=shown.utility,
                 rate_share=share,
                 seconds=time.perf_counter() - start,
             )

@@ -6,22 +6,50 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import RecipeError
 from ..granularity import mask_layout, weight_storage
 from ..recipe import Settings
 from ..sources import LoadedTensor
+from .mapped import MappedFiles
 from .tensors import FixedTensor, MaskedTensor
 
 
 @dataclass(frozen=True)
+class Placement:
+    """Where the model learns, and in what.
+
+    Attributes:
+        device: where the model is.
+        autocast: type in which it computes; None for float32. Task vectors are kept in it, and the
+            weights that autocast would turn into it for each use.
+        files: where what an engine brings layer by layer is kept; None for the device.
+    """
+
+    device: torch.device | str
+    autocast: torch.dtype | None
+    files: MappedFiles | None
+
+    def kept(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of the base or of the models where it is kept."""
+        return self.files.kept(tensor) if self.files else tensor.to(self.device)
+
+    def logits(self, shape: tuple[int, ...]) -> Tensor:
+        """Return room for logits."""
+        if self.files:
+            return self.files.empty(shape, torch.float32)
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+
+@dataclass(frozen=True)
 class LearningModel:
-    """A model in float32 that can hold the base, the plain merge, and the merge under a mask.
+    """A model that can hold the base, the plain merge, and the merge under a mask.
 
     Attributes:
         model: the transformers model.
         masked: its weights with a mask.
-        fixed: its weights that the merge changes without a mask.
+        fixed: its other weights that are in the checkpoint.
         aliases: further checkpoint names of masked weights, with the name of their mask.
     """
 
@@ -36,10 +64,10 @@ def learning_model(
     loaded: Iterable[LoadedTensor],
     settings: Settings,
     masked_names: set[str],
-    device: torch.device | str,
+    placement: Placement,
     trust_remote_code: bool,
 ) -> LearningModel:
-    """Return the model that learns, its masked weights at the base's values.
+    """Return the model that learns; what its weights hold is for an engine to write.
 
     Tensors outside ``masked_names``, and those that no model changed, get no mask.
 
@@ -48,14 +76,18 @@ def learning_model(
         loaded: every tensor of the merge.
         settings: of the recipe.
         masked_names: tensors that may get a mask.
-        device: where the model learns.
+        placement: where the model learns.
         trust_remote_code: as mergekit's option.
 
     Raises:
         RecipeError: the merge is no model of the base's architecture, or nothing has changed.
     """
-    loaded = list(loaded)
-    model = _empty_model(config, loaded, device, trust_remote_code)
+    dtype = placement.autocast or torch.float32
+    loaded = [tensor.kept(placement.kept, dtype) for tensor in loaded]
+    model = _empty_model(config, loaded, trust_remote_code)
+    if placement.autocast:
+        _keep_layers_in(model, placement.autocast)
+    model.to(placement.device)
     places = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     storage = weight_storage(config)
     masked: dict[int, MaskedTensor] = {}
@@ -71,26 +103,20 @@ def learning_model(
         filled.add(loaded_as)
         if id(place) in masked:
             aliases[tensor.name] = masked[id(place)].name
+        if id(place) in masked or id(place) in fixed:
             continue
-        with torch.no_grad():
-            place.copy_(tensor.base)
-        if tensor.weight is None:
-            continue
-        weight = tensor.weight.to(device)
-        base = tensor.base.to(device)
-        if not tensor.changed or tensor.name not in masked_names:
-            with torch.no_grad():
-                merged = weight.merged(torch.ones((), device=base.device))
-            if not torch.equal(merged, base.float()):
-                fixed[id(place)] = FixedTensor(place, base, merged)
+        if tensor.weight is None or not tensor.changed or tensor.name not in masked_names:
+            fixed[id(place)] = FixedTensor(place, tensor.base, tensor.weight)
             continue
         values = tensor.parameters
+        layout = mask_layout(values["granularity"], tensor.name, tuple(place.shape), storage)
         masked[id(place)] = MaskedTensor(
             name=tensor.name,
             weight=place,
-            base=base,
-            merged=weight,
-            layout=mask_layout(values["granularity"], tensor.name, tuple(base.shape), storage),
+            base=tensor.base,
+            merged=tensor.weight,
+            layout=layout,
+            logits=placement.logits(layout.shape).fill_(values["init_logit"]),
             temperature=values["temperature"],
             rescale=values["mask_rescale"],
             seed=settings.seed,
@@ -133,9 +159,7 @@ def _place(places: dict[str, Any], loaded_as: str, tensor: LoadedTensor, model: 
     )
 
 
-def _empty_model(
-    config: Any, loaded: list[LoadedTensor], device: torch.device | str, trust_remote_code: bool
-) -> Any:
+def _empty_model(config: Any, loaded: list[LoadedTensor], trust_remote_code: bool) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
@@ -153,7 +177,26 @@ def _empty_model(
         raise RecipeError(
             f"transformers can't make a causal language model of the merge: {error}"
         ) from error
-    return model.to(device).eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
+
+
+def _keep_layers_in(model: Any, dtype: torch.dtype) -> None:
+    """Give the weights of linear layers ``dtype``: what they held is lost.
+
+    Others, such as embeddings, norms and routers of experts, compute in float32 under autocast too.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    modules = list(model.modules())
+    layers = [module for module in modules if isinstance(module, (torch.nn.Linear, Conv1D))]
+    elsewhere = {
+        id(weight)
+        for module in set(modules) - set(layers)
+        for weight in module.parameters(recurse=False)
+    }
+    for layer in layers:
+        if id(layer.weight) not in elsewhere:
+            layer.weight.data = torch.empty_like(layer.weight.data, dtype=dtype)
 
 
 def _check_complete(model: Any, filled: set[str]) -> None:

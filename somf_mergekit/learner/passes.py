@@ -1,9 +1,7 @@
-"""The passes of learning through the model, and what their losses are compared with."""
+"""The losses of learning, and what they are compared with."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +10,9 @@ from ..answers import EncodedAnswer
 from ..objectives import PREFERENCES, divergences, preference_losses, sft_losses
 from ..preferences import EncodedPair
 from ..recipe import Settings
-from .logprobs import answer_log_probs, answer_token_log_probs, output_head, token_batch
-from .tensors import FixedTensor, MaskedTensor
+from .engine import Engine, Part
+from .logprobs import TokenBatch, answer_sums, token_batch
+from .tensors import Content, MaskedTensor, State
 
 
 class LossNotFinite(ArithmeticError):
@@ -29,144 +28,173 @@ class LearningProblem:
     """Everything a mask is learned from.
 
     Attributes:
-        model: a transformers causal language model in float32; its weights beside those of
-            ``tensors`` and ``fixed`` stay as they are.
+        engine: runs the model.
         tensors: the weights that get a mask.
-        fixed: weights that the merge changes without a mask.
         pairs: tokenised preference pairs, in the order of the first epoch.
         utility: tokenised harmless prompts with answers.
         settings: of the recipe.
-        autocast: type in which the model computes; None for float32.
         micro_batch: pairs that go through the model at once.
     """
 
-    model: Any
+    engine: Engine
     tensors: Sequence[MaskedTensor]
-    fixed: Sequence[FixedTensor]
     pairs: Sequence[EncodedPair]
     utility: Sequence[EncodedAnswer]
     settings: Settings
-    autocast: torch.dtype | None
     micro_batch: int
 
 
+@dataclass
+class Losses:
+    """What the passes of a step showed.
+
+    Attributes:
+        loss: mean over the pairs of the objective.
+        margins: of each pair; none where the objective has no margin.
+        utility: mean divergence over the tokens of the utility examples; None without them.
+    """
+
+    loss: float
+    margins: list[float]
+    utility: float | None
+
+
 class Passes:
-    """The passes through the model, with what they are compared with."""
+    """The passes of learning, with what they are compared with."""
 
     def __init__(self, problem: LearningProblem):
         self.problem = problem
         self.settings = problem.settings
-        self.head = output_head(problem.model)
-        self.device = next(problem.model.parameters()).device
         # Log-probabilities of each pair's answers under the reference, and of each utility
         # answer's tokens under the unmasked merge.
         self.reference: dict[int, tuple[float, float]] = {}
         self.unmasked: dict[int, Tensor] = {}
 
-    @torch.no_grad()
     def compare(
         self, rows: list[int], utility_rows: list[int], on_reference: Callable[[int, int], None]
     ) -> None:
-        """Compute what stays the same for all steps; leave the fixed weights at the merge's."""
-        problem, settings = self.problem, self.settings
+        """Compute what stays the same for all steps."""
+        settings = self.settings
         if settings.objective not in PREFERENCES or settings.reference == "redrawn":
             rows = []
         total = len(rows) + len(utility_rows)
-        if utility_rows:
-            for tensor in problem.tensors:
-                tensor.write_unmasked()
-            for other in problem.fixed:
-                other.write_unmasked()
-            for part in self._parts(utility_rows, self._utility_length):
-                log_probs, owners = self._utility_log_probs(part)
-                for place, row in enumerate(part):
-                    self.unmasked[row] = log_probs[owners == place]
-                on_reference(len(self.unmasked), total)
-        if rows:
-            for tensor in problem.tensors:
-                tensor.write_base() if settings.reference == "base" else tensor.write_soft()
-            for other in problem.fixed:
-                other.write_base() if settings.reference == "base" else other.write_unmasked()
-            for part in self._parts(rows, self._pair_length):
-                self._keep_reference(part)
-                on_reference(len(self.unmasked) + len(self.reference), total)
-        for other in problem.fixed:
-            other.write_unmasked()
+        for _ in self._keep_unmasked(utility_rows):
+            on_reference(len(self.unmasked), total)
+        content = Content.BASE if settings.reference == "base" else Content.SOFT
+        for _ in self._keep_reference(rows, State(content)):
+            on_reference(len(self.unmasked) + len(self.reference), total)
 
-    @torch.no_grad()
     def redraw(self, step: int, batch: list[int]) -> None:
         """Take the merge under a new draw of the untrained mask as this batch's reference."""
-        for tensor in self.problem.tensors:
-            tensor.write_untrained_sample(step)
-        for part in self._parts(batch, self._pair_length):
-            self._keep_reference(part)
+        for _ in self._keep_reference(batch, State(Content.UNTRAINED_SAMPLE, step)):
+            pass
 
-    def pairs_backward(self, batch: list[int], step: int) -> tuple[float, list[float]]:
-        """Add the gradient of the mean loss of a batch; return that loss and the margins."""
-        total, margins = 0.0, []
-        for part in self._parts(batch, self._pair_length):
-            losses, found = self._pair_losses(part)
-            self._check(losses, step)
-            (losses.sum() / len(batch)).backward()
-            total += float(losses.detach().sum())
-            margins += found
-        return total / len(batch), margins
+    def learn(self, batch: list[int], utility: list[int], step: int, rate_share: float) -> Losses:
+        """Take a step by a batch's mean loss and its weighted utility term; return what it showed.
 
-    def utility_backward(self, batch: list[int], step: int) -> float:
-        """Add the gradient of the weighted mean divergence of a batch's tokens; return the mean."""
-        tokens = sum(len(self.problem.utility[row].answer) for row in batch)
-        total = 0.0
-        for part in self._parts(batch, self._utility_length):
-            log_probs, _ = self._utility_log_probs(part)
-            apart = divergences(log_probs, torch.cat([self.unmasked[row] for row in part]))
-            self._check(apart, step)
-            (apart.sum() * (self.settings.utility_weight / tokens)).backward()
-            total += float(apart.detach().sum())
-        return total / tokens
+        Args:
+            batch: rows of the pairs.
+            utility: rows of the utility examples; none for no utility term.
+            step: its number.
+            rate_share: of the learning rate at its peak, from 0 to 1.
 
-    def _pair_losses(self, rows: list[int]) -> tuple[Tensor, list[float]]:
+        Raises:
+            LossNotFinite: no logit has changed.
+        """
+        shown = Losses(0.0, [], 0.0 if utility else None)
+        parts = [
+            Part(self._pair_batch(rows), self._pair_loss(rows, 1 / len(batch), step, shown))
+            for rows in self._parts(batch, self._pair_length)
+        ]
+        tokens = sum(len(self.problem.utility[row].answer) for row in utility)
+        parts += [
+            Part(self._utility_batch(rows), self._utility_loss(rows, 1 / tokens, step, shown))
+            for rows in self._parts(utility, self._utility_length)
+        ]
+        self.problem.engine.learn(parts, step, rate_share)
+        return shown
+
+    def _pair_loss(
+        self, rows: list[int], share: float, step: int, shown: Losses
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        def loss(log_probs: Tensor, owners: Tensor) -> Tensor:
+            losses, margins = self._pair_losses(rows, log_probs, owners)
+            total = _finite_sum(losses, step) * share
+            shown.loss += float(total.detach())
+            shown.margins += margins
+            return total
+
+        return loss
+
+    def _utility_loss(
+        self, rows: list[int], share: float, step: int, shown: Losses
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        def loss(log_probs: Tensor, _: Tensor) -> Tensor:
+            apart = divergences(log_probs, torch.cat([self.unmasked[row] for row in rows]))
+            total = _finite_sum(apart, step) * share
+            shown.utility = (shown.utility or 0.0) + float(total.detach())
+            return total * self.settings.utility_weight
+
+        return loss
+
+    def _pair_losses(
+        self, rows: list[int], log_probs: Tensor, owners: Tensor
+    ) -> tuple[Tensor, list[float]]:
         settings = self.settings
         if settings.objective not in PREFERENCES:
-            pairs = [self.problem.pairs[row] for row in rows]
-            return sft_losses(*self._sums([(p.prompt, p.chosen) for p in pairs])), []
-        chosen, rejected, likelihoods = self._pair_log_probs(rows)
-        fixed = torch.tensor([self.reference[row] for row in rows], device=self.device)
+            return sft_losses(*answer_sums(log_probs, owners, len(rows))), []
+        chosen, rejected, likelihoods = self._pair_log_probs(rows, log_probs, owners)
+        fixed = torch.tensor([self.reference[row] for row in rows], device=log_probs.device)
         log_ratio = (chosen - rejected) - (fixed[:, 0] - fixed[:, 1])
         losses, margins = preference_losses(settings.objective, log_ratio, settings.beta)
         if settings.sft_weight:
             losses = losses + settings.sft_weight * likelihoods
         return losses, margins.tolist()
 
-    def _keep_reference(self, rows: list[int]) -> None:
-        chosen, rejected, _ = self._pair_log_probs(rows)
-        values = zip(chosen.tolist(), rejected.tolist(), strict=True)
-        self.reference.update(zip(rows, values, strict=True))
+    def _keep_unmasked(self, rows: list[int]) -> Iterator[None]:
+        parts = list(self._parts(rows, self._utility_length))
+        batches = map(self._utility_batch, parts)
+        found = self.problem.engine.evaluate(batches, State(Content.UNMASKED)) if rows else ()
+        for part, (log_probs, owners) in zip(parts, found, strict=True):
+            for place, row in enumerate(part):
+                self.unmasked[row] = log_probs[owners == place]
+            yield
 
-    def _pair_log_probs(self, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def _keep_reference(self, rows: list[int], state: State) -> Iterator[None]:
+        parts = list(self._parts(rows, self._pair_length))
+        batches = map(self._pair_batch, parts)
+        found = self.problem.engine.evaluate(batches, state) if rows else ()
+        for part, result in zip(parts, found, strict=True):
+            chosen, rejected, _ = self._pair_log_probs(part, *result)
+            values = zip(chosen.tolist(), rejected.tolist(), strict=True)
+            self.reference.update(zip(part, values, strict=True))
+            yield
+
+    def _pair_batch(self, rows: list[int]) -> TokenBatch:
+        """Return the safe answers of pairs, then the unsafe ones where the objective takes both."""
+        pairs = [self.problem.pairs[row] for row in rows]
+        sequences = [(pair.prompt, pair.chosen) for pair in pairs]
+        if self.settings.objective in PREFERENCES:
+            sequences += [(pair.prompt, pair.rejected) for pair in pairs]
+        return token_batch(sequences, self.problem.engine.device)
+
+    def _utility_batch(self, rows: list[int]) -> TokenBatch:
+        examples = [self.problem.utility[row] for row in rows]
+        sequences = [(example.prompt, example.answer) for example in examples]
+        return token_batch(sequences, self.problem.engine.device)
+
+    def _pair_log_probs(
+        self, rows: list[int], log_probs: Tensor, owners: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return log-probabilities of the safe and the unsafe answers (per token for ``ipo``) and
         the sft loss of the safe ones, (rows,) each.
         """
-        pairs = [self.problem.pairs[row] for row in rows]
-        sums, tokens = self._sums(
-            [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
-        )
         count = len(rows)
+        sums, tokens = answer_sums(log_probs, owners, 2 * count)
         likelihoods = sft_losses(sums[:count], tokens[:count])
         if self.settings.objective == "ipo":
             sums = sums / tokens
         return sums[:count], sums[count:], likelihoods
-
-    def _sums(self, sequences: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
-        with self._autocast():
-            return answer_log_probs(
-                self.problem.model, self.head, token_batch(sequences, self.device)
-            )
-
-    def _utility_log_probs(self, rows: list[int]) -> tuple[Tensor, Tensor]:
-        examples = [self.problem.utility[row] for row in rows]
-        batch = token_batch([(e.prompt, e.answer) for e in examples], self.device)
-        with self._autocast():
-            return answer_token_log_probs(self.problem.model, self.head, batch)
 
     def _parts(self, rows: list[int], length: Callable[[int], int]) -> Iterator[list[int]]:
         """Cut rows into micro-batches of like length, so that little of them is padding."""
@@ -182,10 +210,8 @@ class Passes:
         example = self.problem.utility[row]
         return len(example.prompt) + len(example.answer)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        dtype = self.problem.autocast
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
-    def _check(self, losses: Tensor, step: int) -> None:
-        if not torch.isfinite(losses).all():
-            raise LossNotFinite(step)
+def _finite_sum(losses: Tensor, step: int) -> Tensor:
+    if not torch.isfinite(losses).all():
+        raise LossNotFinite(step)
+    return losses.sum()

@@ -1,44 +1,65 @@
 """One weight under its mask: what is kept of it, and the two steps of learning."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import Enum
 
 import torch
 from torch import Tensor
 
 from ..granularity import Layout
-from ..masking import concrete_sample, logit_gradient, mask_factor, uniform_noise
-from ..weights import MergedWeight
+from ..masking import concrete_piece, logit_gradient, mask_factor
+from ..noise import noise_key
+from ..pieces import pieces
+from ..weights import LinearWeight, MergedWeight
+from .entrywise import Draw, logit_gradients, write_masked
+from .optimizer import LogitOptimizer
 
-# Adam as in the measured defaults; a logit moves by about the learning rate a step.
-ADAM_BETAS = (0.9, 0.95)
-# Entries whose gradient is far below this, such as the embeddings of tokens that no pair has,
-# stay about where they start.
-ADAM_EPS = 1e-8
+
+class Content(Enum):
+    """What a model's weights are."""
+
+    BASE = "the base model's"
+    UNMASKED = "those of the plain merge"
+    SOFT = "the merge under the present soft mask"
+    SAMPLE = "the merge under the concrete sample of a step"
+    UNTRAINED_SAMPLE = "the merge under a sample, of its own, of the mask's start"
+
+
+@dataclass(frozen=True)
+class State:
+    """What a model's weights are, of a step where that matters."""
+
+    content: Content
+    step: int = 0
+
+    @property
+    def of_fixed(self) -> Content:
+        """What weights without a mask are."""
+        return Content.BASE if self.content is Content.BASE else Content.UNMASKED
 
 
 @dataclass
 class FixedTensor:
-    """A weight that is merged without a mask.
+    """A weight without a mask.
 
     Attributes:
         weight: the model's parameter; its values are written here.
         base: the base model's tensor.
-        merged: the plain merge's.
+        merged: the merged weight; None where it is the base's.
     """
 
     weight: Tensor
     base: Tensor
-    merged: Tensor
+    merged: MergedWeight | None
 
     @torch.no_grad()
-    def write_base(self) -> None:
-        """Set the weight to the base model's."""
-        self.weight.copy_(self.base)
-
-    @torch.no_grad()
-    def write_unmasked(self) -> None:
-        """Set the weight to the merge's."""
-        self.weight.copy_(self.merged)
+    def write(self, state: State) -> None:
+        """Set the weight to the base's or the plain merge's."""
+        if self.merged is None or state.of_fixed is Content.BASE:
+            self.weight.copy_(self.base)
+        else:
+            self.merged.write(self.weight, torch.ones((), device=self.weight.device))
 
 
 @dataclass
@@ -51,6 +72,7 @@ class MaskedTensor:
         base: the base model's tensor, in the weight's shape.
         merged: the merged weight as a function of the mask's factor.
         layout: how the mask's entries lie on the weight.
+        logits: of the mask, float32, one per entry; learned in place.
         temperature: of the concrete samples.
         rescale: see ``masking.mask_scale``.
         seed: of the noise.
@@ -63,77 +85,84 @@ class MaskedTensor:
     base: Tensor
     merged: MergedWeight
     layout: Layout
+    logits: Tensor
     temperature: float
     rescale: str
     seed: int
     init_logit: float
     learning_rate: float
-    logits: Tensor = field(init=False)
-    _optimizer: torch.optim.Optimizer = field(init=False)
+    _optimizer: LogitOptimizer = field(init=False)
 
     def __post_init__(self) -> None:
-        self.logits = torch.full(
-            self.layout.shape, self.init_logit, dtype=torch.float32, device=self.base.device
-        )
-        self._optimizer = torch.optim.Adam(
-            [self.logits], lr=0.0, betas=ADAM_BETAS, eps=ADAM_EPS, foreach=False, fused=False
-        )
+        self._optimizer = LogitOptimizer(self.logits.view(-1))
 
     @torch.no_grad()
-    def write_base(self) -> None:
-        """Set the weight to the base model's."""
-        self.weight.copy_(self.base)
-
-    @torch.no_grad()
-    def write_unmasked(self) -> None:
-        """Set the weight to the plain merge's."""
-        self.weight.copy_(self.merged.merged(torch.ones((), device=self.base.device)))
-
-    @torch.no_grad()
-    def write_soft(self) -> None:
-        """Set the weight to the merge under the present soft mask."""
-        self._write(torch.sigmoid(self.logits))
-
-    @torch.no_grad()
-    def write_sample(self, step: int) -> None:
-        """Set the weight to the merge under the concrete sample of ``step``."""
-        self._write(self._sample(step))
-
-    @torch.no_grad()
-    def write_untrained_sample(self, step: int) -> None:
-        """Set the weight to the merge under a sample, of its own, of the mask's start."""
-        start = torch.full_like(self.logits, self.init_logit)
-        self._write(self._drawn(start, step, f"untrained/{self.name}"))
+    def write(self, state: State) -> None:
+        """Set the weight to what ``state`` says."""
+        entries = self.logits.view(-1)
+        match state.content:
+            case Content.BASE:
+                self.weight.copy_(self.base)
+            case Content.UNMASKED:
+                self.merged.write(self.weight, torch.ones((), device=self.weight.device))
+            case Content.SOFT:
+                self._write(lambda part: torch.sigmoid(entries[part]))
+            case Content.SAMPLE:
+                self._write(self._sample(state.step))
+            case Content.UNTRAINED_SAMPLE:
+                start = torch.tensor(self.init_logit, device=self.logits.device)
+                key = noise_key(seed=self.seed, step=state.step, name=f"untrained/{self.name}")
+                self._write(self._drawn(start.expand(self.logits.numel()), key))
 
     @torch.no_grad()
     def update(self, step: int, rate_share: float) -> None:
         """Take one optimiser step on the logits from the weight's gradient, and free that.
 
+        The weight's own values are lost: the next step writes them anew.
+
         Args:
-            step: whose sample the gradient was taken at.
+            step: whose sample the weight was written with.
             rate_share: of the learning rate at its peak, from 0 to 1.
         """
         if self.weight.grad is None:
             return
-        sample = self._sample(step)
-        gradient = self.merged.factor_gradient(
-            self.weight.grad, mask_factor(sample, self.rescale), self.layout
-        )
+        self._optimizer.step(self._gradients(step), rate_share * self.learning_rate)
         self.weight.grad = None
-        self.logits.grad = logit_gradient(gradient, sample, self.temperature, self.rescale)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate_share * self.learning_rate
-        self._optimizer.step()
-        self.logits.grad = None
 
-    def _sample(self, step: int) -> Tensor:
-        # Drawn again where it is needed rather than kept: it is a function of these four.
-        return self._drawn(self.logits, step, self.name)
+    def _gradients(self, step: int) -> Iterator[tuple[slice, Tensor]]:
+        # The sample is drawn again rather than kept: it is a function of logits, seed and step.
+        gradient, draw = self.weight.grad, self._sample(step)
+        assert gradient is not None
+        if isinstance(self.merged, LinearWeight) and self._is_entrywise:
+            yield from logit_gradients(
+                self.weight.detach(), gradient, self.merged, draw, self.temperature, self.rescale
+            )
+            return
+        sample = self._whole(draw)
+        of_factor = self.merged.factor_gradient(
+            gradient, mask_factor(sample, self.rescale), self.layout
+        )
+        found = logit_gradient(of_factor, sample, self.temperature, self.rescale)
+        yield slice(None), found.view(-1)
 
-    def _drawn(self, logits: Tensor, step: int, name: str) -> Tensor:
-        uniform = uniform_noise(logits.shape, seed=self.seed, step=step, name=name)
-        return concrete_sample(logits, uniform, self.temperature)
+    def _write(self, draw: Draw) -> None:
+        if isinstance(self.merged, LinearWeight) and self._is_entrywise:
+            write_masked(self.weight, self.merged, draw, self.rescale)
+            return
+        factor = mask_factor(self._whole(draw), self.rescale)
+        self.merged.write(self.weight, self.layout.spread(factor))
 
-    def _write(self, mask: Tensor) -> None:
-        factor = self.layout.spread(mask_factor(mask, self.rescale))
-        self.weight.copy_(self.merged.merged(factor))
+    @property
+    def _is_entrywise(self) -> bool:
+        return self.layout.shape == self.weight.shape
+
+    def _sample(self, step: int) -> Draw:
+        key = noise_key(seed=self.seed, step=step, name=self.name)
+        return self._drawn(self.logits.view(-1), key)
+
+    def _drawn(self, entries: Tensor, key: int) -> Draw:
+        return lambda part: concrete_piece(entries[part], key, part.start, self.temperature)
+
+    def _whole(self, draw: Draw) -> Tensor:
+        parts = pieces(self.logits.numel())
+        return torch.cat([draw(part) for part in parts]).view(self.layout.shape)

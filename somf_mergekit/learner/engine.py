@@ -1,0 +1,140 @@
+"""How the model's passes are run: where its weights are, and when the logits are updated."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .logprobs import TokenBatch, answer_token_log_probs, output_head
+from .tensors import Content, FixedTensor, MaskedTensor, State
+
+# Log-probabilities of the tokens of a batch's answers, and which sequence each belongs to.
+TokenLogProbs = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A micro-batch of a step.
+
+    Attributes:
+        batch: its sequences.
+        loss: its share of the step's loss, a scalar, from the log-probabilities of its answers.
+    """
+
+    batch: TokenBatch
+    loss: Callable[[Tensor, Tensor], Tensor]
+
+
+class Engine(Protocol):
+    """Runs the passes. An engine changes time and memory, never the result."""
+
+    device: torch.device
+
+    def evaluate(self, batches: Iterable[TokenBatch], state: State) -> Iterator[TokenLogProbs]:
+        """Yield the log-probabilities of each batch's answers with the weights in ``state``."""
+
+    def learn(self, parts: Sequence[Part], step: int, rate_share: float) -> None:
+        """Take an optimiser step on the logits: the sum of the parts' losses goes down.
+
+        Args:
+            parts: micro-batches; every loss is computed before any logit is changed.
+            step: whose sample the weights are under.
+            rate_share: of the learning rate at its peak, from 0 to 1.
+        """
+
+
+class Updates:
+    """Updates each tensor as soon as its gradient is complete, so that few exist at once."""
+
+    def __init__(self, tensors: Sequence[MaskedTensor]):
+        self._tensors = tensors
+        self._step, self._share = 0, 0.0
+        self._are_last = False
+        for tensor in tensors:
+            tensor.weight.requires_grad_(True)
+            hook = partial(self._accumulated, tensor)
+            tensor.weight.register_post_accumulate_grad_hook(hook)
+
+    def begin(self, step: int, share: float) -> None:
+        """Wait for the gradients of a step, which updates with a share of the learning rate."""
+        self._step, self._share, self._are_last = step, share, False
+
+    def gradients_end(self) -> None:
+        """From now on, a gradient is complete when it comes."""
+        self._are_last = True
+
+    def finish(self) -> None:
+        """Update what the last backward pass did not touch."""
+        for tensor in self._tensors:
+            tensor.update(self._step, self._share)
+
+    def _accumulated(self, tensor: MaskedTensor, _: Tensor) -> None:
+        if self._are_last:
+            tensor.update(self._step, self._share)
+
+
+class ResidentEngine:
+    """All weights stay in memory: the fastest where they fit."""
+
+    def __init__(
+        self,
+        model: Any,
+        tensors: Sequence[MaskedTensor],
+        fixed: Sequence[FixedTensor],
+        autocast: torch.dtype | None,
+    ):
+        """Take over a model whose weights are those of ``tensors`` and ``fixed``.
+
+        Args:
+            model: a transformers causal language model.
+            tensors: the weights that get a mask.
+            fixed: the others; what is in neither stays as it is.
+            autocast: type in which the model computes; None for that of its weights.
+        """
+        self.device = next(model.parameters()).device
+        self._model, self._tensors, self._fixed = model, tensors, fixed
+        self._autocast_type = autocast
+        self._fixed_content: Content | None = None
+        self._write(State(Content.BASE))
+        with autocast_to(autocast, self.device):
+            self._head = output_head(model)
+        self._updates = Updates(tensors)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[TokenBatch], state: State) -> Iterator[TokenLogProbs]:
+        """See Engine."""
+        self._write(state)
+        for batch in batches:
+            yield self._log_probs(batch)
+
+    def learn(self, parts: Sequence[Part], step: int, rate_share: float) -> None:
+        """See Engine."""
+        self._write(State(Content.SAMPLE, step))
+        self._updates.begin(step, rate_share)
+        for number, part in enumerate(parts, 1):
+            loss = part.loss(*self._log_probs(part.batch))
+            if number == len(parts):
+                self._updates.gradients_end()
+            loss.backward()
+        self._updates.finish()
+
+    def _log_probs(self, batch: TokenBatch) -> TokenLogProbs:
+        with autocast_to(self._autocast_type, self.device):
+            return answer_token_log_probs(self._model, self._head, batch)
+
+    def _write(self, state: State) -> None:
+        for tensor in self._tensors:
+            tensor.write(state)
+        if state.of_fixed != self._fixed_content:
+            for other in self._fixed:
+                other.write(state)
+            self._fixed_content = state.of_fixed
+
+
+def autocast_to(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[Any]:
+    """Return the context in which a model computes in ``dtype``; None for that of its weights."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)

@@ -1,0 +1,78 @@
+"""A weight whose mask has an entry for each of its entries, where the fusion is linear.
+
+Both passes over it go through pieces that fit the processor's cache. Noise and mask are computed
+there and not stored, and nothing as large as the weight is allocated.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ..masking import mask_scale
+from ..pieces import pieces
+from ..weights import LinearWeight
+
+# Gives the mask, float32 (count,), of a part of the flattened tensor.
+Draw = Callable[[slice], Tensor]
+
+
+def write_masked(weight: Tensor, merged: LinearWeight, draw: Draw, rescale: str) -> None:
+    """Set ``weight`` to start + D m / mean(m), or start + D m for ``rescale`` none."""
+    flat, fused, start = weight.view(-1), merged.fused.view(-1), merged.start.reshape(-1)
+    parts = pieces(len(flat))
+    if rescale == "none":
+        for part in parts:
+            flat[part] = draw(part).mul_(fused[part]).add_(start[part])
+        return
+    # The mean is known after a pass: until then the mask is kept where the weight goes.
+    total = torch.zeros((), device=flat.device)
+    for part in parts:
+        mask = draw(part)
+        total += mask.sum()
+        flat[part] = mask
+    scale = mask_scale(float(total) / len(flat), rescale)
+    for part in parts:
+        flat[part] = flat[part].float().mul_(fused[part]).mul_(scale).add_(start[part])
+
+
+def logit_gradients(
+    weight: Tensor,
+    gradient: Tensor,
+    merged: LinearWeight,
+    draw: Draw,
+    temperature: float,
+    rescale: str,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield dL/dx piece by piece, float32: the formula is that of ``masking.logit_gradient``.
+
+    Args:
+        weight: its storage is used: what it held is lost.
+        gradient: dL/dW in the weight's shape; its storage is used likewise.
+        merged: the weight as a function of the mask.
+        draw: the sample that the weight was written with.
+        temperature: of the sample.
+        rescale: see ``masking.mask_scale``.
+    """
+    slopes, products = weight.view(-1), gradient.reshape(-1)
+    fused = merged.fused.view(-1)
+    parts = pieces(len(slopes))
+    # sum(G m) and sum(m), which every entry's gradient depends on.
+    weighted, total = (torch.zeros((), device=slopes.device) for _ in range(2))
+    for part in parts:
+        mask = draw(part)
+        product = products[part].float().mul_(fused[part])
+        slope = torch.addcmul(mask, mask, mask, value=-1)
+        if rescale == "none":
+            yield part, product.mul_(slope).div_(temperature)
+            continue
+        weighted += torch.dot(product, mask)
+        total += mask.sum()
+        products[part], slopes[part] = product.mul_(slope), slope
+    if rescale == "none":
+        return
+    scale = mask_scale(float(total) / len(slopes), rescale)
+    common = float(weighted) * scale * scale / len(slopes)
+    for part in parts:
+        own = products[part].float().mul_(scale)
+        yield part, own.sub_(slopes[part], alpha=common).div_(temperature)

@@ -1,0 +1,29 @@
+"""The optimiser of the logits: no state, one pass."""
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+# Entries whose gradient is far below this, such as the embeddings of tokens that no pair has,
+# stay about where they start.
+EPS = 1e-8
+
+
+class LogitOptimizer:
+    """Moves a logit by about the learning rate against the sign of its gradient.
+
+    The step is rate g / (|g| + EPS): Adam without memory of earlier steps.
+    """
+
+    def __init__(self, logits: Tensor):
+        self._logits = logits
+
+    def step(self, gradients: Iterable[tuple[slice, Tensor]], rate: float) -> None:
+        """Take one step.
+
+        Args:
+            gradients: parts of the flattened logits with their gradients, float32, which are lost.
+            rate: the learning rate of this step.
+        """
+        for part, gradient in gradients:
+            self._logits[part].sub_(gradient.div_(gradient.abs().add_(EPS)), alpha=rate)
