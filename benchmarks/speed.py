@@ -24,8 +24,10 @@ from .speed_models import BASE, SHAPES, SPECIALISTS, WEIGHT, make_models
 WAYS = {
     "plain_dpo": "plain DPO, all weights by AdamW",
     "naive": "mask by autograd, RelaxedBernoulli",
-    "ours": "mask by this package",
+    "resident": "mask by this package, resident engine",
+    "streaming": "mask by this package, streaming engine",
 }
+ENGINES = ("resident", "streaming")
 MERGES = {"task_arithmetic": "task_arithmetic", "somf": "somf with a given mask"}
 # A first step pays for allocations and compilations that later ones do not.
 UNTIMED_STEPS = 1
@@ -42,7 +44,7 @@ UNTIMED_STEPS = 1
 @click.option("--work", type=click.Path(path_type=Path), default=Path(__file__).parent / "work")
 @click.option("--steps", default=4, show_default=True, help="Steps a way; the first is not timed.")
 @click.option("--batch-size", default=16, show_default=True, help="Pairs a step.")
-@click.option("--micro-batch", default=8, show_default=True, help="Pairs at once.")
+@click.option("--micro-batch", default=4, show_default=True, help="Pairs at once.")
 @click.option("--max-length", default=128, show_default=True)
 @click.option("--way", "ways", multiple=True, default=[*WAYS], show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path(__file__).parent / "results")
@@ -84,10 +86,20 @@ def _in_a_process(name: str, model: str, work: Path, options: dict[str, Any]) ->
 def _measured_here(name: str, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     if name in MERGES:
         return _merge(name, folder)
+    mask_seconds: list[float] = []
     with _peak_memory() as memory:
-        seconds = _ours(folder, options) if name == "ours" else _other(name, folder, options)
-    timed = seconds[UNTIMED_STEPS:] or seconds
-    return {"seconds": median(timed), "all_seconds": seconds, "peak_bytes": memory["peak"]}
+        if name in ENGINES:
+            seconds, mask_seconds = _ours(name, folder, options)
+        else:
+            seconds = _other(name, folder, options)
+    found = {
+        "seconds": median(seconds[UNTIMED_STEPS:] or seconds),
+        "all_seconds": seconds,
+        "peak_bytes": memory["peak"],
+    }
+    if mask_seconds:
+        found["mask_seconds"] = median(mask_seconds[UNTIMED_STEPS:] or mask_seconds)
+    return found
 
 
 def _other(name: str, folder: Path, options: dict[str, Any]) -> list[float]:
@@ -104,10 +116,36 @@ def _other(name: str, folder: Path, options: dict[str, Any]) -> list[float]:
     return {"plain_dpo": speed_ways.plain_dpo, "naive": speed_ways.naive}[name](work)
 
 
-def _ours(folder: Path, options: dict[str, Any]) -> list[float]:
+def _ours(engine: str, folder: Path, options: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """Return the seconds of each step, and of its work on masks."""
     from somf_mergekit import learn
+    from somf_mergekit.learner import passes, tensors
 
+    os.environ["SOMF_ENGINE"] = engine
     os.environ["SOMF_MICRO_BATCH_SIZE"] = str(options["micro_batch"])
+    spent: list[float] = []
+
+    def timed(function: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*arguments)
+            finally:
+                if spent:
+                    spent[-1] += time.perf_counter() - start
+
+        return call
+
+    def counted(function: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            spent.append(0.0)
+            return function(*arguments)
+
+        return call
+
+    for name in ("write", "update"):
+        setattr(tensors.MaskedTensor, name, timed(getattr(tensors.MaskedTensor, name)))
+    passes.Passes.learn = counted(passes.Passes.learn)  # type: ignore[method-assign]
     content = _recipe(
         folder,
         "somf",
@@ -120,7 +158,7 @@ def _ours(folder: Path, options: dict[str, Any]) -> list[float]:
     )
     learn(content, folder / "mask")
     rows = (folder / "mask" / "training.jsonl").read_text().splitlines()
-    return [json.loads(row)["seconds"] for row in rows]
+    return [json.loads(row)["seconds"] for row in rows], spent
 
 
 def _merge(name: str, folder: Path) -> dict[str, Any]:
@@ -207,8 +245,8 @@ def _write(
     text = "\n\n".join(
         [
             f"# Time and memory: {Path(model).name}",
-            _table(rows, WAYS, "plain_dpo", "a step", weights),
-            _table(rows, MERGES, "task_arithmetic", "a merge", weights),
+            _table(rows, WAYS, "a step", weights),
+            _table(rows, MERGES, "a merge", weights),
             f"`import torch`: {1000 * rows['import']['with']:.0f} ms with the registration, "
             f"{1000 * rows['import']['without']:.0f} ms without (processor time, medians of five).",
             f"{options['batch_size']} pairs of up to {options['max_length']} tokens a step, "
@@ -230,29 +268,29 @@ def _write(
     return text
 
 
-def _table(
-    rows: dict[str, dict[str, Any]], labels: dict[str, str], against: str, unit: str, weights: int
-) -> str:
+def _table(rows: dict[str, dict[str, Any]], labels: dict[str, str], unit: str, weights: int) -> str:
+    """Return what was measured, with ratios to the first that was."""
     lines = [
-        f"| | seconds {unit} | ratio | peak memory, GiB | ratio | bytes a weight |",
-        "|---|---|---|---|---|---|",
+        f"| | seconds {unit} | ratio | mask work | peak memory, GiB | ratio | bytes a weight |",
+        "|---|---|---|---|---|---|---|",
     ]
-    known = rows.get(against, {})
+    known = next((rows[name] for name in labels if "seconds" in rows.get(name, {})), {})
     for name, label in labels.items():
         row = rows.get(name)
         if not row:
             continue
         if "failed" in row:
-            lines.append(f"| {label} | {row['failed']} | | | | |")
+            lines.append(f"| {label} | {row['failed']} | | | | | |")
             continue
         seconds, memory = row["seconds"], row["peak_bytes"]
         ratios = [
             f"{row[key] / known[key]:.2f}" if key in known else ""
             for key in ("seconds", "peak_bytes")
         ]
+        share = f"{row['mask_seconds'] / seconds:.0%}" if "mask_seconds" in row else ""
         lines.append(
-            f"| {label} | {seconds:.2f} | {ratios[0]} | {memory / 2**30:.2f} | {ratios[1]} "
-            f"| {memory / weights:.1f} |"
+            f"| {label} | {seconds:.2f} | {ratios[0]} | {share} | {memory / 2**30:.2f} "
+            f"| {ratios[1]} | {memory / weights:.1f} |"
         )
     return "\n".join(lines)
 

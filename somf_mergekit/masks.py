@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,9 +31,9 @@ _HEADER_KEY = "somf"
 
 
 def encoded_probability(probability: Tensor) -> Tensor:
-    """Return probabilities as uint8 codes in the same shape."""
+    """Return probabilities as uint8 codes in the same shape, on the CPU."""
     codes = torch.ceil(probability.float() * _LEVELS).sub_(1).clamp_(0, _LEVELS - 1)
-    return codes.to(torch.uint8)
+    return codes.to("cpu", torch.uint8)
 
 
 def decoded_probability(codes: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class MaskSet:
 
 def write_masks(
     folder: str | os.PathLike[str],
-    probabilities: Mapping[str, Tensor],
+    probabilities: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
     *,
     aliases: Mapping[str, str],
     provenance: Mapping[str, Any],
@@ -167,7 +167,7 @@ def write_masks(
 
     Args:
         folder: must not exist, or be empty.
-        probabilities: float32 in [0, 1] per tensor name.
+        probabilities: float32 in [0, 1] per tensor name; as pairs, one is needed at a time.
         aliases: further names of stored tensors (tied weights).
         provenance: JSON-able; stored in ``somf.json`` and in the header of the masks.
         history: one JSON-able row per optimiser step.
@@ -179,9 +179,10 @@ def write_masks(
         "aliases": dict(aliases),
         "repeats": {name: list(repeat) for name, repeat in (repeats or {}).items()},
     }
+    pairs = probabilities.items() if isinstance(probabilities, Mapping) else probabilities
     with _new_artifact(folder, provenance) as work:
         save_file(
-            {name: encoded_probability(value) for name, value in probabilities.items()},
+            {name: encoded_probability(value) for name, value in pairs},
             os.path.join(work, MASKS_FILE),
             # One key: safetensors writes several in an order that differs from run to run.
             metadata={_HEADER_KEY: json.dumps(header, sort_keys=True)},

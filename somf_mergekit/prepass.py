@@ -14,7 +14,7 @@ from .inputs import SafetyData, checked_data, given_mask
 from .learner.engine import ResidentEngine
 from .learner.loop import StepReport, learn_logits, step_count
 from .learner.mapped import MappedFiles
-from .learner.model import Placement, learning_model
+from .learner.model import LearningModel, Placement, learning_model
 from .learner.passes import LearningProblem, LossNotFinite
 from .learner.streaming import StreamingEngine, StreamingImpossible
 from .masks import HISTORY_FILE, MASKS_FILE, MaskSet, keep_masks, write_masks
@@ -64,46 +64,14 @@ def _learned_mask(
     settings = planned.settings
     if data.dropped:
         _say(planned, f"somf: rows of the safety dataset left out: {data.dropped}")
-    expected = forecast(planned, data)
-    _say(planned, f"somf: {expected.told}")
-    streams = expected.engine == STREAMING
-    device = planned.options.device or "cpu"
-    placement = Placement(
-        device=device,
-        autocast=machine.autocast_type(device),
-        files=MappedFiles(os.path.dirname(os.path.abspath(folder))) if streams else None,
-    )
-    learning = learning_model(
-        planned.out_config,
-        loaded_tensors(planned),
-        settings,
-        {weight.name for weight, _ in planned.tensors if planned.may_get_mask(weight.name)},
-        placement,
-        planned.options.trust_remote_code,
-    )
-    engine = StreamingEngine if streams else ResidentEngine
-    try:
-        runs = engine(learning.model, learning.masked, learning.fixed, placement.autocast)
-    except StreamingImpossible as error:
-        raise RecipeError(
-            f"{error}: the streaming engine can't run it, and the resident one needs more memory "
-            "unless `--engine resident` (SOMF_ENGINE=resident) says otherwise"
-        ) from error
-    problem = LearningProblem(
-        engine=runs,
-        tensors=learning.masked,
-        pairs=data.pairs,
-        utility=data.utility,
-        settings=settings,
-        micro_batch=expected.micro_batch,
-    )
+    learning, problem = _learning(planned, folder, data)
     history: list[dict[str, Any]] = []
 
     def artifact(place: str) -> MaskSet:
         tensors = learning.masked
         return write_masks(
             place,
-            {t.name: torch.sigmoid(t.logits).cpu() for t in tensors},
+            ((t.name, torch.sigmoid(t.logits)) for t in tensors),
             aliases=learning.aliases,
             repeats={
                 t.name: (t.layout.axis, t.layout.repeat) for t in tensors if t.layout.repeat > 1
@@ -124,6 +92,49 @@ def _learned_mask(
         ) from error
     _make_room(folder)
     return artifact(folder)
+
+
+def _learning(
+    planned: PlannedMerge, folder: str, data: SafetyData
+) -> tuple[LearningModel, LearningProblem]:
+    """Return the model that learns and what it learns from, on the engine that fits."""
+    expected = forecast(planned, data)
+    _say(planned, f"somf: {expected.told}")
+    streams = expected.engine == STREAMING
+    device = planned.options.device or "cpu"
+    # The files go beside the mask: where that goes, there is a disk with room for models.
+    beside = os.path.dirname(os.path.abspath(folder))
+    os.makedirs(beside, exist_ok=True)
+    placement = Placement(
+        device=device,
+        autocast=machine.autocast_type(device),
+        files=MappedFiles(beside) if streams else None,
+    )
+    learning = learning_model(
+        planned.out_config,
+        loaded_tensors(planned),
+        planned.settings,
+        {weight.name for weight, _ in planned.tensors if planned.may_get_mask(weight.name)},
+        placement,
+        planned.options.trust_remote_code,
+    )
+    engine = StreamingEngine if streams else ResidentEngine
+    try:
+        runs = engine(learning.model, learning.masked, learning.fixed, placement.autocast)
+    except StreamingImpossible as error:
+        raise RecipeError(
+            f"the streaming engine can't run this merge: {error}. The resident one can, where the "
+            "memory is enough: --engine resident (SOMF_ENGINE=resident)."
+        ) from error
+    problem = LearningProblem(
+        engine=runs,
+        tensors=learning.masked,
+        pairs=data.pairs,
+        utility=data.utility,
+        settings=planned.settings,
+        micro_batch=expected.micro_batch,
+    )
+    return learning, problem
 
 
 def _make_room(folder: str) -> None:

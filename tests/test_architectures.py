@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from somf_mergekit import MaskSet
+from somf_mergekit import MaskSet, learn
 from somf_mergekit.granularity import Storage, mask_layout, weight_storage
 
 WEIGHTS = {"first": 0.4, "second": 0.7}
@@ -142,11 +142,17 @@ def check_merge(models, folder):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_mask_is_learned_merged_and_loaded(architecture, tmp_path, family):
+def test_a_mask_is_learned_merged_and_loaded(architecture, tmp_path, family, monkeypatch, capsys):
     models = saved_family(architecture, tmp_path)
     result = run_merge(tmp_path, family)
     assert result.exit_code == 0, result.output
-    check_merge(models, tmp_path)
+    masks = check_merge(models, tmp_path)
+    # The other engine learns the same mask, whatever it has in memory.
+    monkeypatch.setenv("SOMF_ENGINE", "streaming")
+    streamed = learn(tmp_path / "recipe.yml", tmp_path / "streamed")
+    assert "somf: streaming: needs about" in capsys.readouterr().err
+    assert streamed.names() == masks.names()
+    assert all(torch.equal(streamed.entries(n), masks.entries(n)) for n in masks.names())
 
 
 def test_check_counts_experts_that_are_put_together_when_loaded(tmp_path, family):

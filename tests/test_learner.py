@@ -9,10 +9,10 @@ import torch
 from mergekit.merge_methods import merge_tensors
 from mergekit.merge_methods.base import TensorEntry, TensorGroup, TensorMetadata
 
-from somf_mergekit import noise
+from somf_mergekit import masking, noise, pieces
 from somf_mergekit.answers import EncodedAnswer
 from somf_mergekit.granularity import Storage, mask_layout
-from somf_mergekit.learner import engine, loop, passes
+from somf_mergekit.learner import engine, entrywise, loop, passes
 from somf_mergekit.learner.logprobs import answer_log_probs, output_head, token_batch
 from somf_mergekit.learner.tensors import Content, FixedTensor, MaskedTensor, State
 from somf_mergekit.preferences import EncodedPair
@@ -292,6 +292,42 @@ def test_how_a_batch_is_cut_up_changes_nothing():
         difference = torch.cat([(a - b).flatten() for a, b in zip(logits, other, strict=True)])
         assert (difference.abs() < 1e-3).float().mean() > 0.995
         assert difference.mean().abs() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["defaults", "no rescale", "head", "column", "row"])
+def test_the_pieces_that_a_tensor_is_worked_through_in_change_nothing(name, monkeypatch):
+    whole = make_problem(**TRAJECTORIES[name], max_steps=2)
+    losses, logits = trajectory(whole)
+    assert max(t.weight.numel() for t in whole.tensors) > 200
+    monkeypatch.setattr(pieces, "PIECE", 100)
+    other_losses, other = trajectory(make_problem(**TRAJECTORIES[name], max_steps=2))
+    assert other_losses == pytest.approx(losses, abs=1e-5)
+    difference = torch.cat([(a - b).flatten() for a, b in zip(logits, other, strict=True)])
+    assert (difference.abs() < 1e-3).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("rescale", ["mean", "none"])
+def test_gradients_are_those_of_the_formula_in_bfloat16_too(rescale):
+    draw = torch.Generator().manual_seed(0)
+    start, fused, gradient, logits = (torch.randn(70, 9, generator=draw) for _ in range(4))
+    key = noise.noise_key(seed=0, step=0, name="w")
+
+    def drawn(part):
+        return masking.concrete_piece(logits.view(-1)[part], key, part.start, 0.5)
+
+    sample = masking.concrete_sample(logits, key, 0.5)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        merged = LinearWeight(start, fused.to(dtype))
+        weight = torch.full((70, 9), torch.nan, dtype=dtype)
+        entrywise.write_masked(weight, merged, drawn, rescale)
+        expected = start + fused * masking.mask_factor(sample, rescale)
+        torch.testing.assert_close(weight.float(), expected, rtol=tolerance, atol=tolerance)
+        found = torch.full((630,), torch.nan)
+        kept = gradient.to(dtype, copy=True)
+        for part, piece in entrywise.logit_gradients(weight, kept, merged, drawn, 0.5, rescale):
+            found[part] = piece
+        expected = masking.logit_gradient(gradient * fused, sample, 0.5, rescale)
+        torch.testing.assert_close(found.view(70, 9), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_a_second_run_is_equal_bit_for_bit_and_another_seed_is_not():

@@ -1,21 +1,183 @@
-"""The engine that brings one layer at a time gives what the resident engine gives."""
+"""The engine that brings one layer at a time: the same results, less memory, clear refusals."""
+
+import copy
+import dataclasses
+import math
+import resource
 
 import pytest
+import tiny
 import torch
-from test_learner import TRAJECTORIES, make_problem, trajectory
+from mergekit.options import MergeOptions
+from test_learner import TRAJECTORIES, VOCABULARY, make_problem, make_utility, trajectory
 
-from somf_mergekit.learner import streaming
+from somf_mergekit import machine
+from somf_mergekit.errors import RecipeError
+from somf_mergekit.forecast import forecast
+from somf_mergekit.inputs import checked_data
+from somf_mergekit.learner import engine, streaming
+from somf_mergekit.learner.logprobs import token_batch
+from somf_mergekit.learner.mapped import MappedFiles
+from somf_mergekit.learner.tensors import Content, State
+from somf_mergekit.planner import planned_merge
+from somf_mergekit.recipe_check import read_recipe
 
 
-def streamed(**changes):
-    problem = make_problem(**changes)
-    return trajectory(problem)
-
-
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 @pytest.mark.parametrize("name", TRAJECTORIES)
-def test_trajectory_is_that_of_the_resident_engine_bit_for_bit(name, monkeypatch):
-    changes = {"max_steps": 3, "micro_batch": 2} | TRAJECTORIES[name]
+def test_trajectory_is_that_of_the_resident_engine_bit_for_bit(name, autocast):
+    changes = {"max_steps": 3, "micro_batch": 2, "autocast": autocast} | TRAJECTORIES[name]
     losses, logits = trajectory(make_problem(**changes))
     other_losses, other = trajectory(make_problem(runs=streaming.StreamingEngine, **changes))
     assert losses == other_losses
     assert all(torch.equal(a, b) for a, b in zip(logits, other, strict=True))
+
+
+def test_batches_that_go_through_in_groups_give_the_same(monkeypatch):
+    monkeypatch.setattr(streaming, "GROUP_TOKENS", 20)
+    batches = [token_batch([(e.prompt, e.answer)]) for e in make_utility()]
+    found = {}
+    for runs in (engine.ResidentEngine, streaming.StreamingEngine):
+        with_engine = make_problem(runs=runs).engine
+        found[runs] = list(with_engine.evaluate(iter(batches), State(Content.UNMASKED)))
+    assert len(list(streaming._groups(batches))) > 2
+    for one, other in zip(*found.values(), strict=True):
+        assert torch.equal(one[0], other[0])
+
+
+def held_bytes(tensor):
+    return tensor.weight.untyped_storage().nbytes()
+
+
+def test_one_layer_has_weights_at_a_time(monkeypatch):
+    problem = make_problem(runs=streaming.StreamingEngine, max_steps=2)
+    runs = problem.engine
+    layers = [set(map(id, layer.parameters())) for layer in runs._layers]
+    most = []
+    real = streaming.StreamingEngine._called
+
+    def watching(self, *arguments):
+        held = [
+            number
+            for number, own in enumerate(layers)
+            if any(
+                t.weight.untyped_storage().nbytes() for t in problem.tensors if id(t.weight) in own
+            )
+        ]
+        most.append(len(held))
+        return real(self, *arguments)
+
+    monkeypatch.setattr(streaming.StreamingEngine, "_called", watching)
+    trajectory(problem)
+    assert set(most) == {1}
+    assert all(
+        t.weight.grad is None and t.weight.untyped_storage().nbytes() == 0
+        for t in problem.tensors
+        if any(id(t.weight) in own for own in layers)
+    )
+
+
+def streamed(model):
+    return streaming.StreamingEngine(model, [], [], None)
+
+
+def test_models_that_are_no_row_of_layers_are_refused():
+    model = tiny.tiny_llama(0, VOCABULARY)
+    shared = copy.deepcopy(model)
+    shared.model.layers[1].mlp = shared.model.layers[0].mlp
+    with pytest.raises(streaming.StreamingImpossible, match="share weights"):
+        streamed(shared)
+    tied = copy.deepcopy(model)
+    tied.model.extra = torch.nn.ParameterList([tied.model.layers[0].mlp.up_proj.weight])
+    with pytest.raises(streaming.StreamingImpossible, match="share weights with others"):
+        streamed(tied)
+    two = copy.deepcopy(model)
+    two.model.more = copy.deepcopy(two.model.layers)
+    with pytest.raises(streaming.StreamingImpossible, match="2 lists of layers"):
+        streamed(two)
+
+
+def test_models_that_pass_more_than_hidden_states_are_refused():
+    class Gated(type(tiny.tiny_llama(0, VOCABULARY).model)):
+        def forward(self, input_ids=None, **keywords):
+            return super().forward(
+                input_ids=input_ids, gate=self.embed_tokens.weight.sum(), **keywords
+            )
+
+    problem = make_problem()
+    model = tiny.tiny_llama(0, VOCABULARY)
+    model.model.__class__ = Gated
+    tensors = [dataclasses.replace(t, weight=model.get_parameter(t.name)) for t in problem.tensors]
+    with pytest.raises(streaming.StreamingImpossible, match="more than hidden states"):
+        streaming.StreamingEngine(model, tensors, [], None)
+
+
+def test_the_engine_is_chosen_by_what_is_free(monkeypatch, family_recipe, tmp_path):
+    monkeypatch.setenv("SOMF_MICRO_BATCH_SIZE", "1")
+    content = family_recipe()
+    planned = planned_merge(read_recipe(content), MergeOptions())
+    data = checked_data(planned)
+    needs = {}
+    for name in ("streaming", "resident"):
+        monkeypatch.setenv("SOMF_ENGINE", name)
+        needs[name] = forecast(planned, data).memory
+    monkeypatch.delenv("SOMF_ENGINE")
+    assert 0 < needs["streaming"] < needs["resident"]
+    file = tiny.write_recipe(tmp_path / "recipe.yml", content)
+    for name, usable in (
+        ("resident", needs["resident"]),
+        ("streaming", needs["resident"] - 1),
+        ("streaming", needs["streaming"]),
+        ("no", needs["streaming"] - 1),
+    ):
+        free = math.ceil(usable / 0.9)
+        monkeypatch.setattr(machine, "free_memory", lambda device, free=free: free)
+        out = tmp_path / f"{name}-{free}"
+        learned = tiny.invoke("mergekit-somf", "learn", file, out)
+        checked = tiny.invoke("mergekit-somf", "check", file)
+        for result in (learned, checked):
+            if name == "no":
+                assert result.exit_code == 1
+                assert "does not fit in memory: resident needs about" in result.output
+                assert "a coarser granularity" in result.output
+            else:
+                assert result.exit_code == 0, result.output
+                assert f"{name}: needs about" in result.output
+        assert out.exists() == (name != "no")
+
+
+def test_streaming_on_a_gpu_is_refused(monkeypatch, family_recipe):
+    monkeypatch.setenv("SOMF_ENGINE", "streaming")
+    planned = planned_merge(read_recipe(family_recipe()), MergeOptions())
+    data = checked_data(planned)
+    planned = dataclasses.replace(planned, options=MergeOptions(device="cuda"))
+    monkeypatch.setattr(machine, "free_memory", lambda device: 1 << 40)
+    monkeypatch.setattr(machine, "autocast_type", lambda device: torch.bfloat16)
+    with pytest.raises(RecipeError, match="runs on the CPU, not on cuda"):
+        forecast(planned, data)
+
+
+def test_streaming_leaves_nothing_beside_the_mask(family_recipe, tmp_path):
+    file = tiny.write_recipe(tmp_path / "recipe.yml", family_recipe())
+    result = tiny.invoke("mergekit-somf", "learn", "--engine", "streaming", file, tmp_path / "a/m")
+    assert result.exit_code == 0, result.output
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["m"]
+
+
+def test_mapped_tensors_keep_what_is_written_and_refuse_a_full_disk(tmp_path):
+    files = MappedFiles(str(tmp_path))
+    values = torch.arange(12, dtype=torch.bfloat16).view(3, 4)
+    kept = files.kept(values)
+    assert torch.equal(kept, values)
+    kept.mul_(2)
+    assert torch.equal(kept, values * 2)
+    assert files.empty((0, 3), torch.float32).shape == (0, 3)
+    assert list(tmp_path.iterdir()) == []
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(RecipeError, match="no room for its files"):
+            files.empty((1 << 20,), torch.float32)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []

@@ -7,6 +7,8 @@ import tempfile
 import torch
 from torch import Tensor
 
+from ..errors import RecipeError
+
 
 class MappedFiles:
     """A place for tensors that do not fit in memory.
@@ -16,27 +18,32 @@ class MappedFiles:
     """
 
     def __init__(self, folder: str):
-        """Take a folder on a disk with room, not in memory; it is made if it is not there."""
+        """Take a folder that is there, on a disk with room, not in memory."""
         self._folder = folder
-        os.makedirs(folder, exist_ok=True)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return a tensor of zeros in a file of its own.
 
         Raises:
-            OSError: the disk is full, or the folder can't be written.
+            RecipeError: the disk is full, or the folder can't be written.
         """
         entries = math.prod(shape)
         if entries == 0:
             return torch.empty(shape, dtype=dtype)
-        handle, path = tempfile.mkstemp(prefix=".somf-", dir=self._folder)
         try:
-            # Without room on the disk, writing to the mapped tensor would kill the process.
-            os.posix_fallocate(handle, 0, entries * dtype.itemsize)
-            mapped = torch.from_file(path, shared=True, size=entries, dtype=dtype)
-        finally:
-            os.close(handle)
-            os.unlink(path)
+            handle, path = tempfile.mkstemp(prefix=".somf-", dir=self._folder)
+            try:
+                # Without room on the disk, writing to the mapped tensor would kill the process.
+                os.posix_fallocate(handle, 0, entries * dtype.itemsize)
+                mapped = torch.from_file(path, shared=True, size=entries, dtype=dtype)
+            finally:
+                os.close(handle)
+                os.unlink(path)
+        except OSError as error:
+            raise RecipeError(
+                f"the streaming engine has no room for its files in {self._folder}: {error}. "
+                "--work-dir (SOMF_WORK_DIR) puts them, and the mask, on another disk."
+            ) from error
         return mapped.view(shape)
 
     def kept(self, tensor: Tensor) -> Tensor:

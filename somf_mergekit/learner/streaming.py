@@ -112,7 +112,7 @@ class StreamingEngine:
         gradients = []
         for part, last in zip(parts, hidden, strict=True):
             leaf = last.detach().requires_grad_()
-            part.loss(*self._log_probs(part.batch, leaf)).backward()
+            part.loss(*self._log_probs(part.batch, _no_leaf(leaf))).backward()
             assert leaf.grad is not None
             gradients.append(leaf.grad)
         return gradients
@@ -128,7 +128,7 @@ class StreamingEngine:
         found = []
         for place, (entering, gradient) in enumerate(zip(hidden, gradients, strict=True), 1):
             leaf = entering.detach().requires_grad_()
-            output = self._called(number, leaf, calls[place - 1][number])
+            output = self._called(number, _no_leaf(leaf), calls[place - 1][number])
             if place == len(hidden):
                 self._updates[number].gradients_end()
             output.backward(gradient)
@@ -307,6 +307,11 @@ def _layer_of_weights(model: Any, layers: Sequence[nn.Module]) -> dict[int, int]
         ):
             raise StreamingImpossible(f"layers of {type(model).__name__} share weights with others")
     return place
+
+
+def _no_leaf(tensor: Tensor) -> Tensor:
+    # Autocast would turn a leaf into its type once for all uses, and so add up gradients in it.
+    return tensor.view_as(tensor)
 
 
 def _masked(tensors: Iterable[MaskedTensor | FixedTensor]) -> list[MaskedTensor]:
