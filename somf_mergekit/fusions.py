@@ -39,6 +39,8 @@ _LINEAR_WHEN_DENSE = (
     "della_linear",
 )
 _RANDOMLY_DROPPED = ("dare_linear", "dare_ties")
+# Entries that are fused at once, where parts can be: enough that a call's own cost is nothing.
+_BLOCK = 1 << 20
 
 
 class FusingMethod(GroupMergeMethod):
@@ -151,7 +153,7 @@ def fused_masked(group: TensorGroup, factor: Tensor, values: Mapping[str, Any]) 
     # Sums: each entry depends on the same entry of the models alone, so that parts can be fused
     # one by one, without float32 copies of whole tensors.
     result, factor = torch.empty_like(base), factor.expand(base.shape)
-    for rows in row_blocks(base):
+    for rows in row_blocks(base, _BLOCK):
         part = with_tensors(group, partial(_rows_of, rows=rows))
         result[rows] = fused(masked_group(part, factor[rows]), values)
     return result

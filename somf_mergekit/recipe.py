@@ -106,7 +106,7 @@ class Settings(BaseModel):
         gt=0,
         le=100,
         json_schema_extra=_PER_TENSOR,
-        description="Step size of Adam on the logits, at its peak.",
+        description="How far a logit moves a step, at the schedule's peak.",
     )
     epochs: int = Field(1, ge=1, le=1000, description="Passes over the pairs, at most.")
     max_steps: int | None = Field(

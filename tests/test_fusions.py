@@ -175,6 +175,27 @@ def test_the_closed_form_is_used_where_the_fusion_is_linear(fusion, changes, lin
         torch.testing.assert_close(written(weight, factor), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("fusion", ["task_arithmetic", "linear"])
+def test_sums_are_fused_in_blocks_of_rows(fusion, monkeypatch):
+    group, _, _ = group_of()
+    values = values_of(fusion)
+    factor = torch.rand(12, 16, generator=torch.Generator().manual_seed(3))
+    seen = []
+    real = fusions.fused
+
+    def watching(part, given):
+        seen.append(tuple(part.base.tensor.shape))
+        return real(part, given)
+
+    monkeypatch.setattr(fusions, "fused", watching)
+    for mask in (factor, factor[:, :1], factor[:1], torch.ones(())):
+        monkeypatch.setattr(fusions, "_BLOCK", 1 << 20)
+        whole = fusions.fused_masked(group, mask, values)
+        monkeypatch.setattr(fusions, "_BLOCK", 5 * 16)
+        assert torch.equal(fusions.fused_masked(group, mask, values), whole)
+    assert seen[:4] == [(12, 16), (5, 16), (5, 16), (2, 16)]
+
+
 def test_ties_trims_elects_and_averages_what_the_mask_left(family, tmp_path):
     recipe = recipe_of(family, "ties", 2, safety_dataset=str(family / "pairs.jsonl"))
     found = tiny.merged(recipe, tmp_path / "out")
