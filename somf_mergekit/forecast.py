@@ -3,12 +3,14 @@
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from . import machine
 from .errors import RecipeError
 from .granularity import mask_layout, weight_storage
-from .headers import planned_tensors
+from .headers import PlannedTensor, planned_tensors
 from .inputs import SafetyData
 from .learner.loop import step_count
 from .plan import PlannedMerge
@@ -34,6 +36,7 @@ class Forecast:
         micro_batch: pairs that go through the model at once.
         memory: bytes, with those of activations.
         free: bytes that can be had.
+        disk: bytes of files while learning.
     """
 
     tensors: int
@@ -44,11 +47,13 @@ class Forecast:
     micro_batch: int
     memory: int
     free: int
+    disk: int
 
     @property
     def told(self) -> str:
         """The engine and its need in a line."""
-        return f"{self.engine}: needs about {_gib(self.memory)} of {_gib(self.free)} GiB free"
+        told = f"{self.engine}: needs about {_gib(self.memory)} of {_gib(self.free)} GiB free"
+        return told + (f", and {_gib(self.disk)} GiB of disk" if self.disk else "")
 
 
 def forecast(planned: PlannedMerge, data: SafetyData) -> Forecast:
@@ -59,31 +64,31 @@ def forecast(planned: PlannedMerge, data: SafetyData) -> Forecast:
     """
     settings, device = planned.settings, planned.options.device or "cpu"
     free = machine.free_memory(device)
+    autocast = machine.autocast_type(device)
+    stored = 2 if planned.config.dtype in ("float16", "bfloat16") else 4
     tensors = planned_tensors(planned)
-    weights = _weight_bytes(planned)
-    text = planned.out_config.get_text_config()
-    pair = 2 * settings.max_length * machine.activation_bytes(planned.out_config)
-    # Between layers the hidden states of a whole step's pairs are kept.
-    states = 8 * settings.max_length * settings.batch_size
-    states *= text.hidden_size * text.num_hidden_layers
+    needs = engine_needs(
+        planned.out_config,
+        tensors,
+        computed=autocast.itemsize if autocast else 4,
+        stored=stored,
+        step_tokens=2 * settings.max_length * settings.batch_size,
+        pair_tokens=2 * settings.max_length,
+    )
     usable = int(_USABLE_SHARE * free)
-    needs = {
-        RESIDENT: (weights[RESIDENT], pair),
-        STREAMING: (weights[STREAMING] + states, pair // text.num_hidden_layers),
-    }
     chosen = machine.machine_setting("engine")
     on_cpu = device == "cpu"
     if chosen == STREAMING and not on_cpu:
         raise RecipeError(f"the streaming engine runs on the CPU, not on {device}")
     possible = [RESIDENT, STREAMING] if on_cpu else [RESIDENT]
-    fitting = [name for name in possible if sum(needs[name]) <= usable]
+    fitting = [name for name in possible if needs[name].least <= usable]
     if not chosen and not fitting:
-        raise RecipeError(_does_not_fit({name: sum(needs[name]) for name in possible}, free))
+        raise RecipeError(_does_not_fit({name: needs[name].least for name in possible}, free))
     engine = chosen or fitting[0]
-    kept, activations = needs[engine]
+    need = needs[engine]
     # At most half of what is free: larger micro-batches save little time.
-    room = min(usable - kept, free // 2)
-    micro_batch = machine.micro_batch_pairs(settings.batch_size, activations, room)
+    room = min(usable - need.kept, free // 2)
+    micro_batch = machine.micro_batch_pairs(settings.batch_size, need.pair, room)
     storage = weight_storage(planned.out_config)
     masked = {name: tensor for name, tensor in tensors.items() if tensor.may_get_mask}
     entries = sum(
@@ -97,20 +102,56 @@ def forecast(planned: PlannedMerge, data: SafetyData) -> Forecast:
         steps=step_count(settings, len(data.pairs)),
         engine=engine,
         micro_batch=micro_batch,
-        memory=kept + micro_batch * activations,
+        memory=need.kept + micro_batch * need.pair,
         free=free,
+        disk=need.disk,
     )
 
 
-def _weight_bytes(planned: PlannedMerge) -> dict[str, int]:
-    """Return the bytes, beside activations, that each engine has in memory."""
-    autocast = machine.autocast_type(planned.options.device or "cpu")
-    computed = autocast.itemsize if autocast else 4
-    stored = 2 if planned.config.dtype in ("float16", "bfloat16") else 4
-    storage = weight_storage(planned.out_config)
-    resident, outside = 0, 0
+@dataclass(frozen=True)
+class Need:
+    """What an engine needs, in bytes.
+
+    Attributes:
+        kept: in memory throughout.
+        pair: for the activations of each pair that goes through the model at once.
+        disk: in files while learning.
+    """
+
+    kept: int
+    pair: int
+    disk: int
+
+    @property
+    def least(self) -> int:
+        """Memory with one pair at once."""
+        return self.kept + self.pair
+
+
+def engine_needs(
+    config: Any,
+    tensors: Mapping[str, PlannedTensor],
+    *,
+    computed: int,
+    stored: int,
+    step_tokens: int,
+    pair_tokens: int,
+) -> dict[str, Need]:
+    """Return what each engine needs.
+
+    Args:
+        config: the model's transformers configuration.
+        tensors: of the merge, by name.
+        computed: bytes of a number in the type the model computes in.
+        stored: the same of the merge's.
+        step_tokens: of all sequences of an optimiser step.
+        pair_tokens: of a pair's two sequences.
+    """
+    text = config.get_text_config()
+    storage = weight_storage(config)
+    resident = outside = files = 0
     layers: Counter[str] = Counter()
-    for name, tensor in planned_tensors(planned).items():
+    for name, tensor in tensors.items():
         size = math.prod(tensor.shape)
         # Embeddings stay float32 under autocast.
         in_model = size * (4 if tensor.has_vocabulary else computed)
@@ -122,12 +163,20 @@ def _weight_bytes(planned: PlannedMerge) -> dict[str, int]:
             layout = mask_layout(tensor.granularity, name, tensor.shape, storage)
             kept += _LOGIT_BYTES * math.prod(layout.shape)
         resident += in_model + kept
+        files += kept
         layer = _LAYER.match(name)
         if layer:
             layers[layer[1]] += in_model
         else:
             outside += in_model
-    return {RESIDENT: resident, STREAMING: outside + max(layers.values(), default=0)}
+    # Between layers the hidden states of a whole step are kept, in float32.
+    states = 4 * step_tokens * text.hidden_size * text.num_hidden_layers
+    pair = pair_tokens * machine.activation_bytes(config)
+    largest = max(layers.values(), default=0)
+    return {
+        RESIDENT: Need(resident, pair, 0),
+        STREAMING: Need(outside + largest + states, pair // text.num_hidden_layers, files),
+    }
 
 
 def _does_not_fit(needs: dict[str, int], free: int) -> str:
