@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from . import machine, recipe
+from . import machine, processes, recipe
+from .errors import RecipeError
 
 
 class _Commands(click.Group):
@@ -66,7 +67,8 @@ def _learn() -> click.Command:
         from . import planner
 
         masks = planner.learn(recipe_file, folder, _merge_options(values))
-        click.echo(f"mask of {len(masks.names())} tensors in {os.path.dirname(masks.path)}")
+        if processes.is_first():
+            click.echo(f"mask of {len(masks.names())} tensors in {os.path.dirname(masks.path)}")
 
     return _with_merge_options("learn", _learn, callback, ("recipe_file", "folder"))
 
@@ -124,6 +126,24 @@ def _inspect() -> click.Command:
     return command
 
 
+def _pack() -> click.Command:
+    """Write the binary mask of a learned one with a bit an entry, to be published or kept."""
+
+    @click.command("pack", help=_pack.__doc__)
+    @click.argument("mask", type=click.Path())
+    @click.argument("folder", type=click.Path(file_okay=False))
+    def command(mask: str, folder: str) -> None:
+        from .masks import MaskSet, write_packed_masks
+
+        if os.path.isdir(folder) and os.listdir(folder):
+            raise RecipeError(f"folder {folder} is not empty: name a new one")
+        packed = write_packed_masks(folder, MaskSet.open(mask))
+        size = os.path.getsize(packed.path)
+        click.echo(f"binary mask of {len(packed.names())} tensors, {size:,} bytes: {folder}")
+
+    return command
+
+
 def _demo() -> click.Command:
     """Make a small aligned model and two specialists, merge them safely, print what was gained."""
 
@@ -144,6 +164,7 @@ _MAKERS: dict[str, Callable[[], click.Command]] = {
     "learn": _learn,
     "check": _check,
     "inspect": _inspect,
+    "pack": _pack,
     "demo": _demo,
 }
 

@@ -14,6 +14,7 @@ from .headers import PlannedTensor, planned_tensors
 from .inputs import SafetyData
 from .learner.loop import step_count
 from .plan import PlannedMerge
+from .processes import own_device
 
 RESIDENT, STREAMING = "resident", "streaming"
 # What a forecast leaves to the rest of the system, and to what it does not know.
@@ -62,7 +63,7 @@ def forecast(planned: PlannedMerge, data: SafetyData) -> Forecast:
     Raises:
         RecipeError: no engine fits in what is free, or the one asked for can't run.
     """
-    settings, device = planned.settings, planned.options.device or "cpu"
+    settings, device = planned.settings, own_device(planned.options.device)
     free = machine.free_memory(device)
     autocast = machine.autocast_type(device)
     stored = 2 if planned.config.dtype in ("float16", "bfloat16") else 4

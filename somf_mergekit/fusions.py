@@ -150,13 +150,23 @@ def fused_masked(group: TensorGroup, factor: Tensor, values: Mapping[str, Any]) 
     base = group.base.tensor
     if values["fusion"] not in _LINEAR:
         return fused(masked_group(group, factor), values).to(base.dtype)
-    # Sums: each entry depends on the same entry of the models alone, so that parts can be fused
-    # one by one, without float32 copies of whole tensors.
+    # Sums are start + D c, entry by entry: parts can be fused one by one, without float32 copies of
+    # whole tensors, and the plain fusion gives D.
     result, factor = torch.empty_like(base), factor.expand(base.shape)
     for rows in row_blocks(base, _BLOCK):
         part = with_tensors(group, partial(_rows_of, rows=rows))
-        result[rows] = fused(masked_group(part, factor[rows]), values)
+        start = _start(part, values)
+        difference = fused(part, values).sub_(start)
+        result[rows] = difference.mul_(factor[rows]).add_(start)
     return result
+
+
+def _start(group: TensorGroup, values: Mapping[str, Any]) -> Tensor:
+    """Return the fusion of models that equal the base, float32."""
+    base = group.base.tensor.float()
+    if values["fusion"] == "task_arithmetic":
+        return base
+    return fused(with_tensors(group, lambda entry: base), values)
 
 
 def _rows_of(entry: TensorEntry, rows: slice | EllipsisType) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from .errors import RecipeError
+from .processes import started_here
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def free_memory(device: str) -> int:
 
     if torch.device(device).type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    return int(psutil.virtual_memory().available) // started_here()
 
 
 def activation_bytes(config: Any) -> int:

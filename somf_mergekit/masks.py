@@ -1,17 +1,20 @@
 """The mask artifact: a folder with masks.safetensors, somf.json and training.jsonl.
 
 A probability p is stored in one byte as code = ceil(256 p) - 1 and read as (code + 0.5) / 256: the
-error is at most 1/512, and p > 0.5 holds after reading exactly where it held before.
+error is at most 1/512, and p > 0.5 holds after reading exactly where it held before. A packed
+artifact stores in one bit whether p > 0.5, and reads 1 or 0.
 """
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -53,6 +56,7 @@ class MaskSet:
 
     def __init__(self, path: str, header: Mapping[str, Any]):
         self.path = path
+        self.header = header
         self.provenance: dict[str, Any] = dict(header["provenance"])
         self._aliases = {str(k): str(v) for k, v in header["aliases"].items()}
         # Where one entry covers several places of an axis: [axis, how many].
@@ -62,6 +66,12 @@ class MaskSet:
                 name: tuple(handle.get_slice(name).get_shape())
                 for name in handle.keys()  # noqa: SIM118
             }
+        # Shapes of the masks with a bit an entry.
+        self._packed = {str(k): tuple(map(int, v)) for k, v in header.get("packed", {}).items()}
+        for name, shape in self._packed.items():
+            if self._shapes[name] != (math.ceil(math.prod(shape) / 8),):
+                raise ValueError(f"{name} has {self._shapes[name]} bytes for the shape {shape}")
+        self._shapes |= self._packed
 
     @classmethod
     def open(cls, source: str | os.PathLike[str]) -> "MaskSet":
@@ -93,6 +103,10 @@ class MaskSet:
         """Return the names of all tensors that have a mask, sorted."""
         return sorted(set(self._shapes) | set(self._aliases))
 
+    def stored_names(self) -> list[str]:
+        """Return the names of the tensors whose masks are stored; others are names for these."""
+        return sorted(self._shapes)
+
     def __contains__(self, name: object) -> bool:
         return name in self._shapes or name in self._aliases
 
@@ -111,8 +125,14 @@ class MaskSet:
         Raises:
             KeyError: ``name`` has no mask.
         """
+        stored = self._stored_name(name)
         with safe_open(self.path, framework="pt") as handle:
-            return decoded_probability(handle.get_tensor(self._stored_name(name)))
+            codes = handle.get_tensor(stored)
+        if stored in self._packed:
+            shape = self._packed[stored]
+            bits = np.unpackbits(codes.numpy(), count=math.prod(shape))
+            return torch.from_numpy(bits).view(shape).float()
+        return decoded_probability(codes)
 
     def probabilities(self, name: str) -> Tensor:
         """Return the probabilities, float32, in a shape that broadcasts to the weight.
@@ -181,15 +201,42 @@ def write_masks(
     }
     pairs = probabilities.items() if isinstance(probabilities, Mapping) else probabilities
     with _new_artifact(folder, provenance) as work:
-        save_file(
-            {name: encoded_probability(value) for name, value in pairs},
-            os.path.join(work, MASKS_FILE),
-            # One key: safetensors writes several in an order that differs from run to run.
-            metadata={_HEADER_KEY: json.dumps(header, sort_keys=True)},
-        )
+        _save(work, {name: encoded_probability(value) for name, value in pairs}, header)
         with open(os.path.join(work, HISTORY_FILE), "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in history)
     return MaskSet.open(folder)
+
+
+def write_packed_masks(folder: str | os.PathLike[str], masks: MaskSet) -> MaskSet:
+    """Write the binary masks of an artifact with a bit an entry, and return them opened.
+
+    Args:
+        folder: must not exist, or be empty.
+        masks: learned ones; what is told with them stays.
+    """
+    stored = {}
+    packed = {}
+    for name in masks.stored_names():
+        entries = masks.entries(name)
+        packed[name] = list(entries.shape)
+        bits = np.packbits((entries > 0.5).view(-1).numpy())
+        stored[name] = torch.from_numpy(bits)
+    header = {**masks.header, "packed": packed}
+    with _new_artifact(folder, masks.provenance) as work:
+        _save(work, stored, header)
+        history = os.path.join(os.path.dirname(masks.path), HISTORY_FILE)
+        if os.path.exists(history):
+            shutil.copyfile(history, os.path.join(work, HISTORY_FILE))
+    return MaskSet.open(folder)
+
+
+def _save(folder: str, tensors: dict[str, Tensor], header: Mapping[str, Any]) -> None:
+    save_file(
+        tensors,
+        os.path.join(folder, MASKS_FILE),
+        # One key: safetensors writes several in an order that differs from run to run.
+        metadata={_HEADER_KEY: json.dumps(header, sort_keys=True)},
+    )
 
 
 def keep_masks(

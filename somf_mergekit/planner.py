@@ -23,6 +23,7 @@ from .method import MASK_TENSOR
 from .plan import PlannedMerge, mask_name
 from .plan_check import plan_problems, unused_filters
 from .prepass import mask_for
+from .processes import started
 from .recipe_check import WRONG_RECIPE, check_recipe, check_writable, read_recipe
 
 ARTIFACT_FOLDER = "somf"
@@ -114,6 +115,12 @@ def _with_prepass(original: Callable[[MergePlanner], None]) -> Callable[[MergePl
         if self.config.merge_method != recipe.METHOD_NAME:
             original(self)
             return
+        if started() > 1:
+            raise RecipeError(
+                "several processes were started to merge. Learn the mask with them (`torchrun ... "
+                "-m somf_mergekit learn recipe.yml DIR`), then merge in one process, with DIR as "
+                "the parameter `mask`."
+            )
         check_recipe(self.config, self.options)
         planned = _planned(self, original)
         masks = mask_for(planned, _artifact_folder(self))

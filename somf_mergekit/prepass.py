@@ -11,14 +11,15 @@ from . import machine
 from .errors import RecipeError
 from .forecast import STREAMING, forecast
 from .inputs import SafetyData, checked_data, given_mask
-from .learner.engine import ResidentEngine
+from .learner.engine import LossNotFinite, ResidentEngine
 from .learner.loop import StepReport, learn_logits, step_count
 from .learner.mapped import MappedFiles
 from .learner.model import LearningModel, Placement, learning_model
-from .learner.passes import LearningProblem, LossNotFinite
+from .learner.passes import LearningProblem
 from .learner.streaming import StreamingEngine, StreamingImpossible
 from .masks import HISTORY_FILE, MASKS_FILE, MaskSet, keep_masks, write_masks
 from .plan import PlannedMerge
+from .processes import Processes, is_first, own_device, processes
 from .provenance import differences, learning_fingerprint, provenance, provenance_of_use
 from .sources import loaded_tensors
 
@@ -62,14 +63,20 @@ def _learned_mask(
     planned: PlannedMerge, folder: str, data: SafetyData, fingerprint: dict[str, Any]
 ) -> MaskSet:
     settings = planned.settings
+    # All have looked at the folder before the first one writes there.
+    together = processes(own_device(planned.options.device))
+    together.wait()
     if data.dropped:
         _say(planned, f"somf: rows of the safety dataset left out: {data.dropped}")
-    learning, problem = _learning(planned, folder, data)
+    learning, problem = _learning(planned, folder, data, together)
     history: list[dict[str, Any]] = []
 
     def artifact(place: str) -> MaskSet:
         tensors = learning.masked
-        return write_masks(
+        if not together.is_first:
+            together.wait()
+            return MaskSet.open(place)
+        written = write_masks(
             place,
             ((t.name, torch.sigmoid(t.logits)) for t in tensors),
             aliases=learning.aliases,
@@ -79,9 +86,12 @@ def _learned_mask(
             provenance=provenance(planned, data, fingerprint, history, tensors),
             history=history,
         )
+        together.wait()
+        return written
 
     try:
-        _learn_with_progress(problem, history, planned.options.quiet)
+        quiet = planned.options.quiet or not together.is_first
+        _learn_with_progress(problem, history, quiet)
     except LossNotFinite as error:
         kept = _free_name(f"{folder}.last-good")
         artifact(kept)
@@ -90,18 +100,19 @@ def _learned_mask(
             f"{step_count(settings, len(data.pairs))}; the mask as it was before is kept in {kept} "
             f"({MASKS_FILE}, {HISTORY_FILE}). Try a smaller learning_rate, or another dtype."
         ) from error
-    _make_room(folder)
+    if together.is_first:
+        _make_room(folder)
     return artifact(folder)
 
 
 def _learning(
-    planned: PlannedMerge, folder: str, data: SafetyData
+    planned: PlannedMerge, folder: str, data: SafetyData, together: Processes
 ) -> tuple[LearningModel, LearningProblem]:
     """Return the model that learns and what it learns from, on the engine that fits."""
     expected = forecast(planned, data)
     _say(planned, f"somf: {expected.told}")
     streams = expected.engine == STREAMING
-    device = planned.options.device or "cpu"
+    device = own_device(planned.options.device)
     # The files go beside the mask: where that goes, there is a disk with room for models.
     beside = os.path.dirname(os.path.abspath(folder))
     os.makedirs(beside, exist_ok=True)
@@ -120,7 +131,7 @@ def _learning(
     )
     engine = StreamingEngine if streams else ResidentEngine
     try:
-        runs = engine(learning.model, learning.masked, learning.fixed, placement.autocast)
+        runs = engine(learning.model, learning.masked, learning.fixed, placement.autocast, together)
     except StreamingImpossible as error:
         raise RecipeError(
             f"the streaming engine can't run this merge: {error}. The resident one can, where the "
@@ -133,6 +144,7 @@ def _learning(
         utility=data.utility,
         settings=planned.settings,
         micro_batch=expected.micro_batch,
+        together=together,
     )
     return learning, problem
 
@@ -195,5 +207,5 @@ def _free_name(wanted: str) -> str:
 
 
 def _say(planned: PlannedMerge, text: str) -> None:
-    if not planned.options.quiet:
+    if not planned.options.quiet and is_first():
         click.echo(text, err=True)

@@ -21,7 +21,7 @@ def recipe_file(tmp_path, family_recipe):
 def test_help_lists_every_command_and_every_recipe_parameter():
     result = tiny.invoke("mergekit-somf", "--help")
     assert result.exit_code == 0
-    for name in ("merge", "learn", "check", "inspect", "demo"):
+    for name in ("merge", "learn", "check", "inspect", "pack", "demo"):
         assert re.search(rf"^  {name}  +[A-Z]", result.output, re.M), name
     for parameter in recipe.parameters():
         assert re.search(rf"^  {parameter.name}  +[A-Z`]", result.output, re.M), parameter.name
@@ -63,6 +63,21 @@ def test_check_counts_dropped_rows(tmp_path, family_recipe):
     file = tiny.write_recipe(tmp_path / "r.yml", family_recipe(safety_dataset=str(data)))
     result = tiny.invoke("mergekit-somf", "check", file)
     assert "pairs:        4; left out: 1 without an answer" in result.output
+
+
+def test_pack_writes_a_mask_that_a_merge_takes(recipe_file, tmp_path, family_recipe):
+    assert tiny.invoke("mergekit-somf", "learn", recipe_file, tmp_path / "mask").exit_code == 0
+    result = tiny.invoke("mergekit-somf", "pack", tmp_path / "mask", tmp_path / "packed")
+    assert result.exit_code == 0, result.output
+    outputs = {}
+    for name, kind in (("packed", "soft"), ("packed", "binary"), ("mask", "binary")):
+        given = family_recipe(safety_dataset=None, mask=str(tmp_path / name), mask_kind=kind)
+        outputs[name, kind] = tiny.merged(given, tmp_path / f"{name}-{kind}")
+    first, *others = outputs.values()
+    assert all(torch.equal(first[n], other[n]) for other in others for n in first)
+    again = tiny.invoke("mergekit-somf", "pack", tmp_path / "mask", tmp_path / "packed")
+    assert again.exit_code == 1
+    assert "is not empty" in again.output
 
 
 def test_learn_writes_the_artifact_and_check_accepts_it_as_a_mask(

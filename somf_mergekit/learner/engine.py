@@ -1,7 +1,7 @@
 """How the model's passes are run: where its weights are, and when the logits are updated."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..processes import Processes
 from .logprobs import TokenBatch, answer_token_log_probs, output_head
 from .tensors import Content, FixedTensor, MaskedTensor, State
 
@@ -29,6 +30,14 @@ class Part:
     loss: Callable[[Tensor, Tensor], Tensor]
 
 
+class LossNotFinite(ArithmeticError):
+    """The loss became NaN or infinite; the logits are those before the step that showed it."""
+
+    def __init__(self, step: int):
+        super().__init__(f"the loss is not finite at step {step}")
+        self.step = step
+
+
 class Engine(Protocol):
     """Runs the passes. An engine changes time and memory, never the result."""
 
@@ -41,17 +50,24 @@ class Engine(Protocol):
         """Take an optimiser step on the logits: the sum of the parts' losses goes down.
 
         Args:
-            parts: micro-batches; every loss is computed before any logit is changed.
+            parts: micro-batches of this process; every loss is computed before any logit is
+                changed.
             step: whose sample the weights are under.
             rate_share: of the learning rate at its peak, from 0 to 1.
+
+        Raises:
+            LossNotFinite: a loss raised it, here or in another process.
         """
 
 
 class Updates:
-    """Updates each tensor as soon as its gradient is complete, so that few exist at once."""
+    """Updates each tensor as soon as its gradient is complete, so that few exist at once.
 
-    def __init__(self, tensors: Sequence[MaskedTensor]):
-        self._tensors = tensors
+    Where several processes learn together, it is complete when all have added theirs.
+    """
+
+    def __init__(self, tensors: Sequence[MaskedTensor], together: Processes):
+        self._tensors, self._together = tensors, together
         self._step, self._share = 0, 0.0
         self._are_last = False
         for tensor in tensors:
@@ -65,11 +81,16 @@ class Updates:
 
     def gradients_end(self) -> None:
         """From now on, a gradient is complete when it comes."""
-        self._are_last = True
+        self._are_last = self._together.count == 1
 
     def finish(self) -> None:
-        """Update what the last backward pass did not touch."""
+        """Update what is not yet."""
         for tensor in self._tensors:
+            if self._together.count > 1:
+                own = tensor.weight.grad
+                # Experts that no token of this process went to have none.
+                given = torch.zeros_like(tensor.weight) if own is None else own
+                tensor.weight.grad = self._together.add_up(given).to(given.dtype)
             tensor.update(self._step, self._share)
 
     def _accumulated(self, tensor: MaskedTensor, _: Tensor) -> None:
@@ -86,6 +107,7 @@ class ResidentEngine:
         tensors: Sequence[MaskedTensor],
         fixed: Sequence[FixedTensor],
         autocast: torch.dtype | None,
+        together: Processes = Processes(),  # noqa: B008
     ):
         """Take over a model whose weights are those of ``tensors`` and ``fixed``.
 
@@ -94,15 +116,16 @@ class ResidentEngine:
             tensors: the weights that get a mask.
             fixed: the others; what is in neither stays as it is.
             autocast: type in which the model computes; None for that of its weights.
+            together: this process among those that learn.
         """
         self.device = next(model.parameters()).device
         self._model, self._tensors, self._fixed = model, tensors, fixed
-        self._autocast_type = autocast
+        self._autocast_type, self._together = autocast, together
         self._fixed_content: Content | None = None
         self._write(State(Content.BASE))
         with autocast_to(autocast, self.device):
             self._head = output_head(model)
-        self._updates = Updates(tensors)
+        self._updates = Updates(tensors, together)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[TokenBatch], state: State) -> Iterator[TokenLogProbs]:
@@ -115,11 +138,12 @@ class ResidentEngine:
         """See Engine."""
         self._write(State(Content.SAMPLE, step))
         self._updates.begin(step, rate_share)
-        for number, part in enumerate(parts, 1):
-            loss = part.loss(*self._log_probs(part.batch))
-            if number == len(parts):
-                self._updates.gradients_end()
-            loss.backward()
+        with agreed(self._together, step, self.device):
+            for number, part in enumerate(parts, 1):
+                loss = part.loss(*self._log_probs(part.batch))
+                if number == len(parts):
+                    self._updates.gradients_end()
+                loss.backward()
         self._updates.finish()
 
     def _log_probs(self, batch: TokenBatch) -> TokenLogProbs:
@@ -133,6 +157,18 @@ class ResidentEngine:
             for other in self._fixed:
                 other.write(state)
             self._fixed_content = state.of_fixed
+
+
+@contextmanager
+def agreed(together: Processes, step: int, device: torch.device) -> Iterator[None]:
+    """Raise LossNotFinite in all processes where it is raised in one."""
+    failed = None
+    try:
+        yield
+    except LossNotFinite as error:
+        failed = error
+    if float(together.add_up(torch.tensor(float(failed is not None), device=device))):
+        raise failed or LossNotFinite(step)
 
 
 def autocast_to(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[Any]:

@@ -89,7 +89,7 @@ def learn_logits(
     has_utility = problem.utility and settings.utility_weight > 0
     utility_plan = batches(len(problem.utility), settings, steps, "utility/") if has_utility else []
     passes = Passes(problem)
-    passes.compare(_used(plan), _used(utility_plan), on_reference)
+    passes.compare(_used(problem, plan), _used(problem, utility_plan), on_reference)
     for step, batch in enumerate(plan):
         start = time.perf_counter()
         if settings.objective in PREFERENCES and settings.reference == "redrawn":
@@ -111,5 +111,6 @@ def learn_logits(
         )
 
 
-def _used(plan: list[list[int]]) -> list[int]:
-    return sorted(set().union(*plan))
+def _used(problem: LearningProblem, plan: list[list[int]]) -> list[int]:
+    """Return the rows that this process comes across."""
+    return sorted(set().union(*map(problem.together.share, plan)))

@@ -1,7 +1,7 @@
 """The losses of learning, and what they are compared with."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -9,18 +9,11 @@ from torch import Tensor
 from ..answers import EncodedAnswer
 from ..objectives import PREFERENCES, divergences, preference_losses, sft_losses
 from ..preferences import EncodedPair
+from ..processes import Processes
 from ..recipe import Settings
-from .engine import Engine, Part
+from .engine import Engine, LossNotFinite, Part
 from .logprobs import TokenBatch, answer_sums, token_batch
 from .tensors import Content, MaskedTensor, State
-
-
-class LossNotFinite(ArithmeticError):
-    """The loss became NaN or infinite; the logits are those before the step that showed it."""
-
-    def __init__(self, step: int):
-        super().__init__(f"the loss is not finite at step {step}")
-        self.step = step
 
 
 @dataclass(frozen=True)
@@ -34,6 +27,7 @@ class LearningProblem:
         utility: tokenised harmless prompts with answers.
         settings: of the recipe.
         micro_batch: pairs that go through the model at once.
+        together: this process among those that learn; all have the same of the above.
     """
 
     engine: Engine
@@ -42,6 +36,7 @@ class LearningProblem:
     utility: Sequence[EncodedAnswer]
     settings: Settings
     micro_batch: int
+    together: Processes = field(default_factory=Processes)
 
 
 @dataclass
@@ -86,33 +81,39 @@ class Passes:
 
     def redraw(self, step: int, batch: list[int]) -> None:
         """Take the merge under a new draw of the untrained mask as this batch's reference."""
-        for _ in self._keep_reference(batch, State(Content.UNTRAINED_SAMPLE, step)):
+        own = self.problem.together.share(batch)
+        for _ in self._keep_reference(own, State(Content.UNTRAINED_SAMPLE, step)):
             pass
 
     def learn(self, batch: list[int], utility: list[int], step: int, rate_share: float) -> Losses:
         """Take a step by a batch's mean loss and its weighted utility term; return what it showed.
 
         Args:
-            batch: rows of the pairs.
-            utility: rows of the utility examples; none for no utility term.
+            batch: rows of the pairs, of all processes.
+            utility: rows of the utility examples, likewise; none for no utility term.
             step: its number.
             rate_share: of the learning rate at its peak, from 0 to 1.
 
         Raises:
             LossNotFinite: no logit has changed.
         """
+        together = self.problem.together
         shown = Losses(0.0, [], 0.0 if utility else None)
         parts = [
             Part(self._pair_batch(rows), self._pair_loss(rows, 1 / len(batch), step, shown))
-            for rows in self._parts(batch, self._pair_length)
+            for rows in self._parts(together.share(batch), self._pair_length)
         ]
         tokens = sum(len(self.problem.utility[row].answer) for row in utility)
         parts += [
             Part(self._utility_batch(rows), self._utility_loss(rows, 1 / tokens, step, shown))
-            for rows in self._parts(utility, self._utility_length)
+            for rows in self._parts(together.share(utility), self._utility_length)
         ]
         self.problem.engine.learn(parts, step, rate_share)
-        return shown
+        return Losses(
+            sum(together.gathered([shown.loss])),
+            together.gathered(shown.margins),
+            None if shown.utility is None else sum(together.gathered([shown.utility])),
+        )
 
     def _pair_loss(
         self, rows: list[int], share: float, step: int, shown: Losses

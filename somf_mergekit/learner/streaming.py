@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .engine import Part, TokenLogProbs, Updates, autocast_to
+from ..processes import Processes
+from .engine import Part, TokenLogProbs, Updates, agreed, autocast_to
 from .logprobs import TokenBatch, answer_token_log_probs, output_head, token_batch
 from .tensors import Content, FixedTensor, MaskedTensor, State
 
@@ -44,6 +45,7 @@ class StreamingEngine:
         tensors: Sequence[MaskedTensor],
         fixed: Sequence[FixedTensor],
         autocast: torch.dtype | None,
+        together: Processes = Processes(),  # noqa: B008
     ):
         """Take over a model as ``ResidentEngine`` does; ``fixed`` are all its other weights.
 
@@ -51,7 +53,7 @@ class StreamingEngine:
             StreamingImpossible: it can't be run layer by layer.
         """
         self.device = next(model.parameters()).device
-        self._model, self._autocast_type = model, autocast
+        self._model, self._autocast_type, self._together = model, autocast, together
         self._layers = layers_of(model)
         place = _layer_of_weights(model, self._layers)
         weights: list[MaskedTensor | FixedTensor] = [*tensors, *fixed]
@@ -60,8 +62,8 @@ class StreamingEngine:
             for number in range(len(self._layers))
         ]
         self._outer = [tensor for tensor in weights if id(tensor.weight) not in place]
-        self._updates = [Updates(_masked(own)) for own in self._of_layer]
-        self._outer_updates = Updates(_masked(self._outer))
+        self._updates = [Updates(_masked(own), together) for own in self._of_layer]
+        self._outer_updates = Updates(_masked(self._outer), together)
         self._bytes = {id(t.weight): t.weight.untyped_storage().nbytes() for t in weights}
         for own in self._of_layer:
             self._free(own)
@@ -98,7 +100,8 @@ class StreamingEngine:
             for number in range(len(self._layers)):
                 with self._loaded(number, state):
                     kept.append(self._through(number, kept[-1], calls))
-        gradients = self._loss_gradients(parts, kept.pop())
+        with agreed(self._together, step, self.device):
+            gradients = self._loss_gradients(parts, kept.pop())
         for number in reversed(range(len(self._layers))):
             self._updates[number].begin(step, rate_share)
             with self._loaded(number, state):

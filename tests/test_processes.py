@@ -1,0 +1,110 @@
+"""Several processes learn one mask together: the same as one, written once."""
+
+import json
+import os
+import sys
+
+import pytest
+import tiny
+import torch
+
+from somf_mergekit import MaskSet
+from somf_mergekit.learner.engine import LossNotFinite, agreed
+from somf_mergekit.processes import Processes, own_device
+
+# For a session that has a GPU too: gloo and the CPU are what is tested.
+ENVIRONMENT = {"SOMF_PRECISION": "float32", "ACCELERATE_USE_CPU": "1"}
+
+
+def learned(recipe_file, folder, count, command="learn"):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    started = tiny.run(
+        sys.executable,
+        *launcher,
+        "-m",
+        "somf_mergekit",
+        command,
+        recipe_file,
+        folder,
+        env=ENVIRONMENT,
+    )
+    return started
+
+
+def losses(folder):
+    rows = (folder / "training.jsonl").read_text().splitlines()
+    return [[json.loads(row)[key] for row in rows] for key in ("loss", "utility", "margin")]
+
+
+@pytest.mark.parametrize(("count", "engine"), [(2, "streaming"), (4, "resident")])
+def test_several_processes_learn_what_one_learns(
+    count, engine, family, family_recipe, tmp_path, monkeypatch
+):
+    utility = [
+        {"prompt": row["prompt"], "answer": row["chosen"]} for row in tiny.preference_rows(6)
+    ]
+    recipe = family_recipe(
+        utility_dataset=str(tiny.write_jsonl(tmp_path / "utility.jsonl", utility)),
+        reference="redrawn",
+        max_steps=4,
+        # The last batch of an epoch is smaller: some processes have no pair of it.
+        batch_size=10,
+        epochs=2,
+    )
+    file = tiny.write_recipe(tmp_path / "recipe.yml", recipe)
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    alone = tiny.invoke("mergekit-somf", "learn", file, tmp_path / "one")
+    assert alone.exit_code == 0, alone.output
+    monkeypatch.setitem(ENVIRONMENT, "SOMF_ENGINE", engine)
+    together = learned(file, tmp_path / "several", count)
+    assert together.returncode == 0, together.stderr
+    assert together.stdout.count("mask of 21 tensors") == 1
+    assert together.stderr.count("needs about") == 1
+    for one, other in zip(losses(tmp_path / "one"), losses(tmp_path / "several"), strict=True):
+        assert other == pytest.approx(one, rel=1e-4, abs=1e-4)
+    one, other = MaskSet.open(tmp_path / "one"), MaskSet.open(tmp_path / "several")
+    assert other.provenance["steps"] == 4
+    apart = torch.cat([(one.entries(n) - other.entries(n)).flatten() for n in one.names()])
+    assert (apart.abs() < 0.01).float().mean() > 0.98
+    assert apart.mean().abs() < 1e-3
+
+
+def test_a_merge_in_several_processes_is_refused(family_recipe, tmp_path):
+    file = tiny.write_recipe(tmp_path / "recipe.yml", family_recipe())
+    result = learned(file, tmp_path / "out", 2, "merge")
+    assert result.returncode != 0
+    assert "then merge in one process" in result.stderr
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+class Two(Processes):
+    """This process and one whose loss is not finite."""
+
+    def add_up(self, tensor):
+        return tensor + 1
+
+
+def test_a_loss_that_is_not_finite_in_one_process_stops_all():
+    with pytest.raises(LossNotFinite) as error, agreed(Two(), 3, torch.device("cpu")):
+        pass
+    assert error.value.step == 3
+    with agreed(Processes(), 3, torch.device("cpu")):
+        pass
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert own_device("cuda") == "cuda:3"
+    assert own_device("cuda:1") == "cuda:1"
+    assert own_device(None) == own_device("cpu") == "cpu"
+    monkeypatch.delenv("LOCAL_RANK")
+    assert own_device("cuda") == "cuda"
+
+
+def test_shares_are_all_of_the_rows():
+    rows = list(range(7))
+    shares = [Processes(rank, 3).share(rows) for rank in range(3)]
+    assert sorted(row for share in shares for row in share) == rows
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert os.environ.get("WORLD_SIZE") is None
