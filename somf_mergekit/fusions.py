@@ -150,23 +150,43 @@ def fused_masked(group: TensorGroup, factor: Tensor, values: Mapping[str, Any]) 
     base = group.base.tensor
     if values["fusion"] not in _LINEAR:
         return fused(masked_group(group, factor), values).to(base.dtype)
-    # Sums are start + D c, entry by entry: parts can be fused one by one, without float32 copies of
-    # whole tensors, and the plain fusion gives D.
     result, factor = torch.empty_like(base), factor.expand(base.shape)
-    for rows in row_blocks(base, _BLOCK):
-        part = with_tensors(group, partial(_rows_of, rows=rows))
-        start = _start(part, values)
+    for rows, part in parts(group, values):
+        # The plain fusion gives D as well: start + D.
+        start = fused_bases(part, values)
         difference = fused(part, values).sub_(start)
         result[rows] = difference.mul_(factor[rows]).add_(start)
     return result
 
 
-def _start(group: TensorGroup, values: Mapping[str, Any]) -> Tensor:
+def parts(
+    group: TensorGroup, values: Mapping[str, Any]
+) -> Iterator[tuple[slice | EllipsisType, TensorGroup]]:
+    """Yield the parts that can be fused one by one: all at once, but for sums.
+
+    Of a sum each entry depends on the same entry of the models alone, so that no float32 copies of
+    whole tensors are needed.
+    """
+    if values["fusion"] not in _LINEAR:
+        yield ..., group
+        return
+    for rows in row_blocks(group.base.tensor, _BLOCK):
+        yield rows, with_tensors(group, partial(_rows_of, rows=rows))
+
+
+def fused_bases(group: TensorGroup, values: Mapping[str, Any]) -> Tensor:
     """Return the fusion of models that equal the base, float32."""
     base = group.base.tensor.float()
     if values["fusion"] == "task_arithmetic":
         return base
     return fused(with_tensors(group, lambda entry: base), values)
+
+
+def fused_differences(group: TensorGroup, values: Mapping[str, Any]) -> Tensor:
+    """Return D, float32, of a fusion that is start + D c in a shared factor c."""
+    base = group.base.tensor.float()
+    # What is linear in all of its inputs gives D when its base is zero.
+    return fused(with_tensors(group, lambda entry: entry.tensor.float() - base), values)
 
 
 def _rows_of(entry: TensorEntry, rows: slice | EllipsisType) -> Tensor:

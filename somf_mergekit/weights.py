@@ -8,7 +8,15 @@ import torch
 from mergekit.merge_methods.base import TensorGroup
 from torch import Tensor
 
-from .fusions import fused, is_linear, masked_group, with_tensors
+from .fusions import (
+    fused,
+    fused_bases,
+    fused_differences,
+    is_linear,
+    masked_group,
+    parts,
+    with_tensors,
+)
 from .granularity import Layout
 from .pieces import row_blocks
 
@@ -110,9 +118,8 @@ def merged_weight(group: TensorGroup, values: dict[str, Any]) -> MergedWeight:
     if not is_linear(values):
         return FusedWeight(group, values)
     base = group.base.tensor
-    start = fused(with_tensors(group, lambda entry: base.float()), values)
-    if torch.equal(start, base.float()):
-        start = base
-    # What is linear in all of its inputs gives the fused task vector when its base is zero.
-    difference = with_tensors(group, lambda entry: entry.tensor.float() - base.float())
-    return LinearWeight(start, fused(difference, values))
+    start, difference = (torch.empty(base.shape, device=base.device) for _ in range(2))
+    for rows, part in parts(group, values):
+        start[rows] = fused_bases(part, values)
+        difference[rows] = fused_differences(part, values)
+    return LinearWeight(base if torch.equal(start, base.float()) else start, difference)
