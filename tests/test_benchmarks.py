@@ -7,13 +7,14 @@ import tiny
 import torch
 from click.testing import CliRunner
 
-from benchmarks import speed, speed_ways
+from benchmarks import needs, speed, speed_ways
 from benchmarks.real_data import split_by_prompt, write_pairs
 from benchmarks.real_measures import Measuring, content_key, measured
 from benchmarks.real_model import main
 from benchmarks.real_recipes import recipes
 from benchmarks.real_table import MODELS, TABLES, markdown_table, write_results
 from benchmarks.speed_models import make_models
+from somf_mergekit.learner import passes, tensors
 from somf_mergekit.preferences import Pair
 from somf_mergekit.recipe_check import read_recipe, recipe_problems
 
@@ -115,7 +116,16 @@ def tiny_pairs():
     return [Pair((("user", row["prompt"]),), row["chosen"], row["rejected"]) for row in rows]
 
 
-def test_each_way_is_timed_and_tabulated(tmp_path):
+def test_each_way_is_timed_and_tabulated(tmp_path, monkeypatch):
+    # What a way changes in the process that it has for itself.
+    for name in ("SOMF_ENGINE", "SOMF_MICRO_BATCH_SIZE"):
+        monkeypatch.setenv(name, "")
+    for owner, name in (
+        (tensors.MaskedTensor, "write"),
+        (tensors.MaskedTensor, "update"),
+        (passes.Passes, "learn"),
+    ):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
     folder = tmp_path / "speed-tiny"
     rows = [
         Pair((("user", r["prompt"]),), r["chosen"], r["rejected"]) for r in tiny.preference_rows(8)
@@ -135,10 +145,24 @@ def test_each_way_is_timed_and_tabulated(tmp_path):
     text = speed._write(found, weights, "tiny", {**options, "out": tmp_path / "out"})
     assert text == (tmp_path / "out/speed-tiny.md").read_text().rstrip()
     assert f"the model has {weights:,} weights" in text
-    ratio = found["ours"]["seconds"] / found["plain_dpo"]["seconds"]
-    assert f"| mask by this package | {found['ours']['seconds']:.2f} | {ratio:.2f} |" in text
+    for name in speed.ENGINES:
+        row = found[name]
+        ratio = row["seconds"] / found["plain_dpo"]["seconds"]
+        share = row["mask_seconds"] / row["seconds"]
+        assert 0 < share < 1
+        assert f"{name} engine | {row['seconds']:.2f} | {ratio:.2f} | {share:.0%} |" in text
     record = json.loads((tmp_path / "out/speed-tiny.json").read_text())
     assert record["results"]["naive"]["all_seconds"] == found["naive"]["all_seconds"]
+
+
+def test_needs_of_known_shapes_are_tabulated():
+    result = CliRunner().invoke(needs.main, ["--micro-batch", "1"])
+    assert result.exit_code == 0, result.output
+    rows = [line.split("|")[1:5] for line in result.output.splitlines()[2:]]
+    assert len(rows) == len(needs.SHAPES)
+    numbers = [[float(cell.split()[0]) for cell in row[1:]] for row in rows]
+    assert all(streaming < resident / 3 for resident, streaming, _ in numbers)
+    assert numbers == sorted(numbers)
 
 
 def test_the_naive_way_merges_by_the_formula(tmp_path):
