@@ -185,8 +185,8 @@ def _does_not_fit(needs: dict[str, int], free: int) -> str:
     return (
         f"learning this mask does not fit in memory: {told}, {_gib(free)} GiB are free. What "
         "helps: a coarser granularity, fewer masked tensors (include, exclude), a smaller "
-        "max_length or batch_size, or a mask learned elsewhere (mask). --engine (SOMF_ENGINE) tries "
-        "one all the same."
+        "max_length or batch_size, or a mask learned elsewhere (mask). --engine (SOMF_ENGINE) "
+        "tries one all the same."
     )
 
 
