@@ -35,6 +35,7 @@ def test_merge_takes_the_options_of_mergekit_yaml():
         assert option in result.output
     assert "--micro-batch-size" in result.output
     assert "--precision" in result.output
+    assert "--engine" in result.output
     assert "--work-dir" in result.output
 
 
