@@ -58,6 +58,9 @@ class Processes:
             torch.distributed.barrier()
 
 
+ALONE = Processes()
+
+
 def processes(device: str) -> Processes:
     """Return this process among those started together, connected.
 
@@ -65,7 +68,7 @@ def processes(device: str) -> Processes:
         device: as mergekit names it; connects over gloo for ``cpu``.
     """
     if started() == 1:
-        return Processes()
+        return ALONE
     import torch
     from accelerate import PartialState
 

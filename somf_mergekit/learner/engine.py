@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..processes import Processes
+from ..processes import ALONE, Processes
 from .logprobs import TokenBatch, answer_token_log_probs, output_head
 from .tensors import Content, FixedTensor, MaskedTensor, State
 
@@ -107,7 +107,7 @@ class ResidentEngine:
         tensors: Sequence[MaskedTensor],
         fixed: Sequence[FixedTensor],
         autocast: torch.dtype | None,
-        together: Processes = Processes(),  # noqa: B008
+        together: Processes = ALONE,
     ):
         """Take over a model whose weights are those of ``tensors`` and ``fixed``.
 

@@ -1,7 +1,7 @@
 """The losses of learning, and what they are compared with."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch import Tensor
 from ..answers import EncodedAnswer
 from ..objectives import PREFERENCES, divergences, preference_losses, sft_losses
 from ..preferences import EncodedPair
-from ..processes import Processes
+from ..processes import ALONE, Processes
 from ..recipe import Settings
 from .engine import Engine, LossNotFinite, Part
 from .logprobs import TokenBatch, answer_sums, token_batch
@@ -36,7 +36,7 @@ class LearningProblem:
     utility: Sequence[EncodedAnswer]
     settings: Settings
     micro_batch: int
-    together: Processes = field(default_factory=Processes)
+    together: Processes = ALONE
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..processes import Processes
+from ..processes import ALONE, Processes
 from .engine import Part, TokenLogProbs, Updates, agreed, autocast_to
 from .logprobs import TokenBatch, answer_token_log_probs, output_head, token_batch
 from .tensors import Content, FixedTensor, MaskedTensor, State
@@ -45,7 +45,7 @@ class StreamingEngine:
         tensors: Sequence[MaskedTensor],
         fixed: Sequence[FixedTensor],
         autocast: torch.dtype | None,
-        together: Processes = Processes(),  # noqa: B008
+        together: Processes = ALONE,
     ):
         """Take over a model as ``ResidentEngine`` does; ``fixed`` are all its other weights.
 
