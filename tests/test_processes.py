@@ -12,7 +12,7 @@ from somf_mergekit import MaskSet
 from somf_mergekit.learner.engine import LossNotFinite, agreed
 from somf_mergekit.processes import Processes, own_device
 
-# For a session that has a GPU too: gloo and the CPU are what is tested.
+# On a machine with a GPU too, gloo and the CPU are what is tested.
 ENVIRONMENT = {"SOMF_PRECISION": "float32", "ACCELERATE_USE_CPU": "1"}
 
 
