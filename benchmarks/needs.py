@@ -24,7 +24,8 @@ _GIB = 1 << 30
 def main(batch_size: int, micro_batch: int, max_length: int) -> None:
     """Print the table: bfloat16, a linear fusion of any number of models, granularity weight."""
     somf_mergekit.register()
-    from somf_mergekit.forecast import RESIDENT, STREAMING, engine_needs
+    from somf_mergekit.forecast import engine_needs
+    from somf_mergekit.machine import RESIDENT, STREAMING
 
     click.echo("| model | resident, memory | streaming, memory | streaming, disk |")
     click.echo("|---|---|---|---|")

@@ -17,6 +17,8 @@ import click
 import yaml
 from safetensors import safe_open
 
+from somf_mergekit.machine import ENGINES
+
 from .real_data import pairs_of, write_pairs
 from .real_table import circumstances
 from .speed_models import BASE, SHAPES, SPECIALISTS, WEIGHT, make_models
@@ -27,7 +29,6 @@ WAYS = {
     "resident": "mask by this package, resident engine",
     "streaming": "mask by this package, streaming engine",
 }
-ENGINES = ("resident", "streaming")
 MERGES = {"task_arithmetic": "task_arithmetic", "somf": "somf with a given mask"}
 # A first step pays for allocations and compilations that later ones do not.
 UNTIMED_STEPS = 1

@@ -13,10 +13,10 @@ from .granularity import mask_layout, weight_storage
 from .headers import PlannedTensor, planned_tensors
 from .inputs import SafetyData
 from .learner.loop import step_count
+from .machine import RESIDENT, STREAMING
 from .plan import PlannedMerge
 from .processes import own_device
 
-RESIDENT, STREAMING = "resident", "streaming"
 # What a forecast leaves to the rest of the system, and to what it does not know.
 _USABLE_SHARE = 0.9
 _LOGIT_BYTES = 4

@@ -13,6 +13,8 @@ import click
 from .errors import RecipeError
 from .processes import started_here
 
+ENGINES = RESIDENT, STREAMING = ("resident", "streaming")
+
 
 @dataclass(frozen=True)
 class MachineOption:
@@ -43,7 +45,7 @@ OPTIONS = (
         "engine",
         "resident: all weights in memory; streaming: one layer's at a time, the rest in files "
         "beside the output. Found from the free memory.",
-        click.Choice(["resident", "streaming"]),
+        click.Choice(ENGINES),
     ),
     MachineOption(
         "precision",

@@ -9,7 +9,7 @@ import torch
 
 from . import machine
 from .errors import RecipeError
-from .forecast import STREAMING, forecast
+from .forecast import forecast
 from .inputs import SafetyData, checked_data, given_mask
 from .learner.engine import LossNotFinite, ResidentEngine
 from .learner.loop import StepReport, learn_logits, step_count
@@ -111,7 +111,7 @@ def _learning(
     """Return the model that learns and what it learns from, on the engine that fits."""
     expected = forecast(planned, data)
     _say(planned, f"somf: {expected.told}")
-    streams = expected.engine == STREAMING
+    streams = expected.engine == machine.STREAMING
     device = own_device(planned.options.device)
     # The files go beside the mask: where that goes, there is a disk with room for models.
     beside = os.path.dirname(os.path.abspath(folder))

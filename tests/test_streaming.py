@@ -60,9 +60,7 @@ def test_one_layer_has_weights_at_a_time(monkeypatch):
         held = [
             number
             for number, own in enumerate(layers)
-            if any(
-                t.weight.untyped_storage().nbytes() for t in problem.tensors if id(t.weight) in own
-            )
+            if any(held_bytes(t) for t in problem.tensors if id(t.weight) in own)
         ]
         most.append(len(held))
         return real(self, *arguments)
@@ -71,7 +69,7 @@ def test_one_layer_has_weights_at_a_time(monkeypatch):
     trajectory(problem)
     assert set(most) == {1}
     assert all(
-        t.weight.grad is None and t.weight.untyped_storage().nbytes() == 0
+        t.weight.grad is None and held_bytes(t) == 0
         for t in problem.tensors
         if any(id(t.weight) in own for own in layers)
     )

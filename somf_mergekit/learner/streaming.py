@@ -69,6 +69,7 @@ class StreamingEngine:
             self._free(own)
         for tensor in self._outer:
             tensor.write(State(Content.BASE))
+        self._probe = token_batch([([0], [0])], self.device)
         self._gives_tuples = self._probed()
         self._check_calls()
         with self._replaced(self._passing_on), autocast_to(autocast, self.device):
@@ -240,7 +241,6 @@ class StreamingEngine:
             outputs.append(output)
             raise Known
 
-        probe = token_batch([([0], [0])], self.device)
         hook = self._layers[0].register_forward_hook(note)
         try:
             with (
@@ -248,7 +248,7 @@ class StreamingEngine:
                 self._loaded(0, State(Content.BASE)),
                 autocast_to(self._autocast_type, self.device),
             ):
-                self._model.base_model(input_ids=probe.input_ids, use_cache=False)
+                self._model.base_model(input_ids=self._probe.input_ids, use_cache=False)
         except Known:
             pass
         finally:
@@ -261,8 +261,7 @@ class StreamingEngine:
         Raises:
             StreamingImpossible: they do not, or are not.
         """
-        probe = token_batch([([0], [0])], self.device)
-        _, (calls,) = self._entered([probe])
+        _, (calls,) = self._entered([self._probe])
         if [call.number for call in calls] != list(range(len(self._layers))):
             raise StreamingImpossible(
                 f"{type(self._model).__name__} does not call its layers one after another"
