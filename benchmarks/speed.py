@@ -30,6 +30,8 @@ WAYS = {
     "streaming": "mask by this package, streaming engine",
 }
 MERGES = {"task_arithmetic": "task_arithmetic", "somf": "somf with a given mask"}
+# A merge takes seconds, which vary with the disk: in turn, and the median counts.
+MERGE_RUNS = 5
 # A first step pays for allocations and compilations that later ones do not.
 UNTIMED_STEPS = 1
 
@@ -47,7 +49,15 @@ UNTIMED_STEPS = 1
 @click.option("--batch-size", default=16, show_default=True, help="Pairs a step.")
 @click.option("--micro-batch", default=4, show_default=True, help="Pairs at once.")
 @click.option("--max-length", default=128, show_default=True)
-@click.option("--way", "ways", multiple=True, default=[*WAYS], show_default=True)
+@click.option(
+    "--way",
+    "ways",
+    multiple=True,
+    type=click.Choice([*WAYS, *MERGES]),
+    default=[*WAYS, *MERGES],
+    show_default="all",
+    help="What to measure. Other figures of a record with equal settings and versions stay.",
+)
 @click.option("--out", type=click.Path(path_type=Path), default=Path(__file__).parent / "results")
 @click.option("--child", hidden=True)
 def main(model: str, data: Path | None, work: Path, child: str | None, **options: Any) -> None:
@@ -64,11 +74,32 @@ def main(model: str, data: Path | None, work: Path, child: str | None, **options
     write_pairs(folder / "pairs.jsonl", pairs)
     make_models(folder, model, [pair.messages[-1]["content"] + pair.chosen for pair in pairs])
     rows: dict[str, dict[str, Any]] = {}
-    for name in (*options["ways"], *MERGES):
+    ways = options.pop("ways")
+    for name in (way for way in WAYS if way in ways):
         rows[name] = _in_a_process(name, model, work, options)
         click.echo(f"{name}: {json.dumps(rows[name])}", err=True)
+    rows |= _merges([way for way in MERGES if way in ways], model, work, options)
     rows["import"] = _import_seconds()
     click.echo(_write(rows, _weight_count(folder / BASE), model, options))
+
+
+def _merges(
+    names: list[str], model: str, work: Path, options: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for _ in range(MERGE_RUNS):
+        for name in names:
+            runs[name].append(_in_a_process(name, model, work, options))
+            click.echo(f"{name}: {json.dumps(runs[name][-1])}", err=True)
+    rows = {}
+    for name, found in runs.items():
+        failed = next((run for run in found if "failed" in run), None)
+        rows[name] = failed or {
+            "seconds": median(run["seconds"] for run in found),
+            "all_seconds": [run["seconds"] for run in found],
+            "peak_bytes": max(run["peak_bytes"] for run in found),
+        }
+    return rows
 
 
 def _in_a_process(name: str, model: str, work: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -243,6 +274,13 @@ def _write(
     rows: dict[str, dict[str, Any]], weights: int, model: str, options: dict[str, Any]
 ) -> str:
     name = f"speed-{Path(model).name}"
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in options.items() if k != "out"}
+    record = {"model": Path(model).name, "weights": weights, "settings": settings}
+    record |= circumstances()
+    place = options["out"] / f"{name}.json"
+    earlier = json.loads(place.read_text()) if place.exists() else {}
+    known = earlier.pop("results", {})
+    rows = {**known, **rows} if earlier == record else rows
     text = "\n\n".join(
         [
             f"# Time and memory: {Path(model).name}",
@@ -251,20 +289,13 @@ def _write(
             f"`import torch`: {1000 * rows['import']['with']:.0f} ms with the registration, "
             f"{1000 * rows['import']['without']:.0f} ms without (processor time, medians of five).",
             f"{options['batch_size']} pairs of up to {options['max_length']} tokens a step, "
-            f"{options['micro_batch']} at once; medians of the steps after the first. Memory is "
-            f"the peak of RssAnon; the model has {weights:,} weights.",
+            f"{options['micro_batch']} at once; medians of the steps after the first, of merges "
+            f"that of {MERGE_RUNS} in turn. Memory is the peak of RssAnon; the model has "
+            f"{weights:,} weights.",
         ]
     )
     options["out"].mkdir(parents=True, exist_ok=True)
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in options.items() if k != "out"}
-    record = {
-        "model": Path(model).name,
-        "weights": weights,
-        "settings": settings,
-        **circumstances(),
-        "results": rows,
-    }
-    (options["out"] / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    place.write_text(json.dumps({**record, "results": rows}, indent=1) + "\n")
     (options["out"] / f"{name}.md").write_text(text + "\n")
     return text
 

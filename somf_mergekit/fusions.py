@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial, reduce
 from types import EllipsisType
 from typing import Any
@@ -39,8 +39,6 @@ _LINEAR_WHEN_DENSE = (
     "della_linear",
 )
 _RANDOMLY_DROPPED = ("dare_linear", "dare_ties")
-# Entries that are fused at once, where parts can be: enough that a call's own cost is nothing.
-_BLOCK = 1 << 20
 
 
 class FusingMethod(GroupMergeMethod):
@@ -49,11 +47,7 @@ class FusingMethod(GroupMergeMethod):
 
 def known_fusions() -> dict[str, MergeMethod]:
     """Return every method that is registered and can fuse, by name."""
-    return {
-        method.spec.name: method
-        for method in registry.registered_methods()
-        if not isinstance(method, FusingMethod)
-    }
+    return _fusing(registry.registered_methods())
 
 
 def takes_base(method: MergeMethod) -> bool:
@@ -67,17 +61,21 @@ def fusion_specs() -> tuple[ParameterSpec, ...]:
     Unset, the chosen fusion's own default applies. A name that some fusion takes per model can be
     given per model.
     """
-    return _fusion_specs(tuple(known_fusions()))
+    return _fusion_specs(tuple(registry.registered_methods()))
+
+
+def _fusing(methods: Iterable[MergeMethod]) -> dict[str, MergeMethod]:
+    return {m.spec.name: m for m in methods if not isinstance(m, FusingMethod)}
 
 
 @lru_cache(maxsize=4)
-def _fusion_specs(names: tuple[str, ...]) -> tuple[ParameterSpec, ...]:
+def _fusion_specs(registered: tuple[MergeMethod, ...]) -> tuple[ParameterSpec, ...]:
     ours = {parameter.name for parameter in parameters()}
     types: dict[str, list[Any]] = {}
     scopes: dict[str, ParameterScope] = {}
     helps: dict[str, str | None] = {}
-    for name in names:
-        for spec in registry.get(name).spec.parameters:
+    for method in _fusing(registered).values():
+        for spec in method.spec.parameters:
             if spec.name in ours:
                 continue
             types.setdefault(spec.name, [])
@@ -154,7 +152,8 @@ def fused_masked(group: TensorGroup, factor: Tensor, values: Mapping[str, Any]) 
     for rows, part in parts(group, values):
         # The plain fusion gives D as well: start + D.
         start = fused_bases(part, values)
-        difference = fused(part, values).sub_(start)
+        # Not in place at first: a fusion may give back one of the inputs themselves.
+        difference = fused(part, values) - start
         result[rows] = difference.mul_(factor[rows]).add_(start)
     return result
 
@@ -164,13 +163,13 @@ def parts(
 ) -> Iterator[tuple[slice | EllipsisType, TensorGroup]]:
     """Yield the parts that can be fused one by one: all at once, but for sums.
 
-    Of a sum each entry depends on the same entry of the models alone, so that no float32 copies of
-    whole tensors are needed.
+    Of a sum each entry depends on the same entry of the models alone: its parts are blocks of rows
+    in float32, for which no float32 copies of whole tensors are needed.
     """
     if values["fusion"] not in _LINEAR:
         yield ..., group
         return
-    for rows in row_blocks(group.base.tensor, _BLOCK):
+    for rows in row_blocks(group.base.tensor):
         yield rows, with_tensors(group, partial(_rows_of, rows=rows))
 
 
@@ -190,7 +189,7 @@ def fused_differences(group: TensorGroup, values: Mapping[str, Any]) -> Tensor:
 
 
 def _rows_of(entry: TensorEntry, rows: slice | EllipsisType) -> Tensor:
-    return entry.tensor[rows]
+    return entry.tensor[rows].float()
 
 
 def with_tensors(group: TensorGroup, tensor_of: Callable[[TensorEntry], Tensor]) -> TensorGroup:

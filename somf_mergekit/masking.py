@@ -96,14 +96,15 @@ def mask_mean(mask: Tensor) -> float:
     return float(mask.mean(dtype=torch.float32))
 
 
-def mask_factor(mask: Tensor, rescale: str) -> Tensor:
-    """Return m / mean(m), or m for ``rescale`` none: what a task vector is multiplied by.
+def mask_factor(mask: Tensor, rescale: str, *, out: Tensor | None = None) -> Tensor:
+    """Return c = m / mean(m), or m for ``rescale`` none: what a task vector is multiplied by.
 
     Args:
         mask: m, one value per mask entry, float32.
         rescale: see ``mask_scale``.
+        out: where c goes, ``mask`` itself or a tensor like it; a new one where not given.
     """
-    return mask * mask_scale(mask_mean(mask), rescale)
+    return torch.mul(mask, mask_scale(mask_mean(mask), rescale), out=out)
 
 
 def masked_task_vector(task_vector: Tensor, factor: Tensor) -> Tensor:

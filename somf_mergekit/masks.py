@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .errors import RecipeError
 from .granularity import Layout
-from .masking import mask_from_probabilities
+from .masking import mask_factor, mask_from_probabilities
 from .pieces import pieces
 
 FORMAT = "somf-mask/1"
@@ -61,11 +61,11 @@ class MaskSet:
         self._aliases = {str(k): str(v) for k, v in header["aliases"].items()}
         # Where one entry covers several places of an axis: [axis, how many].
         self._repeats = {k: (int(a), int(n)) for k, (a, n) in header.get("repeats", {}).items()}
-        with safe_open(path, framework="pt") as handle:
-            self._shapes = {
-                name: tuple(handle.get_slice(name).get_shape())
-                for name in handle.keys()  # noqa: SIM118
-            }
+        self._file = safe_open(path, framework="pt")
+        self._shapes = {
+            name: tuple(self._file.get_slice(name).get_shape())
+            for name in self._file.keys()  # noqa: SIM118
+        }
         # Shapes of the masks with a bit an entry.
         self._packed = {str(k): tuple(map(int, v)) for k, v in header.get("packed", {}).items()}
         for name, shape in self._packed.items():
@@ -126,8 +126,7 @@ class MaskSet:
             KeyError: ``name`` has no mask.
         """
         stored = self._stored_name(name)
-        with safe_open(self.path, framework="pt") as handle:
-            codes = handle.get_tensor(stored)
+        codes = self._file.get_tensor(stored)
         if stored in self._packed:
             shape = self._packed[stored]
             bits = np.unpackbits(codes.numpy(), count=math.prod(shape))
@@ -153,10 +152,22 @@ class MaskSet:
             KeyError: ``name`` has no mask.
             ValueError: ``kind`` is unknown.
         """
-        drawn = mask_from_probabilities(
+        return self._spread(name, self._drawn(name, kind, temperature, seed))
+
+    def factor(
+        self, name: str, kind: str, rescale: str, *, temperature: float = 0.5, seed: int = 0
+    ) -> Tensor:
+        """Return what a merge multiplies task vectors with, see ``masking.mask_factor``.
+
+        Shape, arguments and errors are those of ``mask``.
+        """
+        drawn = self._drawn(name, kind, temperature, seed)
+        return self._spread(name, mask_factor(drawn, rescale, out=drawn))
+
+    def _drawn(self, name: str, kind: str, temperature: float, seed: int) -> Tensor:
+        return mask_from_probabilities(
             self.entries(name), kind, temperature=temperature, seed=seed, name=name
         )
-        return self._spread(name, drawn)
 
     def _spread(self, name: str, entries: Tensor) -> Tensor:
         return self._laid(self._stored_name(name), tuple(entries.shape)).spread(entries)

@@ -21,7 +21,6 @@ from torch import Tensor
 from . import recipe
 from .errors import RecipeError
 from .fusions import FusingMethod, fused, fused_masked, fusion_specs
-from .masking import mask_factor
 from .masks import MaskSet, masks_path
 
 # Where the planner writes under which name a tensor's mask is kept: that of the base's tensor,
@@ -74,14 +73,17 @@ class SomfMethod(FusingMethod):
         masks = _opened(str(mask_source))
         if name is None:
             raise RecipeError("somf finds masks by tensor name: merge_tensors needs `name`")
-        if is_shared_buffer(group):
-            return group.base.tensor
+        base = group.base.tensor
+        if not base.is_floating_point() and is_shared_buffer(group):
+            return base
         factor = _factor(group, masks, parameters)
         if factor is None:
-            result = fused(group, parameters).to(group.base.tensor.dtype)
+            result = fused(group, parameters).to(base.dtype)
         else:
             result = fused_masked(group, factor, parameters)
         if not _is_finite(result):
+            if is_shared_buffer(group):
+                return base
             raise RecipeError(not_finite(group) or f"{name}: the merged tensor is not finite")
         return result
 
@@ -96,17 +98,18 @@ def _factor(
         return None
     if not recipe.may_get_mask(name, parameters["include"], parameters["exclude"]):
         return None
-    mask = masks.mask(
-        kept_as,
-        parameters["mask_kind"],
-        temperature=parameters["temperature"],
-        seed=parameters["seed"],
-    ).to(group.base.tensor.device)
-    shape = tuple(group.base.tensor.shape)
-    problem = mask_shape_problem(name, tuple(mask.shape), shape, masks.path)
+    base = group.base.tensor
+    problem = mask_shape_problem(name, masks.shape(kept_as), tuple(base.shape), masks.path)
     if problem:
         raise RecipeError(problem)
-    return mask_factor(mask, parameters["mask_rescale"])
+    factor = masks.factor(
+        kept_as,
+        parameters["mask_kind"],
+        parameters["mask_rescale"],
+        temperature=parameters["temperature"],
+        seed=parameters["seed"],
+    )
+    return factor.to(base.device)
 
 
 @lru_cache(maxsize=4)

@@ -153,6 +153,13 @@ def test_each_way_is_timed_and_tabulated(tmp_path, monkeypatch):
         assert f"{name} engine | {row['seconds']:.2f} | {ratio:.2f} | {share:.0%} |" in text
     record = json.loads((tmp_path / "out/speed-tiny.json").read_text())
     assert record["results"]["naive"]["all_seconds"] == found["naive"]["all_seconds"]
+    # Measured again alone, under the same circumstances or others.
+    again = {"somf": {**found["somf"], "seconds": 1234.0}, "import": found["import"]}
+    text = speed._write(again, weights, "tiny", {**options, "out": tmp_path / "out"})
+    assert "| somf with a given mask | 1234.00 |" in text
+    assert "RelaxedBernoulli" in text
+    text = speed._write(again, weights, "tiny", {**options, "steps": 3, "out": tmp_path / "out"})
+    assert "RelaxedBernoulli" not in text
 
 
 def test_needs_of_known_shapes_are_tabulated():

@@ -16,7 +16,7 @@ from mergekit.merge_methods.base import (
 )
 from mergekit.merge_methods.easy_define import merge_method
 
-from somf_mergekit import MaskSet, RecipeError, fusions, weights
+from somf_mergekit import MaskSet, RecipeError, fusions, pieces, weights
 from somf_mergekit.granularity import Storage, mask_layout
 
 # Every fusion with its own parameters, as a recipe gives them: to all models, or once.
@@ -189,11 +189,24 @@ def test_sums_are_fused_in_blocks_of_rows(fusion, monkeypatch):
 
     monkeypatch.setattr(fusions, "fused", watching)
     for mask in (factor, factor[:, :1], factor[:1], torch.ones(())):
-        monkeypatch.setattr(fusions, "_BLOCK", 1 << 20)
+        monkeypatch.setattr(pieces, "PIECE", 1 << 20)
         whole = fusions.fused_masked(group, mask, values)
-        monkeypatch.setattr(fusions, "_BLOCK", 5 * 16)
+        monkeypatch.setattr(pieces, "PIECE", 5 * 16)
         assert torch.equal(fusions.fused_masked(group, mask, values), whole)
     assert set(seen) == {(12, 16), (5, 16), (2, 16)}
+
+
+@pytest.mark.parametrize("fusion", ["task_arithmetic", "linear", "passthrough"])
+def test_fusing_leaves_its_inputs_as_they_were(fusion):
+    models = 1 if fusion == "passthrough" else 2
+    group, base, changed = group_of(models)
+    before = [tensor.clone() for tensor in (base, *changed)]
+    values = values_of(fusion, models, scale=None)
+    factor = torch.rand(12, 16, generator=torch.Generator().manual_seed(3))
+    result = fusions.fused_masked(group, factor, values)
+    assert all(map(torch.equal, before, (base, *changed)))
+    if fusion == "passthrough":
+        torch.testing.assert_close(result, base + (changed[0] - base) * factor)
 
 
 def test_ties_trims_elects_and_averages_what_the_mask_left(family, tmp_path):
