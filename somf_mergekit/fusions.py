@@ -4,8 +4,7 @@ import contextlib
 import hashlib
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache, partial, reduce
-from types import EllipsisType
+from functools import lru_cache, reduce
 from typing import Any
 
 import torch
@@ -23,12 +22,11 @@ from torch import Tensor
 
 from .errors import RecipeError
 from .masking import masked_task_vector
-from .pieces import row_blocks
 from .recipe import parameters
 
 # Fusions that are Fuse(base; task vectors * c) = start + D * c for every c >= 0 that the models
 # share: sums, and also sign elections, which a shared positive factor can't turn.
-_LINEAR = ("task_arithmetic", "linear", "passthrough")
+SUMS = ("task_arithmetic", "linear", "passthrough")
 _LINEAR_WHEN_DENSE = (
     "ties",
     "dare_linear",
@@ -137,47 +135,9 @@ def masked_group(group: TensorGroup, factor: Tensor) -> TensorGroup:
     )
 
 
-def fused_masked(group: TensorGroup, factor: Tensor, values: Mapping[str, Any]) -> Tensor:
-    """Return the fusion of the masked models, computed in float32, in the base's dtype.
-
-    Args:
-        group: as in ``masked_group``.
-        factor: likewise.
-        values: as in ``fused``.
-    """
-    base = group.base.tensor
-    if values["fusion"] not in _LINEAR:
-        return fused(masked_group(group, factor), values).to(base.dtype)
-    result, factor = torch.empty_like(base), factor.expand(base.shape)
-    for rows, part in parts(group, values):
-        # The plain fusion gives D as well: start + D.
-        start = fused_bases(part, values)
-        # Not in place at first: a fusion may give back one of the inputs themselves.
-        difference = fused(part, values) - start
-        result[rows] = difference.mul_(factor[rows]).add_(start)
-    return result
-
-
-def parts(
-    group: TensorGroup, values: Mapping[str, Any]
-) -> Iterator[tuple[slice | EllipsisType, TensorGroup]]:
-    """Yield the parts that can be fused one by one: all at once, but for sums.
-
-    Of a sum each entry depends on the same entry of the models alone: its parts are blocks of rows
-    in float32, for which no float32 copies of whole tensors are needed.
-    """
-    if values["fusion"] not in _LINEAR:
-        yield ..., group
-        return
-    for rows in row_blocks(group.base.tensor):
-        yield rows, with_tensors(group, partial(_rows_of, rows=rows))
-
-
 def fused_bases(group: TensorGroup, values: Mapping[str, Any]) -> Tensor:
     """Return the fusion of models that equal the base, float32."""
     base = group.base.tensor.float()
-    if values["fusion"] == "task_arithmetic":
-        return base
     return fused(with_tensors(group, lambda entry: base), values)
 
 
@@ -186,10 +146,6 @@ def fused_differences(group: TensorGroup, values: Mapping[str, Any]) -> Tensor:
     base = group.base.tensor.float()
     # What is linear in all of its inputs gives D when its base is zero.
     return fused(with_tensors(group, lambda entry: entry.tensor.float() - base), values)
-
-
-def _rows_of(entry: TensorEntry, rows: slice | EllipsisType) -> Tensor:
-    return entry.tensor[rows].float()
 
 
 def with_tensors(group: TensorGroup, tensor_of: Callable[[TensorEntry], Tensor]) -> TensorGroup:
@@ -201,7 +157,7 @@ def with_tensors(group: TensorGroup, tensor_of: Callable[[TensorEntry], Tensor])
 def is_linear(values: Mapping[str, Any]) -> bool:
     """Return whether the fusion of these parameters is start + D * c in a shared factor c >= 0."""
     fusion = values["fusion"]
-    if fusion in _LINEAR:
+    if fusion in SUMS:
         return True
     if fusion not in _LINEAR_WHEN_DENSE:
         return False

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from . import recipe
 from .errors import RecipeError
-from .fusions import FusingMethod, fused, fused_masked, fusion_specs
+from .fusions import FusingMethod, fused, fusion_specs
 from .masks import MaskSet, masks_path
+from .weights import fused_masked
 
 # Where the planner writes under which name a tensor's mask is kept: that of the base's tensor,
 # which layers stacked in another order keep. No key of a recipe.

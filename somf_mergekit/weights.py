@@ -9,16 +9,17 @@ from mergekit.merge_methods.base import TensorGroup
 from torch import Tensor
 
 from .fusions import (
+    SUMS,
     fused,
     fused_bases,
     fused_differences,
     is_linear,
     masked_group,
-    parts,
     with_tensors,
 )
 from .granularity import Layout
 from .pieces import row_blocks
+from .sums import weighted_sum
 
 # Puts a tensor where an engine has it: on a device, or in a file.
 Keep = Callable[[Tensor], Tensor]
@@ -118,8 +119,23 @@ def merged_weight(group: TensorGroup, values: dict[str, Any]) -> MergedWeight:
     if not is_linear(values):
         return FusedWeight(group, values)
     base = group.base.tensor
-    start, difference = (torch.empty(base.shape, device=base.device) for _ in range(2))
-    for rows, part in parts(group, values):
-        start[rows] = fused_bases(part, values)
-        difference[rows] = fused_differences(part, values)
-    return LinearWeight(base if torch.equal(start, base.float()) else start, difference)
+    if values["fusion"] in SUMS:
+        total = weighted_sum(group, values)
+        start = base if total.of_base == 1 else base.float() * total.of_base
+        return LinearWeight(start, total.whole_differences(group))
+    start = fused_bases(group, values)
+    start = base if torch.equal(start, base.float()) else start
+    return LinearWeight(start, fused_differences(group, values))
+
+
+def fused_masked(group: TensorGroup, factor: Tensor, values: dict[str, Any]) -> Tensor:
+    """Return the fusion of the masked models, computed in float32, in the base's dtype.
+
+    Args:
+        group: with a base; tensors in the weight's shape.
+        factor: see ``masking.mask_factor``; broadcasts to the weight.
+        values: as in ``fusions.fused``.
+    """
+    if values["fusion"] in SUMS:
+        return weighted_sum(group, values).masked(group, factor)
+    return fused(masked_group(group, factor), values).to(group.base.tensor.dtype)

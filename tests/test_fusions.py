@@ -175,25 +175,35 @@ def test_the_closed_form_is_used_where_the_fusion_is_linear(fusion, changes, lin
         torch.testing.assert_close(written(weight, factor), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("fusion", ["task_arithmetic", "linear"])
-def test_sums_are_fused_in_blocks_of_rows(fusion, monkeypatch):
-    group, _, _ = group_of()
-    values = values_of(fusion)
+@pytest.mark.parametrize(
+    ("fusion", "models", "changes"),
+    [
+        ("task_arithmetic", 2, {}),
+        ("task_arithmetic", 2, {"weight": 0.7, "normalize": True, "lambda": None}),
+        ("linear", 2, {}),
+        ("linear", 3, {"weight": 0.2, "normalize": True}),
+        ("passthrough", 1, {}),
+    ],
+)
+def test_sums_are_what_mergekit_gives_however_they_are_cut(fusion, models, changes, monkeypatch):
+    group, _, _ = group_of(models)
+    values = values_of(fusion, models, **changes)
     factor = torch.rand(12, 16, generator=torch.Generator().manual_seed(3))
-    seen = []
-    real = fusions.fused
-
-    def watching(part, given):
-        seen.append(tuple(part.base.tensor.shape))
-        return real(part, given)
-
-    monkeypatch.setattr(fusions, "fused", watching)
     for mask in (factor, factor[:, :1], factor[:1], torch.ones(())):
+        expected = fusions.fused(fusions.masked_group(group, mask), values)
         monkeypatch.setattr(pieces, "PIECE", 1 << 20)
-        whole = fusions.fused_masked(group, mask, values)
+        whole = weights.fused_masked(group, mask, values)
+        torch.testing.assert_close(whole, expected, rtol=1e-6, atol=1e-6)
         monkeypatch.setattr(pieces, "PIECE", 5 * 16)
-        assert torch.equal(fusions.fused_masked(group, mask, values), whole)
-    assert set(seen) == {(12, 16), (5, 16), (2, 16)}
+        assert torch.equal(weights.fused_masked(group, mask, values), whole)
+
+
+def test_models_that_are_averaged_keep_the_base_itself():
+    group, base, _ = group_of(3)
+    values = values_of("linear", 3, weight=0.1, normalize=True)
+    assert weights.merged_weight(group, values).start is base
+    halved = weights.merged_weight(group, values_of("linear", 3, weight=0.2, normalize=False))
+    torch.testing.assert_close(halved.start, 0.6 * base)
 
 
 @pytest.mark.parametrize("fusion", ["task_arithmetic", "linear", "passthrough"])
@@ -203,7 +213,7 @@ def test_fusing_leaves_its_inputs_as_they_were(fusion):
     before = [tensor.clone() for tensor in (base, *changed)]
     values = values_of(fusion, models, scale=None)
     factor = torch.rand(12, 16, generator=torch.Generator().manual_seed(3))
-    result = fusions.fused_masked(group, factor, values)
+    result = weights.fused_masked(group, factor, values)
     assert all(map(torch.equal, before, (base, *changed)))
     if fusion == "passthrough":
         torch.testing.assert_close(result, base + (changed[0] - base) * factor)
