@@ -39,8 +39,8 @@ _LINEAR_WHEN_DENSE = (
 _RANDOMLY_DROPPED = ("dare_linear", "dare_ties")
 
 
-class FusingMethod(GroupMergeMethod):
-    """A merge method that leaves the fusing to another: no fusion itself."""
+class OwnMethod(GroupMergeMethod):
+    """A merge method of this package: it takes models of its own kind, and fuses no masked ones."""
 
 
 def known_fusions() -> dict[str, MergeMethod]:
@@ -63,7 +63,7 @@ def fusion_specs() -> tuple[ParameterSpec, ...]:
 
 
 def _fusing(methods: Iterable[MergeMethod]) -> dict[str, MergeMethod]:
-    return {m.spec.name: m for m in methods if not isinstance(m, FusingMethod)}
+    return {m.spec.name: m for m in methods if not isinstance(m, OwnMethod)}
 
 
 @lru_cache(maxsize=4)

@@ -1,6 +1,5 @@
 """The merge method: mask every task vector with one learned mask, then let mergekit fuse them."""
 
-import math
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache
@@ -20,7 +19,8 @@ from torch import Tensor
 
 from . import recipe
 from .errors import RecipeError
-from .fusions import FusingMethod, fused, fusion_specs
+from .fusions import OwnMethod, fused, fusion_specs
+from .groups import is_finite, is_shared_buffer, not_finite
 from .masks import MaskSet, masks_path
 from .weights import fused_masked
 
@@ -29,7 +29,7 @@ from .weights import fused_masked
 MASK_TENSOR = "mask_tensor"
 
 
-class SomfMethod(FusingMethod):
+class SomfMethod(OwnMethod):
     """``merge_method: somf``, on mergekit's public interface alone.
 
     Works in ``mergekit-yaml`` (where the planner's pre-pass fills in the mask) and, with a mask
@@ -82,7 +82,7 @@ class SomfMethod(FusingMethod):
             result = fused(group, parameters).to(base.dtype)
         else:
             result = fused_masked(group, factor, parameters)
-        if not _is_finite(result):
+        if not is_finite(result):
             if is_shared_buffer(group):
                 return base
             raise RecipeError(not_finite(group) or f"{name}: the merged tensor is not finite")
@@ -128,35 +128,6 @@ def _spec(theirs: tuple[ParameterSpec, ...]) -> MergeMethodSpec:
         parameters=(*own, internal, *theirs),
         contract=InputContract(base=BasePolicy.REQUIRED),
     )
-
-
-def is_shared_buffer(group: TensorGroup) -> bool:
-    """Return whether a tensor holds no numbers to fuse, and all models have the same.
-
-    Older checkpoints keep attention's causal mask: truth values, and -inf in float16.
-    """
-    base = group.base.tensor
-    if base.is_floating_point() and _is_finite(base):
-        return False
-    return all(torch.equal(entry.tensor, base) for entry in group.non_base)
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    # NaN and infinity spread to the extremes, which cost a fraction of a look at each entry.
-    if tensor.numel() == 0:
-        return True
-    return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))
-
-
-def not_finite(group: TensorGroup) -> str | None:
-    """Return a sentence on the first input of the group with NaN or infinity, if there is one."""
-    for entry in group.entries:
-        if not _is_finite(entry.tensor):
-            return (
-                f"{group.metadata.name} of {entry.id} has NaN or infinite entries: the checkpoint "
-                "is damaged, or was made in a dtype it overflowed"
-            )
-    return None
 
 
 def mask_shape_problem(

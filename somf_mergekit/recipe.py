@@ -1,16 +1,15 @@
 """What a somf recipe may say: every parameter with its type, range, default and help."""
 
 import fnmatch
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field
+
+from .declared import Parameter, parameters_of, pattern_text, table_rows
 
 METHOD_NAME = "somf"
 
-# Marks of a parameter: what the merge method itself needs, and what may differ between tensors
-# (filters, gradients over layers), as any parameter of mergekit's may.
+# Marks of a parameter, see ``declared.Parameter``.
 _MERGE: dict[str, Any] = {"merge": True}
 _PER_TENSOR: dict[str, Any] = {"merge": True, "per_tensor": True}
 
@@ -161,62 +160,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Parameter:
-    """One recipe parameter as declared in Settings."""
-
-    name: str
-    value_type: Any
-    default: Any
-    help: str
-    merge: bool
-    per_tensor: bool
-
-    @property
-    def is_pattern(self) -> bool:
-        """Whether the value is a name pattern or a list of them."""
-        return self.name in ("include", "exclude")
-
-    @property
-    def type_text(self) -> str:
-        """The type and range in words, for help and tables."""
-        adapter = TypeAdapter(self.value_type).json_schema()
-        choices = [c for c in adapter.get("anyOf", [adapter]) if c.get("type") != "null"]
-        return " or ".join(_schema_text(choice) for choice in choices)
-
-    @property
-    def default_text(self) -> str:
-        """The default in words."""
-        return "none" if self.default in (None, "") else str(self.default)
-
-
 def parameters() -> list[Parameter]:
     """Return every parameter of a somf recipe, in the order of the documentation."""
-    found = []
-    for name, info in Settings.model_fields.items():
-        marks = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
-        # With its constraints attached, a field's type validates a value on its own.
-        value_type: Any = info.annotation
-        if info.metadata:
-            constrained: Any = (value_type, *info.metadata)
-            value_type = Annotated[constrained]
-        found.append(
-            Parameter(
-                name=name,
-                value_type=value_type,
-                default=info.default,
-                help=info.description or "",
-                merge=bool(marks.get("merge")),
-                per_tensor=bool(marks.get("per_tensor")),
-            )
-        )
-    return found
+    return parameters_of(Settings)
 
 
 def parameter_table() -> str:
     """Return the parameters as a markdown table, as the README shows it."""
-    rows = [f"| `{p.name}` | {p.type_text} | {p.default_text} | {p.help} |" for p in parameters()]
-    return "\n".join(["| parameter | type | default | meaning |", "|---|---|---|---|", *rows])
+    head = ["| parameter | type | default | meaning |", "|---|---|---|---|"]
+    return "\n".join([*head, *table_rows(parameters())])
 
 
 def recipe_settings(config: Any) -> Settings:
@@ -262,13 +214,6 @@ def join_patterns(config: Any) -> None:
             config.parameters[parameter.name] = pattern_text(value)
 
 
-def pattern_text(value: Any) -> Any:
-    """Return a list of name patterns as one text; any other value as it is."""
-    if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return ",".join(value)
-    return value
-
-
 def _matches(name: str, patterns: str) -> bool:
     for pattern in (part.strip() for part in patterns.split(",")):
         if not pattern:
@@ -279,20 +224,3 @@ def _matches(name: str, patterns: str) -> bool:
         elif pattern in name:
             return True
     return False
-
-
-def _schema_text(schema: Mapping[str, Any]) -> str:
-    if "enum" in schema or "const" in schema:
-        return " or ".join(f"`{c}`" for c in schema.get("enum", [schema.get("const")]))
-    name = {"integer": "a whole number", "number": "a number", "string": "text"}[schema["type"]]
-    bounds = [
-        f"{sign} {schema[key]}"
-        for key, sign in (
-            ("exclusiveMinimum", ">"),
-            ("minimum", ">="),
-            ("exclusiveMaximum", "<"),
-            ("maximum", "<="),
-        )
-        if key in schema and abs(schema[key]) < 2**62
-    ]
-    return " ".join([name, " and ".join(bounds)]).strip()

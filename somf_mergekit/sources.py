@@ -14,7 +14,7 @@ from mergekit.merge_methods import TensorEntry, TensorGroup, TensorMetadata
 from torch import Tensor
 
 from .errors import RecipeError
-from .method import is_shared_buffer, not_finite
+from .groups import is_shared_buffer, not_finite
 from .plan import PlannedMerge, task_parameters
 from .weights import Keep, LinearWeight, MergedWeight, merged_weight
 

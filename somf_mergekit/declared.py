@@ -1,0 +1,100 @@
+"""Parameters of a recipe as classes of settings declare them: type, range, default, help."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import BaseModel, TypeAdapter
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a recipe, as a field of a class of settings declares it.
+
+    Marks in the field's ``json_schema_extra``: ``merge``, what the merge method itself needs;
+    ``per_tensor``, what may differ between tensors (filters, gradients over layers);
+    ``per_model``, what is said of one model.
+    """
+
+    name: str
+    value_type: Any
+    default: Any
+    help: str
+    merge: bool
+    per_tensor: bool
+    per_model: bool
+
+    @property
+    def is_pattern(self) -> bool:
+        """Whether the value is a name pattern or a list of them."""
+        return self.name in ("include", "exclude")
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the value is a whole number."""
+        return TypeAdapter(self.value_type).json_schema().get("type") == "integer"
+
+    @property
+    def type_text(self) -> str:
+        """The type and range in words, for help and tables."""
+        adapter = TypeAdapter(self.value_type).json_schema()
+        choices = [c for c in adapter.get("anyOf", [adapter]) if c.get("type") != "null"]
+        return " or ".join(_schema_text(choice) for choice in choices)
+
+    @property
+    def default_text(self) -> str:
+        """The default in words."""
+        return "none" if self.default in (None, "") else str(self.default)
+
+
+def parameters_of(settings: type[BaseModel]) -> list[Parameter]:
+    """Return every parameter that a class of settings declares, in its order."""
+    found = []
+    for name, info in settings.model_fields.items():
+        marks = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+        # With its constraints attached, a field's type validates a value on its own.
+        value_type: Any = info.annotation
+        if info.metadata:
+            constrained: Any = (value_type, *info.metadata)
+            value_type = Annotated[constrained]
+        found.append(
+            Parameter(
+                name=name,
+                value_type=value_type,
+                default=info.default,
+                help=info.description or "",
+                merge=bool(marks.get("merge")),
+                per_tensor=bool(marks.get("per_tensor")),
+                per_model=bool(marks.get("per_model")),
+            )
+        )
+    return found
+
+
+def table_rows(parameters: Iterable[Parameter]) -> list[str]:
+    """Return parameters as rows of a markdown table: name, type, default, meaning."""
+    return [f"| `{p.name}` | {p.type_text} | {p.default_text} | {p.help} |" for p in parameters]
+
+
+def pattern_text(value: Any) -> Any:
+    """Return a list of name patterns as one text; any other value as it is."""
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return ",".join(value)
+    return value
+
+
+def _schema_text(schema: Mapping[str, Any]) -> str:
+    if "enum" in schema or "const" in schema:
+        return " or ".join(f"`{c}`" for c in schema.get("enum", [schema.get("const")]))
+    name = {"integer": "a whole number", "number": "a number", "string": "text"}[schema["type"]]
+    bounds = [
+        f"{sign} {schema[key]}"
+        for key, sign in (
+            ("exclusiveMinimum", ">"),
+            ("minimum", ">="),
+            ("exclusiveMaximum", "<"),
+            ("maximum", "<="),
+        )
+        if key in schema and abs(schema[key]) < 2**62
+    ]
+    return " ".join([name, " and ".join(bounds)]).strip()

@@ -1,0 +1,36 @@
+"""What the inputs of one merged tensor hold: numbers to merge, a buffer, or damage."""
+
+import math
+
+import torch
+from mergekit.merge_methods.base import TensorGroup
+
+
+def is_shared_buffer(group: TensorGroup) -> bool:
+    """Return whether a tensor holds no numbers to fuse, and all models have the same.
+
+    Older checkpoints keep attention's causal mask: truth values, and -inf in float16.
+    """
+    base = group.base.tensor
+    if base.is_floating_point() and is_finite(base):
+        return False
+    return all(torch.equal(entry.tensor, base) for entry in group.non_base)
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor has neither NaN nor infinity."""
+    # NaN and infinity spread to the extremes, which cost a fraction of a look at each entry.
+    if tensor.numel() == 0:
+        return True
+    return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))
+
+
+def not_finite(group: TensorGroup) -> str | None:
+    """Return a sentence on the first input of the group with NaN or infinity, if there is one."""
+    for entry in group.entries:
+        if not is_finite(entry.tensor):
+            return (
+                f"{group.metadata.name} of {entry.id} has NaN or infinite entries: the checkpoint "
+                "is damaged, or was made in a dtype it overflowed"
+            )
+    return None
