@@ -1,4 +1,7 @@
-"""Make mergekit know ``somf`` in any process that imports it; can never make an import fail."""
+"""Make mergekit know this package's merge methods in any process that imports it.
+
+Nothing here can make an import fail.
+"""
 
 import logging
 import sys
@@ -26,7 +29,7 @@ def install() -> None:
 
 
 def register() -> None:
-    """Make mergekit know ``somf`` in this process, now. Safe to repeat.
+    """Make mergekit know this package's merge methods in this process, now. Safe to repeat.
 
     Raises:
         ImportError: mergekit is missing.
@@ -65,7 +68,7 @@ def _carefully(action, *arguments) -> None:  # type: ignore[no-untyped-def]
         except Exception:
             pass
         LOG.warning(
-            "somf-mergekit could not add the merge method 'somf' to mergekit %s: %s: %s",
+            "somf-mergekit could not add its merge methods to mergekit %s: %s: %s",
             found,
             type(error).__name__,
             error,
@@ -73,9 +76,10 @@ def _carefully(action, *arguments) -> None:  # type: ignore[no-untyped-def]
 
 
 def _adopt_methods() -> None:
-    # The module registers its method as its last act. So it does not matter whether it is
+    # Each module registers its methods as its last act. So it does not matter whether it is
     # imported here, or is itself the one whose imports have called this hook.
     import_module("somf_mergekit.method")
+    import_module("somf_mergekit.repairs.methods")
 
 
 def _adopt_plan() -> None:

@@ -49,9 +49,9 @@ def _merge() -> click.Command:
     register()
 
     def callback(**values: Any) -> None:
-        from .recipe_check import read_recipe
+        from .recipe_check import OWN_METHODS, read_recipe
 
-        read_recipe(values["config_file"])
+        read_recipe(values["config_file"], OWN_METHODS)
         _keep_machine_settings(values)
         if mergekit_yaml.callback is None:
             raise click.ClickException("this mergekit has no mergekit-yaml command to call")
@@ -80,7 +80,11 @@ def _check() -> click.Command:
         from . import forecast, inputs, planner, recipe_check
 
         options = _merge_options(values)
-        planned = planner.planned_merge(recipe_check.read_recipe(recipe_file), options)
+        config = recipe_check.read_recipe(recipe_file, recipe_check.OWN_METHODS)
+        planned = planner.planned_merge(config, options)
+        if config.merge_method != recipe.METHOD_NAME:
+            click.echo(f"recipe: right. {len(planned.tensors)} tensors; nothing is learned.")
+            return
         settings = planned.settings
         if settings.mask:
             masks = inputs.given_mask(planned, settings.mask)

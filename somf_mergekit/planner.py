@@ -18,21 +18,26 @@ from mergekit.plan import MergePlanner
 
 from . import machine, recipe
 from .errors import RecipeError, raise_together
+from .headers import checkpoint_problems
+from .inputs import CANT_BE_MADE
 from .masks import MaskSet
 from .method import MASK_TENSOR
 from .plan import PlannedMerge, mask_name
 from .plan_check import plan_problems, unused_filters
 from .prepass import mask_for
 from .processes import started
-from .recipe_check import WRONG_RECIPE, check_recipe, check_writable, read_recipe
+from .recipe_check import OWN_METHODS, WRONG_RECIPE, check_recipe, check_writable, read_recipe
 
 ARTIFACT_FOLDER = "somf"
 _WRAPPED = "_somf_wrapped"
 
 
 def wrap_planner() -> None:
-    """Make mergekit's planner run the pre-pass for recipes of the method somf. Safe to repeat."""
-    for name, wrapper in (("plan_to_disk", _with_folder), ("_plan", _with_prepass)):
+    """Make mergekit's planner check recipes of our methods, and run somf's pre-pass.
+
+    Safe to repeat.
+    """
+    for name, wrapper in (("plan_to_disk", _with_folder), ("_plan", _with_checks)):
         original = getattr(MergePlanner, name)
         if not hasattr(original, _WRAPPED):
             wrapped = functools.wraps(original)(wrapper(original))
@@ -41,7 +46,10 @@ def wrap_planner() -> None:
 
 
 def wrap_run_merge(module: Any) -> None:
-    """Make ``module.run_merge`` check somf recipes before any model is touched. Safe to repeat."""
+    """Make ``module.run_merge`` check recipes of our methods before any model is touched.
+
+    Safe to repeat.
+    """
     original = module.run_merge
     if hasattr(original, _WRAPPED):
         return
@@ -54,7 +62,7 @@ def wrap_run_merge(module: Any) -> None:
         config_source: str | None = None,
         **further: Any,
     ) -> Any:
-        if merge_config.merge_method == recipe.METHOD_NAME:
+        if merge_config.merge_method in OWN_METHODS:
             check_recipe(merge_config, options, config_source)
             check_writable(out_path)
         return original(merge_config, out_path, options, config_source, **further)
@@ -110,12 +118,13 @@ def _with_folder(original: Callable[..., Any]) -> Callable[..., Any]:
     return plan_to_disk
 
 
-def _with_prepass(original: Callable[[MergePlanner], None]) -> Callable[[MergePlanner], None]:
+def _with_checks(original: Callable[[MergePlanner], None]) -> Callable[[MergePlanner], None]:
     def plan(self: MergePlanner) -> None:
-        if self.config.merge_method != recipe.METHOD_NAME:
+        method = self.config.merge_method
+        if method not in OWN_METHODS:
             original(self)
             return
-        if started() > 1:
+        if method == recipe.METHOD_NAME and started() > 1:
             raise RecipeError(
                 "several processes were started to merge. Learn the mask with them (`torchrun ... "
                 "-m somf_mergekit learn recipe.yml DIR`), then merge in one process, with DIR as "
@@ -123,8 +132,9 @@ def _with_prepass(original: Callable[[MergePlanner], None]) -> Callable[[MergePl
             )
         check_recipe(self.config, self.options)
         planned = _planned(self, original)
-        masks = mask_for(planned, _artifact_folder(self))
-        self._tensors = [(weight, _with_mask(task, masks.path)) for weight, task in planned.tensors]
+        if method == recipe.METHOD_NAME:
+            masks = mask_for(planned, _artifact_folder(self))
+            self._tensors = [(w, _with_mask(task, masks.path)) for w, task in planned.tensors]
 
     return plan
 
@@ -149,7 +159,12 @@ def _planned(planner: MergePlanner, plan: Callable[[MergePlanner], None]) -> Pla
         tensors=tuple(planner._tensors),
         tokenizer_task=planner._tokenizer_task,
     )
-    raise_together([*plan_problems(planned), *unused_filters(original, planned)], WRONG_RECIPE)
+    learns = planned.config.merge_method == recipe.METHOD_NAME
+    problems = plan_problems(planned) if learns else []
+    raise_together([*problems, *unused_filters(original, planned)], WRONG_RECIPE)
+    if not learns:
+        # The pre-pass checks the models of a mask together with its data.
+        raise_together(checkpoint_problems(planned), CANT_BE_MADE)
     return planned
 
 

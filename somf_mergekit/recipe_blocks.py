@@ -33,21 +33,18 @@ def _slice_blocks(prefix: str, slices: Any) -> Iterator[tuple[str, Mapping[str, 
                 yield place, source.parameters, True
 
 
-def model_blocks(config: Any) -> Iterator[tuple[str, int]]:
-    """Yield each list of models of a recipe: where it stands, and how many are fine-tuned."""
+def model_blocks(config: Any) -> Iterator[tuple[str, list[Any], Any]]:
+    """Yield each list of models of a recipe: where it stands, its items, and its base model."""
 
-    def fine_tuned(items: Any, base: Any) -> int:
-        return len({item.model for item in items if item.model != base})
-
-    def of_slices(prefix: str, slices: Any) -> Iterator[tuple[str, int]]:
+    def of_slices(prefix: str, slices: Any) -> Iterator[tuple[str, list[Any], Any]]:
         for index, part in enumerate(slices or []):
             base = part.base_model or config.base_model
-            yield f"{prefix}slices[{index}].sources", fine_tuned(part.sources, base)
+            yield f"{prefix}slices[{index}].sources", part.sources, base
 
     if config.models:
-        yield "models", fine_tuned(config.models, config.base_model)
+        yield "models", config.models, config.base_model
     yield from of_slices("", config.slices)
     for name, module in (config.modules or {}).items():
         if module.models:
-            yield f"modules.{name}.models", fine_tuned(module.models, config.base_model)
+            yield f"modules.{name}.models", module.models, config.base_model
         yield from of_slices(f"modules.{name}.", module.slices)

@@ -1,9 +1,8 @@
 """Read a recipe and say what is wrong with it, all of it at once, before a model is loaded."""
 
-import difflib
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -11,19 +10,28 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 from mergekit.options import MergeOptions
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from .errors import RecipeError, raise_together
 from .fusion_check import count_problem, name_problem
 from .fusions import known_fusions
-from .recipe import METHOD_NAME, Parameter, parameters, pattern_text
+from .recipe import METHOD_NAME, parameters
 from .recipe_blocks import model_blocks, parameter_blocks
+from .repairs.catalogue import REPAIRS
+from .repairs.check import repair_problems
+from .value_check import leaves, nearest, value_problems
 
 WRONG_RECIPE = "This recipe is not right"
 
 
-def read_recipe(source: str | os.PathLike[str] | Mapping[str, Any]) -> MergeConfiguration:
+def read_recipe(
+    source: str | os.PathLike[str] | Mapping[str, Any], methods: Collection[str] = (METHOD_NAME,)
+) -> MergeConfiguration:
     """Return the recipe in a YAML file, a YAML text, or a mapping.
+
+    Args:
+        source: where it is.
+        methods: names of the merge methods that it may ask for.
 
     Raises:
         RecipeError: it can't be read, is no recipe of mergekit, or asks for another method.
@@ -51,8 +59,9 @@ def read_recipe(source: str | os.PathLike[str] | Mapping[str, Any]) -> MergeConf
         raise
     except RuntimeError as error:
         raise RecipeError(f"{place}: {error}") from error
-    if config.merge_method != METHOD_NAME:
-        raise RecipeError(f"{place}: merge_method is {config.merge_method!r}, expected 'somf'")
+    if config.merge_method not in methods:
+        expected = " or ".join(map(repr, methods))
+        raise RecipeError(f"{place}: merge_method is {config.merge_method!r}, expected {expected}")
     raise_together(text_problems(content, MergeConfiguration), WRONG_RECIPE)
     return config
 
@@ -60,7 +69,7 @@ def read_recipe(source: str | os.PathLike[str] | Mapping[str, Any]) -> MergeConf
 def check_recipe(
     config: MergeConfiguration, options: MergeOptions, config_source: str | None = None
 ) -> None:
-    """Check what a recipe says, and that each model it names has a configuration.
+    """Check what a recipe of one of OWN_METHODS says, and that its models have configurations.
 
     Raises:
         RecipeError: everything that is wrong, together.
@@ -69,7 +78,7 @@ def check_recipe(
     if config_source is not None:
         content = yaml.safe_load(config_source)
         problems += text_problems(content, MergeConfiguration)
-    problems += recipe_problems(config)
+    problems += OWN_METHODS[config.merge_method](config)
     for model in sorted(config.referenced_models(), key=str):
         problems += _model_problems(model, options)
     raise_together(problems, WRONG_RECIPE)
@@ -113,18 +122,18 @@ def recipe_problems(config: Any) -> list[str]:
     elif isinstance(fusion, str):
         problems.append(
             f"parameters.fusion: {fusion!r} is no method of mergekit that is known"
-            f"{_nearest(fusion, known_fusions())}; known are {', '.join(sorted(known_fusions()))}"
+            f"{nearest(fusion, known_fusions())}; known are {', '.join(sorted(known_fusions()))}"
         )
     for place, settings, per_model in parameter_blocks(config):
         for key, value in settings.items():
             where = f"{place}.{key}"
             if key in own:
-                problems += _own_problems(own[key], value, where, place == "parameters", per_model)
+                problems += value_problems(own[key], value, where, place == "parameters", per_model)
             elif key in theirs:
                 problems += _their_problems(theirs[key], value, where, fusion, per_model)
             elif theirs:
                 problems.append(
-                    f"{where}: unknown parameter{_nearest(key, [*own, *theirs])}; neither somf nor "
+                    f"{where}: unknown parameter{nearest(key, [*own, *theirs])}; neither somf nor "
                     f"{fusion} has it"
                 )
     if "mask" in top and "safety_dataset" in top:
@@ -143,46 +152,23 @@ def recipe_problems(config: Any) -> list[str]:
 def text_problems(source: Mapping[str, Any], config_type: Any) -> list[str]:
     """Return the top-level keys of a recipe that mergekit would drop without a word."""
     known = [*config_type.model_fields, "name"]
-    return [f"{key}: unknown key{_nearest(str(key), known)}" for key in source if key not in known]
+    return [f"{key}: unknown key{nearest(str(key), known)}" for key in source if key not in known]
 
 
 def _fusion_problems(config: Any, fusion: str) -> Iterator[str]:
     named = name_problem(fusion)
     if named:
         yield f"parameters.fusion: {named}"
-    blocks = list(model_blocks(config))
-    if not any(fine_tuned for _, fine_tuned in blocks):
+    counts = [
+        (place, len({item.model for item in items if item.model != base}))
+        for place, items, base in model_blocks(config)
+    ]
+    if not any(fine_tuned for _, fine_tuned in counts):
         yield "models: somf needs at least one fine-tuned model beside base_model"
-    for place, fine_tuned in blocks:
+    for place, fine_tuned in counts:
         counted = count_problem(fusion, fine_tuned) if fine_tuned else None
         if counted:
             yield f"{place}: {counted}"
-
-
-def _own_problems(
-    parameter: Parameter, value: Any, where: str, at_top: bool, per_model: bool
-) -> Iterator[str]:
-    if parameter.is_pattern:
-        value = pattern_text(value)
-    if not parameter.per_tensor:
-        if not at_top:
-            yield f"{where}: belongs to the recipe as a whole; move it to the top `parameters:`"
-            return
-        if not isinstance(value, (bool, int, float, str)):
-            yield f"{where}: takes one value for all tensors, no list and no filter"
-            return
-    elif per_model:
-        yield f"{where}: all models share one mask; move it out of the model"
-        return
-    adapter = TypeAdapter(parameter.value_type)
-    for leaf in _leaves(value):
-        try:
-            # pydantic takes true for 1; 1e-3, which YAML reads as text, is a number all the same.
-            if isinstance(leaf, bool):
-                raise ValueError("a truth value")
-            adapter.validate_python(leaf)
-        except (ValidationError, ValueError):
-            yield f"{where}: {leaf!r} is not {parameter.type_text}"
 
 
 def _their_problems(
@@ -191,27 +177,12 @@ def _their_problems(
     if per_model and spec.scope is ParameterScope.SHARED:
         yield f"{where}: {fusion} takes one for all models; move it out of the model"
         return
-    for leaf in _leaves(value):
+    for leaf in leaves(value):
         try:
             spec.validate(leaf)
         except (ValidationError, ValueError):
             kind = getattr(spec.value_type, "__name__", str(spec.value_type))
             yield f"{where}: {leaf!r} is not what {fusion} takes ({kind})"
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, list):
-        for item in value:
-            yield from _leaves(item)
-    elif hasattr(value, "filter"):
-        yield from _leaves(value.value)
-    else:
-        yield value
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" (did you mean {found[0]!r}?)" if found else ""
 
 
 def _model_problems(model: ModelReference, options: MergeOptions) -> list[str]:
@@ -223,3 +194,7 @@ def _model_problems(model: ModelReference, options: MergeOptions) -> list[str]:
     if model.lora and not options.lora_merge_cache:
         return [f"model {model}: an adapter needs mergekit's option --lora-merge-cache DIR"]
     return []
+
+
+# What says what is wrong with a recipe of each merge method of this package.
+OWN_METHODS = {METHOD_NAME: recipe_problems, **dict.fromkeys(REPAIRS, repair_problems)}

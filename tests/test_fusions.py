@@ -404,7 +404,7 @@ def test_a_parameter_for_all_models_stands_under_none(tmp_path, family_recipe):
     recipe["models"][1]["parameters"]["mask_kind"] = "binary"
     message = tiny.refused(recipe, tmp_path)
     assert "models[0].parameters.normalize: ties takes one for all models" in message
-    assert "models[1].parameters.mask_kind: all models share one mask" in message
+    assert "models[1].parameters.mask_kind: all models share one value" in message
 
 
 def test_one_value_for_all_where_models_say_different_ones(tmp_path, family, family_recipe):

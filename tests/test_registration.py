@@ -132,7 +132,7 @@ def test_mergekit_is_imported_all_the_same_and_a_warning_says_why_somf_is_missin
         site,
     )
     assert result.stdout == "imported\n", result.stderr
-    assert "somf-mergekit could not add the merge method 'somf' to mergekit" in result.stderr
+    assert "somf-mergekit could not add its merge methods to mergekit" in result.stderr
 
 
 def test_our_own_command_works_where_the_autoload_is_off(family_recipe, tmp_path):
