@@ -11,13 +11,15 @@ import tiny
 
 @pytest.fixture(scope="session")
 def family(tmp_path_factory):
-    """A base model, two fine-tuned ones, and preference pairs."""
+    """A base model, two fine-tuned ones, what repairs need beside them, and preference pairs."""
     root = tmp_path_factory.mktemp("family")
     tokenizer = tiny.tiny_tokenizer()
     base = tiny.tiny_llama(0, len(tokenizer))
     tiny.save_model(base, tokenizer, root / "base")
     tiny.save_model(tiny.perturbed(base, 1), tokenizer, root / "math")
     tiny.save_model(tiny.perturbed(base, 2), tokenizer, root / "code")
+    tiny.save_model(tiny.perturbed(base, 5), tokenizer, root / "unaligned")
+    tiny.save_model(tiny.perturbed(base, 6), tokenizer, root / "safety-tuned")
     tiny.write_jsonl(root / "pairs.jsonl", tiny.preference_rows())
     return root
 

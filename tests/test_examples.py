@@ -1,5 +1,6 @@
 """Every example runs as it is written, with tiny models under the names that it gives."""
 
+import copy
 import hashlib
 import json
 import shlex
@@ -10,13 +11,25 @@ import tiny
 import torch
 import yaml
 from mergekit.merge_methods import merge_tensors
+from repair_formulas import REFERENCE
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from somf_mergekit import MaskSet, recipe
+from somf_mergekit.repairs.catalogue import REPAIRS
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples/yaml").glob("*.yml"))
+
+
+def recipes_in(example):
+    """The recipes of an example: one, or the steps of a mergekit-multi file."""
+    return list(yaml.safe_load_all(example.read_text()))
+
+
+# The last step decides what an example is of.
+WITH_REPAIRS = [e for e in EXAMPLES if recipes_in(e)[-1]["merge_method"] in REPAIRS]
+WITH_MASKS = [e for e in EXAMPLES if e not in WITH_REPAIRS]
 BASE = "org/aligned-chat-model"
 # The mask that an example takes over is made by this one.
 SOURCE = ROOT / "examples/yaml/two-specialists.yml"
@@ -45,6 +58,18 @@ def save_adapter(base, seed, folder):
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder)
 
 
+def before_alignment(model):
+    """A model that differs from another in few directions of each matrix."""
+    changed = copy.deepcopy(model)
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in changed.parameters():
+            if weight.dim() == 2:
+                left, right = (torch.randn(n, 2, generator=draw) for n in weight.shape)
+                weight.add_(0.02 * left @ right.T)
+    return changed
+
+
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory, family):
     """A folder with everything that the examples name, where they expect it.
@@ -56,9 +81,11 @@ def hub(tmp_path_factory, family):
     for name, kept in (("aligned-chat-model", "base"), ("math-specialist", "math")):
         (root / "org" / name).symlink_to(family / kept)
     (root / "org/code-specialist").symlink_to(family / "code")
+    (root / "org/safety-tuned-model").symlink_to(family / "safety-tuned")
     tokenizer = tiny.tiny_tokenizer()
     base = tiny.tiny_llama(0, len(tokenizer))
     tiny.save_model(tiny.perturbed(base, 3), tokenizer, root / "org/law-specialist")
+    tiny.save_model(before_alignment(base), tokenizer, root / "org/unaligned-model")
     for seed, name in enumerate(("math-adapter", "code-adapter")):
         save_adapter(family / "base", seed, root / "org" / name)
     (root / "safety_pairs.jsonl").symlink_to(family / "pairs.jsonl")
@@ -89,11 +116,12 @@ def head_of(example):
 def run_as_told(example):
     """Run the command that the example opens with; return the folder that it writes."""
     (line,) = [part for part in head_of(example).splitlines() if part.startswith("#   ")]
-    program, file, out, *options = shlex.split(line.removeprefix("#"))
+    program, file, *options = shlex.split(line.removeprefix("#"))
     assert ROOT / file == example
     # The card would ask the hub about the models: their names look like the hub's.
-    result = tiny.invoke(program, example, out, *options, "--no-write-model-card", "--quiet")
+    result = tiny.invoke(program, example, *options, "--no-write-model-card", "--quiet")
     assert result.exit_code == 0, result.output
+    (out,) = [option for option in options if option.startswith("out")]
     return Path(out)
 
 
@@ -217,7 +245,7 @@ FURTHER = {
 }
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("example", WITH_MASKS, ids=lambda path: path.stem)
 def test_an_example_writes_its_fusion_of_the_masked_models(example, workplace):
     content = yaml.safe_load(example.read_text())
     parameters = content["parameters"]
@@ -238,6 +266,51 @@ def test_an_example_writes_its_fusion_of_the_masked_models(example, workplace):
     used = json.loads((out / "somf" / "somf.json").read_text())
     assert used.get("mask") == parameters.get("mask")
     assert ("origin" in used) == ("mask" in parameters)
+
+
+def value_for(setting, name):
+    """What a parameter is for a tensor of a model of two layers: filters, then gradients."""
+    if isinstance(setting, list) and isinstance(setting[0], dict):
+        setting = next(s["value"] for s in setting if s.get("filter", "") in name)
+    if isinstance(setting, list):
+        # What is in no layer has the first value.
+        return setting[-1 if "layers.1." in name else 0]
+    return setting
+
+
+def models_by_role(content, steps):
+    """The tensors of the models that a repair's recipe names, also those of steps before it."""
+    models = {"aligned": tiny.tensors_of(content["base_model"])}
+    for model in content["models"]:
+        role = model.get("parameters", {}).get("role", "fine_tuned")
+        models[role] = steps.get(model["model"]) or model_tensors(model["model"])
+    return models
+
+
+def repaired_tensors(content, models):
+    """The repair's formula, tensor by tensor."""
+    method = content["merge_method"]
+    settings = {p.name: p.default for p in REPAIRS[method].parameters if p.name != "role"}
+    assert set(content["parameters"]) <= set(settings)
+    settings |= content["parameters"]
+    repaired = {}
+    for name in models["aligned"]:
+        values = {key: value_for(setting, name) for key, setting in settings.items()}
+        tensors = {role: weights[name] for role, weights in models.items()}
+        result = REFERENCE[method](tensors, **values)
+        repaired[name] = result.to(getattr(torch, content["out_dtype"]))
+    return repaired
+
+
+@pytest.mark.parametrize("example", WITH_REPAIRS, ids=lambda path: path.stem)
+def test_an_example_writes_what_its_repair_says(example, workplace):
+    *before, content = recipes_in(example)
+    steps = {step["name"]: expected_tensors({"parameters": {}, **step}, ()) for step in before}
+    models = models_by_role(content, steps)
+    found = tiny.tensors_of(run_as_told(example))
+    assert_equal_but_for_rounding(found, repaired_tensors(content, models))
+    start = models.get("fine_tuned", models["aligned"])
+    assert any(not torch.equal(tensor, start[name].bfloat16()) for name, tensor in found.items())
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)

@@ -1,4 +1,4 @@
-"""`somf` is known without an import line, and nothing of ours can break `import torch`."""
+"""Our methods are known without an import line, and nothing of ours can break `import torch`."""
 
 import importlib.metadata
 import os
@@ -54,16 +54,18 @@ def test_the_entry_point_is_the_module_outside_the_package():
         "from mergekit.plan import MergePlanner; import mergekit.merge",
         "import mergekit.scripts.multimerge",
         "import somf_mergekit.recipe_check",
+        "import somf_mergekit.repairs.methods",
         "from somf_mergekit import learn; learn.__name__",
     ],
 )
-def test_somf_is_known_whatever_is_imported_first(first_import):
+def test_our_methods_are_known_whatever_is_imported_first(first_import):
     result = python(
         f"{first_import}\n"
         "import mergekit.merge, mergekit.merge_methods as m, mergekit.plan as p\n"
-        "print(m.get('somf').spec.pretty_name, hasattr(p.MergePlanner._plan, '__wrapped__'))"
+        "print(m.get('somf').spec.pretty_name, m.get('nlsr').spec.pretty_name)\n"
+        "print(hasattr(p.MergePlanner._plan, '__wrapped__'))"
     )
-    assert result.stdout == "SOMF True\n", result.stderr
+    assert result.stdout == "SOMF NLSR\nTrue\n", result.stderr
 
 
 def remove_package(site):

@@ -148,6 +148,8 @@ def invoke(name, *arguments):
 
     if name == "mergekit-yaml":
         from mergekit.scripts.run_yaml import main
+    elif name == "mergekit-multi":
+        from mergekit.scripts.multimerge import main
     else:
         from somf_mergekit.cli import main
     return CliRunner().invoke(main, [str(a) for a in arguments], catch_exceptions=True)
