@@ -1,4 +1,4 @@
-"""The only room that touches mergekit's planner: run the pre-pass, hand each task its mask."""
+"""The only room that touches mergekit's planner: check recipes, run the pre-pass, hand on masks."""
 
 import atexit
 import functools

@@ -71,7 +71,7 @@ def nlsr(tensors, beta, rank, share, threshold):
     scores = left_projection(safety, rank).norm(dim=1)
     result = fine_tuned.clone()
     best = sorted(range(len(scores)), key=lambda row: -scores[row].item())
-    for row in best[: math.ceil(share * len(scores))]:
+    for row in best[: math.ceil(share * len(scores) - 1e-6)]:
         change = fine_tuned[row] - tensors["unaligned"][row]
         sizes = change.norm() * safety[row].norm()
         cosine = (change @ safety[row] / sizes).item() if sizes > 0 else 0.0

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods import merge_tensors
 from repair_formulas import REFERENCE
 from safetensors import safe_open
@@ -106,6 +107,8 @@ def workplace(hub, tmp_path, monkeypatch):
     for part in hub.iterdir():
         (tmp_path / part.name).symlink_to(part)
     monkeypatch.chdir(tmp_path)
+    # mergekit would look for an adapter's merge where an earlier example has put it.
+    monkeypatch.setattr(LoaderCache, "loaders", {})
     return tmp_path
 
 

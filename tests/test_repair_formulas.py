@@ -1,11 +1,14 @@
 """The repairs as functions on tensors, against their formulas written out."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from repair_formulas import REFERENCE
 
-from somf_mergekit.repairs.catalogue import REPAIRS, ROLE
+from somf_mergekit.repairs.catalogue import REPAIRS, ROLE, repair_table
 from somf_mergekit.repairs.measures import cosine
+from somf_mergekit.repairs.neurons import critical_rows
 from somf_mergekit.repairs.spectrum import entropy_rank, low_rank_part, spectrum
 
 # Several values each: thresholds that keep, that repair, and some between.
@@ -145,6 +148,14 @@ def test_nlsr_takes_the_critical_rows_that_have_lost_their_safety_vector():
     assert torch.equal(found[3:], tensors["fine_tuned"][3:])
 
 
+@pytest.mark.parametrize(
+    ("share", "rows", "count"), [(0.1, 30, 3), (0.1, 31, 4), (1.0, 7, 7), (0.001, 5, 1)]
+)
+def test_a_share_of_the_rows_is_rounded_up(share, rows, count):
+    safety = torch.randn(rows, 6, generator=torch.Generator().manual_seed(0))
+    assert critical_rows(safety, 2, share).sum() == count
+
+
 @SHAPES
 def test_the_spectrum_is_that_of_a_singular_value_decomposition(shape):
     matrix = tensors_of("lssf", shape)["aligned"] * 1e-6
@@ -188,3 +199,11 @@ def test_cosine_of_rows_and_of_all():
     expected = torch.tensor([0.5**0.5, 0.0, -1.0])
     torch.testing.assert_close(cosine(first, second, dim=1), expected)
     assert cosine(first, torch.zeros(3, 2)).item() == 0
+
+
+def test_readme_has_the_parameters_of_every_repair():
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    assert repair_table() in text
+    for repair in REPAIRS.values():
+        assert f"| `{repair.name}` |" in text
+        assert f"({repair.source})" in text

@@ -57,6 +57,8 @@ def critical_rows(safety: Tensor, rank: int, share: float) -> Tensor:
     """
     scores = torch.linalg.vector_norm(low_rank_part(safety, rank), dim=1)
     critical = torch.zeros_like(scores, dtype=torch.bool)
-    critical[scores.topk(math.ceil(share * len(scores))).indices] = True
+    # A tenth of 30 is a little more than 3 in floating point.
+    count = math.ceil(round(share * len(scores), 6))
+    critical[scores.topk(count).indices] = True
     # Rounding may give a score to rows that alignment has not changed.
     return critical & (safety != 0).any(dim=1)
