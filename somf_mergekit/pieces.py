@@ -14,10 +14,10 @@ def pieces(count: int) -> list[slice]:
     return [slice(start, min(start + PIECE, count)) for start in range(0, count, PIECE)]
 
 
-def row_blocks(tensor: Tensor) -> Iterator[slice | EllipsisType]:
-    """Yield parts of a tensor's first axis, of about PIECE entries, to be worked on in turn."""
+def row_blocks(tensor: Tensor, entries: int | None = None) -> Iterator[slice | EllipsisType]:
+    """Yield parts of a tensor's first axis, of about ``entries`` or PIECE, to work on in turn."""
     if tensor.dim() == 0:
         yield ...
         return
-    rows = max(1, PIECE * len(tensor) // max(1, tensor.numel()))
+    rows = max(1, (entries or PIECE) * len(tensor) // max(1, tensor.numel()))
     yield from (slice(start, start + rows) for start in range(0, len(tensor), rows))
