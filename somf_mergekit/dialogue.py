@@ -51,8 +51,17 @@ def answer_ids(tokenizer: Any, messages: Sequence[Message], answer: str) -> list
         )
         if whole.startswith(opening):
             return _tokens(tokenizer, whole[len(opening) :].rstrip())
-        return _closed(tokenizer, _tokens(tokenizer, answer))
-    return _closed(tokenizer, _tokens(tokenizer, " " + answer.strip()))
+    return _closed(tokenizer, text_ids(tokenizer, answer))
+
+
+def text_ids(tokenizer: Any, answer: str) -> list[int]:
+    """Return the tokens of ``answer`` as they stand after a prompt, without an end marker.
+
+    An answer of white space alone has no tokens.
+    """
+    if not answer.strip():
+        return []
+    return _tokens(tokenizer, answer if tokenizer.chat_template else " " + answer.strip())
 
 
 def encoded(

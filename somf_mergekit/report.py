@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from .errors import RecipeError
 from .masks import MaskSet
+from .tables import aligned_table
 
 _LAYER = re.compile(r"\.(\d+)\.")
 NO_LAYER = "other"
@@ -111,18 +112,7 @@ def summary_table(rows: Sequence[MaskSummary], heading: str) -> str:
         ]
         for row in rows
     ]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    lines = [
-        "| "
-        + " | ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        + " |"
-        for row in cells
-    ]
-    rule = ["-" * (width + 1) + (":" if column else "-") for column, width in enumerate(widths)]
-    return "\n".join([lines[0], "|" + "|".join(rule) + "|", *lines[1:]])
+    return aligned_table(cells)
 
 
 def write_mask_plot(census: MaskCensus, path: str | os.PathLike[str], title: str) -> None:

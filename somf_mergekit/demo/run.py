@@ -1,13 +1,13 @@
 """The demo from its first word to its table."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from ..progress import no_model_bars
 from .data import DemoData, demo_data, preference_rows, texts
 from .folder import PAIRS, TABLE, prepare_folder, write_pairs, write_results
 from .models import aligned_base, loaded_model, save_model, specialist
@@ -58,7 +58,7 @@ def run_demo(
             click.echo(f"[{time.monotonic() - started:4.0f} s] {text}")
 
     prepare_folder(out_dir, list(ROWS), settings, seed)
-    with _no_progress_bars():
+    with no_model_bars():
         data = demo_data(seed, train=settings.train, held_out=settings.held_out)
         tokenizer = word_tokenizer(texts(data))
         _make_models(out_dir, data, tokenizer, settings, seed, say)
@@ -100,17 +100,3 @@ def _make_merges(
         write_recipe(recipe, f"{MERGES[name]} In this folder: {command}", out_dir / recipe_file)
         say(command)
         run_mergekit_yaml(recipe_file, name, out_dir, quiet=quiet)
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Keep transformers from drawing bars for models that load in no time."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -93,15 +93,25 @@ def answer_token_log_probs(
     Returns:
         float32 (tokens,), sequence after sequence, and int64 (tokens,).
     """
-    hidden = _hidden_states(model, batch.input_ids, batch.attention_mask)
-    targets = batch.labels[:, 1:]
-    answered = targets != IGNORED
-    states, tokens = hidden[:, :-1][answered], targets[answered]
+    states, tokens, owners = answer_states(model, batch)
     pieces = [
         checkpoint(_token_log_probs, head, s, t, use_reentrant=False)
         for s, t in zip(states.split(CHUNK_POSITIONS), tokens.split(CHUNK_POSITIONS), strict=True)
     ]
-    return torch.cat(pieces), answered.nonzero()[:, 0]
+    return torch.cat(pieces), owners
+
+
+def answer_states(model: Any, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what each token of the answers is predicted from, the token, and its sequence.
+
+    Returns:
+        last hidden states (tokens, hidden), int64 (tokens,) and int64 (tokens,), sequence after
+        sequence.
+    """
+    hidden = _hidden_states(model, batch.input_ids, batch.attention_mask)
+    targets = batch.labels[:, 1:]
+    answered = targets != IGNORED
+    return hidden[:, :-1][answered], targets[answered], answered.nonzero()[:, 0]
 
 
 def answer_sums(log_probs: Tensor, owners: Tensor, answers: int) -> tuple[Tensor, Tensor]:
