@@ -1,4 +1,4 @@
-"""Prompts with one answer each: harmless ones for the utility term, safe ones for ``sft``."""
+"""Prompts, alone or with one answer each: for the utility term, for ``sft``, to be measured on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +25,17 @@ KNOWN_ANSWERS = (
     "; ".join(f"'{prompt}' with '{answer}'" for prompt, answer, _ in _COLUMNS)
     + f"; or '{_DIALOGUE}', a message list that ends with the assistant's answer. A column "
     f"'{_SAFE}' tells which answers are safe"
+)
+# Column of a prompt that needs no answer, and of what may follow it: those above, and those of
+# lists of harmful requests.
+_PROMPTS = (
+    ("prompt", ()),
+    ("question", ()),
+    ("instruction", ("input", "context")),
+    *((name, ()) for name in ("goal", "Goal", "behavior", "Behavior")),
+)
+KNOWN_PROMPTS = (
+    ", ".join(f"'{name}'" for name, _ in _PROMPTS) + f" (text or message lists), or '{_DIALOGUE}'"
 )
 
 
@@ -73,6 +84,39 @@ def answered_prompts(rows: Any, source: str) -> tuple[list[tuple[list[Message], 
     return found, dropped
 
 
+def prompts_alone(rows: Any, source: str) -> tuple[list[list[Message]], Dropped]:
+    """Return the different prompts of ``rows`` in their order, and how many were dropped and why.
+
+    What an assistant says at the end of a dialogue is no part of its prompt.
+
+    Raises:
+        RecipeError: the columns are not recognised, or there is no prompt.
+    """
+    columns = next((c for c in _PROMPTS if c[0] in rows.column_names), None)
+    if columns is None and _DIALOGUE not in rows.column_names:
+        raise RecipeError(
+            f"dataset {source}: prompts not found. "
+            f"Found: {', '.join(rows.column_names) or '(no columns)'}. Expected {KNOWN_PROMPTS}."
+        )
+    found: dict[tuple[tuple[str, str], ...], list[Message]] = {}
+    dropped = Dropped()
+    for row in rows:
+        messages = _prompt(row, *columns) if columns else read_messages(row[_DIALOGUE])
+        if messages and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        key = tuple((m["role"], m["content"]) for m in messages or ())
+        if not messages:
+            dropped.add("unreadable")
+        elif key in found:
+            dropped.add("repeated")
+        else:
+            found[key] = messages
+    if not found:
+        why = f": {dropped}" if dropped.reasons else ": it has no rows"
+        raise RecipeError(f"dataset {source} has no prompt{why}")
+    return list(found.values()), dropped
+
+
 def encoded_answers(
     examples: Sequence[tuple[list[Message], str]], tokenizer: Any, max_length: int, source: str
 ) -> list[EncodedAnswer]:
@@ -98,14 +142,17 @@ def _columns_of(columns: Sequence[str]) -> tuple[str, str, tuple[str, ...]] | No
 def _columns(
     row: dict[str, Any], columns: tuple[str, str, tuple[str, ...]]
 ) -> tuple[list[Message] | None, str | None]:
-    prompt, answer, further = row[columns[0]], row[columns[1]], columns[2]
-    if isinstance(prompt, str):
-        texts = [prompt, *(row.get(name) for name in further)]
-        whole = "\n".join(text for text in texts if isinstance(text, str) and text.strip())
-        messages = user_prompt(whole) if whole.strip() else None
-    else:
-        messages = read_messages(prompt)
-    return messages, answer_text(answer)
+    prompt, answer, further = columns
+    return _prompt(row, prompt, further), answer_text(row[answer])
+
+
+def _prompt(row: dict[str, Any], column: str, further: tuple[str, ...]) -> list[Message] | None:
+    prompt = row[column]
+    if not isinstance(prompt, str):
+        return read_messages(prompt)
+    texts = [prompt, *(row.get(name) for name in further)]
+    whole = "\n".join(text for text in texts if isinstance(text, str) and text.strip())
+    return user_prompt(whole) if whole.strip() else None
 
 
 def _dialogue(row: dict[str, Any]) -> tuple[list[Message] | None, str | None]:

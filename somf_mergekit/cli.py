@@ -148,6 +148,13 @@ def _pack() -> click.Command:
     return command
 
 
+def _evaluate() -> click.Command:
+    """Measure models on the same prompts: refusals, preferences, skills, coherence, distance."""
+    from .evaluate.command import evaluate_command
+
+    return evaluate_command(_evaluate.__doc__ or "")
+
+
 def _demo() -> click.Command:
     """Make a small aligned model and two specialists, merge them safely, print what was gained."""
 
@@ -169,6 +176,7 @@ _MAKERS: dict[str, Callable[[], click.Command]] = {
     "check": _check,
     "inspect": _inspect,
     "pack": _pack,
+    "evaluate": _evaluate,
     "demo": _demo,
 }
 

@@ -1,13 +1,26 @@
 """What a model refuses, prefers and can still do."""
 
+from .evaluation import Evaluation
 from .generation import greedy_answers
 from .likelihood import answer_loss, preference_accuracy
 from .refusals import REFUSAL_PHRASES, is_refusal
+from .runner import evaluated
+from .sets import EvaluationSets, Skill, read_sets
+from .settings import EvaluationSettings, NamedModel
+from .table import write_evaluation
 
 __all__ = [
     "REFUSAL_PHRASES",
+    "Evaluation",
+    "EvaluationSets",
+    "EvaluationSettings",
+    "NamedModel",
+    "Skill",
     "answer_loss",
+    "evaluated",
     "greedy_answers",
     "is_refusal",
     "preference_accuracy",
+    "read_sets",
+    "write_evaluation",
 ]

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from ..errors import RecipeError
+
 IGNORED = -100
 # Positions whose logits exist at the same time: 256 x 50,000 float32 are 50 MB.
 CHUNK_POSITIONS = 256
@@ -52,7 +54,7 @@ def output_head(model: Any) -> Callable[[Tensor], Tensor]:
     logits in a way unknown here is noticed and not learned on wrongly.
 
     Raises:
-        ValueError: the model's logits are not reproduced.
+        RecipeError: the model's logits are not reproduced.
     """
     projection = model.get_output_embeddings()
     config = model.config.get_text_config()
@@ -75,8 +77,9 @@ def output_head(model: Any) -> Callable[[Tensor], Tensor]:
     with torch.no_grad():
         expected = model(input_ids=probe, use_cache=False).logits[0].float()
         found = head(_hidden_states(model, probe, torch.ones_like(probe))[0]).float()
-    if not torch.allclose(found, expected, rtol=1e-2, atol=1e-2):
-        raise ValueError(
+    # Logits that are NaN are the model's own.
+    if not torch.allclose(found, expected, rtol=1e-2, atol=1e-2, equal_nan=True):
+        raise RecipeError(
             f"{type(model).__name__} computes its logits in a way that is not supported"
         )
     return head

@@ -1,0 +1,168 @@
+"""What models are measured on: prompts, safety pairs and skills, read before any model."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from ..answers import answered_prompts, prompts_alone
+from ..dialogue import Message
+from ..errors import RecipeError
+from ..preferences import Pair, preference_pairs
+from ..rows import Dropped, dataset_rows
+from .extract import extractor
+
+HARMFUL, HARMLESS, PAIRS = "harmful", "harmless", "pairs"
+_SOURCE_OPTIONS = ("config", "split")
+_T = TypeVar("_T")
+_Reading = Callable[[Any, str], tuple[list[_T], Dropped]]
+
+
+@dataclass(frozen=True)
+class Skill:
+    """A skill: prompts with right answers.
+
+    Attributes:
+        name: of the skill.
+        examples: prompts with their answers.
+        extract: what of an answer is compared (see ``extract.extractor``); where given, models
+            answer the prompts themselves.
+    """
+
+    name: str
+    examples: Sequence[tuple[list[Message], str]]
+    extract: str | None = None
+
+
+@dataclass(frozen=True)
+class EvaluationSets:
+    """All that is measured on; what is left empty is not measured.
+
+    Attributes:
+        harmful, harmless: prompts, as messages.
+        pairs: safety preference pairs.
+        skills: each with a name of its own.
+        told: where each set is from and which rows were left out, in words, by its name.
+    """
+
+    harmful: Sequence[list[Message]] = ()
+    harmless: Sequence[list[Message]] = ()
+    pairs: Sequence[Pair] = ()
+    skills: Sequence[Skill] = ()
+    told: Mapping[str, str] = field(default_factory=dict)
+
+    def limited(self, limit: int | None) -> "EvaluationSets":
+        """Return the first ``limit`` examples of each set."""
+        return replace(
+            self,
+            harmful=self.harmful[:limit],
+            harmless=self.harmless[:limit],
+            pairs=self.pairs[:limit],
+            skills=[replace(skill, examples=skill.examples[:limit]) for skill in self.skills],
+        )
+
+    @property
+    def asked(self) -> dict[str, Sequence[list[Message]]]:
+        """The prompts that models answer, by set."""
+        sets = {HARMFUL: self.harmful, HARMLESS: self.harmless}
+        for skill in self.skills:
+            if skill.extract:
+                sets[skill.name] = [messages for messages, _ in skill.examples]
+        return {name: prompts for name, prompts in sets.items() if prompts}
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to measure on."""
+        return not (self.harmful or self.harmless or self.pairs or self.skills)
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the sets, a sentence each."""
+        found = []
+        names = [skill.name for skill in self.skills]
+        for name in dict.fromkeys(names):
+            if names.count(name) > 1:
+                found.append(f"skill {name}: two skills have this name")
+            if name in (HARMFUL, HARMLESS, PAIRS) or not name.strip():
+                found.append(f"skill {name!r}: this name is taken; choose another")
+        for skill in self.skills:
+            found += _extract_problems(skill)
+        return found
+
+
+def read_sets(
+    harmful: str | None = None,
+    harmless: str | None = None,
+    pairs: str | None = None,
+    skills: Sequence[tuple[str, str]] = (),
+    extract: Mapping[str, str] | None = None,
+) -> tuple[EvaluationSets, list[str]]:
+    """Return the sets of the named sources, and why some can't be read, a sentence each.
+
+    Args:
+        harmful: a hub id, a file or a folder, as all sources; ``,config=...`` and ``,split=...``
+            may follow a hub id or a folder.
+        harmless: likewise.
+        pairs: likewise.
+        skills: names with sources.
+        extract: the extractor of each skill that has one.
+    """
+    problems: list[str] = []
+    told: dict[str, str] = {}
+
+    def read(name: str, source: str | None, reading: _Reading[_T]) -> list[_T]:
+        if source is None:
+            return []
+        try:
+            found, dropped = reading(_rows(source), source)
+        except RecipeError as error:
+            problems.append(error.message)
+            return []
+        told[name] = source + f" (left out: {dropped})" * bool(dropped.reasons)
+        return found
+
+    given = dict(extract or {})
+    known = [name for name, _ in skills]
+    for name in given:
+        if name not in known:
+            named = f"the skills are {', '.join(known)}" if known else "no skill is given"
+            problems.append(f"extractor for {name}: there is no such skill; {named}")
+    sets = EvaluationSets(
+        harmful=read(HARMFUL, harmful, prompts_alone),
+        harmless=read(HARMLESS, harmless, prompts_alone),
+        pairs=read(PAIRS, pairs, preference_pairs),
+        skills=[
+            Skill(name, read(name, source, answered_prompts), given.get(name))
+            for name, source in skills
+        ],
+        told=told,
+    )
+    return sets, problems
+
+
+def _rows(source: str) -> Any:
+    if os.path.exists(os.path.expanduser(source)):
+        return dataset_rows(source)
+    name, *options = source.split(",")
+    given = dict(option.partition("=")[::2] for option in options)
+    unknown = [option for option in given if option not in _SOURCE_OPTIONS]
+    if unknown:
+        raise RecipeError(
+            f"dataset {source}: {', '.join(unknown)} unknown; after a comma may stand config=NAME "
+            "or split=NAME"
+        )
+    return dataset_rows(name, given.get("split", "train"), given.get("config"))
+
+
+def _extract_problems(skill: Skill) -> list[str]:
+    if not skill.extract:
+        return []
+    try:
+        extracted = extractor(skill.extract)
+    except RecipeError as error:
+        return [f"skill {skill.name}: {error.message}"]
+    if skill.examples and not any(extracted(answer) for _, answer in skill.examples):
+        return [
+            f"skill {skill.name}: {skill.extract} finds nothing in any of the "
+            f"{len(skill.examples)} right answers"
+        ]
+    return []

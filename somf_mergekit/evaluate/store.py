@@ -1,0 +1,98 @@
+"""What is known already: answers and measured values, each written as soon as it is known."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..dialogue import Message
+
+ANSWERS, VALUES = "answers.jsonl", "values.jsonl"
+
+
+def digest(content: Any) -> str:
+    """Return a key for anything that JSON can hold."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+class Store:
+    """Two JSON-lines files in a folder, that only grow.
+
+    ``answers.jsonl`` is the only place where prompts and generated answers are written: they may be
+    harmful. ``values.jsonl`` holds numbers. A line that an interruption left unfinished is
+    ignored.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._answers: dict[str, dict[int, str]] = {}
+        for row in self._rows(ANSWERS):
+            self._answers.setdefault(row["key"], {})[row["number"]] = row["answer"]
+        self._values = {row["key"]: row["value"] for row in self._rows(VALUES)}
+
+    def answers(self, key: str) -> dict[int, str]:
+        """Return the answers under ``key`` so far, by their prompt's number."""
+        return self._answers.setdefault(key, {})
+
+    def add_answers(
+        self,
+        key: str,
+        told: dict[str, str],
+        prompts: Sequence[Sequence[Message]],
+        batch: dict[int, str],
+    ) -> None:
+        """Write the answers of a batch.
+
+        Args:
+            key: of the set's answers.
+            told: what else a reader of the file wants to know of each.
+            prompts: the whole set's.
+            batch: answers by their prompt's number; those that are there stay as they are.
+        """
+        known = self.answers(key)
+        new = {number: answer for number, answer in batch.items() if number not in known}
+        self._append(
+            ANSWERS,
+            [
+                {"key": key, **told, "number": number, "prompt": prompts[number], "answer": answer}
+                for number, answer in new.items()
+            ],
+        )
+        known.update(new)
+
+    def has_value(self, key: str) -> bool:
+        """Return whether there is a value under ``key``."""
+        return key in self._values
+
+    def value(self, key: str) -> Any:
+        """Return the value under ``key``."""
+        return self._values[key]
+
+    def add_value(self, key: str, told: dict[str, str], value: Any) -> None:
+        """Write a value, which JSON can hold."""
+        self._append(VALUES, [{"key": key, **told, "value": value}])
+        self._values[key] = value
+
+    def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        with (self._folder / name).open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                lines = lines if file.read() == b"\n" else "\n" + lines
+            file.write(lines.encode())
+
+    def _rows(self, name: str) -> Iterator[dict[str, Any]]:
+        path = self._folder / name
+        if not path.exists():
+            return
+        # Not by splitlines, which also parts a line at what an answer may hold.
+        for line in path.read_bytes().split(b"\n"):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            yield row
