@@ -184,8 +184,7 @@ def _progress(total: int, quiet: bool) -> Iterator[Callable[[str, int], None]]:
     with tqdm(total=total, unit="example", disable=quiet) as bar:
 
         def on_progress(words: str, count: int) -> None:
-            if words != bar.desc.removesuffix(": "):
-                bar.set_description(words)
+            bar.set_description(words, refresh=not count)
             bar.update(count)
 
         yield on_progress
