@@ -1,6 +1,5 @@
 """What is measured of a model: refusals, preferences, skills; results kept per model content."""
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import torch
 
 from somf_mergekit.dialogue import user_prompt
 from somf_mergekit.evaluate import answer_loss, greedy_answers, is_refusal, preference_accuracy
+from somf_mergekit.evaluate.models import content_digest
 from somf_mergekit.preferences import encoded_pairs, preference_pairs
 from somf_mergekit.rows import dataset_rows
 
@@ -38,13 +38,8 @@ class Measuring:
 
 def content_key(folder: Path, measuring: Measuring) -> str:
     """Return a digest of a model's weights and tokenizer and of the settings."""
-    digest = hashlib.sha256(json.dumps(asdict(measuring), sort_keys=True).encode())
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("tokenizer.json")]):
-        digest.update(file.name.encode())
-        with file.open("rb") as content:
-            while block := content.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()[:16]
+    settings = json.dumps(asdict(measuring), sort_keys=True).encode()
+    return content_digest(folder, ("*.safetensors", "tokenizer.json"), settings)[:16]
 
 
 def measured(folder: Path, work: Path, data: Path | None, measuring: Measuring) -> dict[str, float]:

@@ -1,6 +1,8 @@
 """The benchmark's own parts; the measurements themselves are no test."""
 
+import hashlib
 import json
+from dataclasses import asdict
 
 import pytest
 import tiny
@@ -75,6 +77,14 @@ def test_a_model_is_measured_once(family, tmp_path, pairs):
     assert measured(family / "base", work, data, measuring) == found
     assert not list((work / "answers").iterdir())
     assert content_key(family / "base", measuring) != content_key(family / "math", measuring)
+
+
+def test_results_of_earlier_runs_are_found_again(family):
+    measuring = Measuring(pairs=7)
+    digest = hashlib.sha256(json.dumps(asdict(measuring), sort_keys=True).encode())
+    for name in ("model.safetensors", "tokenizer.json"):
+        digest.update(name.encode() + (family / "base" / name).read_bytes())
+    assert content_key(family / "base", measuring) == digest.hexdigest()[:16]
 
 
 def test_the_table_and_its_record(tmp_path):

@@ -127,16 +127,15 @@ def test_a_classifier_judges_as_its_plain_forward_pass(tmp_path, labels, chosen,
     tokenizer = AutoTokenizer.from_pretrained(folder)
     expected = []
     for messages, answer in zip(PROMPTS, ANSWERS, strict=True):
-        texts = (messages[-1]["content"], answer) if about == "safe" else (answer,)
-        ids = tokenizer(*texts, truncation=True, max_length=64, return_tensors="pt")
-        if not ids["input_ids"].numel():
+        if not answer:
             expected.append(None)
             continue
+        texts = (messages[-1]["content"], answer) if about == "safe" else (answer,)
+        ids = tokenizer(*texts, truncation=True, max_length=64, return_tensors="pt")
         with torch.no_grad():
-            label = labels[model(input_ids=ids["input_ids"].long()).logits[0].argmax()]
+            label = labels[model(input_ids=ids["input_ids"]).logits[0].argmax()]
         expected.append(label in counted)
-    shown = [v if e is not None else None for v, e in zip(found[about], expected, strict=True)]
-    assert shown == expected
+    assert found[about] == expected
     assert True in expected
     assert False in expected
 

@@ -91,18 +91,23 @@ def verdicts(
     settings: EvaluationSettings,
     on_batch: OnBatch = untold,
 ) -> Verdicts:
-    """Return what the judge says of each answer, None where it says nothing."""
-    (model, tokenizer) = memory.take(judge.subject)[0]
-    if judge.about:
-        found = _labels(judge, (model, tokenizer), prompts, answers, settings, on_batch)
-        said: list[bool | None] = [label in judge.labels for label in found]
-        silent: list[bool | None] = [None] * len(said)
-        return {REFUSES: silent, SAFE: silent} | {judge.about: said}
-    dialogues = [
-        [*messages, {"role": "assistant", "content": answer}]
-        for messages, answer in zip(prompts, answers, strict=True)
-    ]
+    """Return what the judge says of each answer, None where it says nothing.
+
+    Empty answers are not judged.
+    """
     result: Verdicts = {REFUSES: [None] * len(answers), SAFE: [None] * len(answers)}
+    judged = [number for number, answer in enumerate(answers) if answer]
+    if not judged:
+        return result
+    model, tokenizer = memory.take(judge.subject)[0]
+    dialogues = [
+        [*prompts[number], {"role": "assistant", "content": answers[number]}] for number in judged
+    ]
+    if judge.about:
+        labels = _labels(judge, model, tokenizer, dialogues, settings, on_batch)
+        for number, label in zip(judged, labels, strict=True):
+            result[judge.about][number] = label in judge.labels
+        return result
     for batch in greedy_batches(
         model,
         tokenizer,
@@ -110,7 +115,8 @@ def verdicts(
         max_new_tokens=VERDICT_TOKENS,
         batch_size=settings.batch_size,
     ):
-        for number, text in batch.items():
+        for place, text in batch.items():
+            number = judged[place]
             result[REFUSES][number], result[SAFE][number] = guard_verdict(text)
         on_batch(len(batch))
     return result
@@ -137,39 +143,33 @@ def _classifier(subject: Subject, labels: list[str], chosen: str | None) -> Judg
 
 def _labels(
     judge: Judge,
-    loaded: tuple[Any, Any],
-    prompts: Sequence[list[Message]],
-    answers: Sequence[str],
+    model: Any,
+    tokenizer: Any,
+    dialogues: Sequence[list[Message]],
     settings: EvaluationSettings,
     on_batch: OnBatch,
 ) -> list[str]:
     """Return the likeliest label of each answer; a judge of safety also sees the prompt."""
     from transformers import pipeline
 
-    model, tokenizer = loaded
-    config = model.config
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-        config.pad_token_id = tokenizer.pad_token_id
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
     classify = pipeline(
         "text-classification", model=model, tokenizer=tokenizer, device=settings.place
     )
     # Some architectures count two positions more than they can use.
-    positions = getattr(config, "max_position_embeddings", 514) - 2
-    options: dict[str, Any] = {
-        "truncation": True,
-        "max_length": min(tokenizer.model_max_length, positions),
-    }
+    positions = getattr(model.config, "max_position_embeddings", 514) - 2
+    longest = min(tokenizer.model_max_length, positions)
     found = []
-    for start in range(0, len(answers), settings.batch_size):
-        part = range(start, min(start + settings.batch_size, len(answers)))
-        texts: list[Any] = [answers[number] for number in part]
-        if judge.about == SAFE:
-            texts = [
-                {"text": prompts[number][-1]["content"], "text_pair": answers[number]}
-                for number in part
-            ]
-        rows = classify(texts, batch_size=len(texts), **options)
+    for start in range(0, len(dialogues), settings.batch_size):
+        texts: list[Any] = []
+        for *_, prompt, answer in dialogues[start : start + settings.batch_size]:
+            alone = judge.about == REFUSES
+            pair = {"text": prompt["content"], "text_pair": answer["content"]}
+            texts.append(answer["content"] if alone else pair)
+        rows = classify(texts, batch_size=len(texts), truncation=True, max_length=longest)
         found += [row["label"] for row in rows]
         on_batch(len(texts))
     return found

@@ -36,7 +36,7 @@ def markdown(evaluation: Evaluation) -> str:
     names = list(evaluation.models)
     settings = evaluation.settings
     parts = ["# Evaluation", _table(evaluation, names)]
-    if len(names) > 1:
+    if any(row.differences for row in evaluation.rows):
         parts += [f"## Difference to {names[0]}", _differences(evaluation, names)]
     parts.append(
         f"In brackets: 95 % bootstrap intervals ({settings.resamples:,} resamples of the examples, "
