@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassificat
 from somf_mergekit.answers import prompts_alone
 from somf_mergekit.dialogue import user_prompt
 from somf_mergekit.errors import RecipeError
-from somf_mergekit.evaluate import EvaluationSets, EvaluationSettings, NamedModel, evaluated
+from somf_mergekit.evaluate import EvaluationSets, EvaluationSettings, NamedModel, Skill, evaluated
 from somf_mergekit.evaluate.coherence import repeated_share
 from somf_mergekit.evaluate.extract import extractor
 from somf_mergekit.evaluate.judges import found_judge, guard_verdict, verdicts
@@ -407,5 +407,8 @@ def test_settings_of_python_callers_are_checked(family, tmp_path):
         evaluated([NamedModel("base", str(family / "base"))], sets, wrong, tmp_path, quiet=True)
     for problem in ("limit is 0: expected 1 or more", "resamples is 5", "dtype 'int3' is none of"):
         assert problem in str(caught.value)
+    empty = EvaluationSets(skills=[Skill("sums", [])])
+    with pytest.raises(RecipeError, match="skill sums: it has no examples"):
+        evaluated([NamedModel("base", str(family / "base"))], empty, SETTINGS, tmp_path)
     with pytest.raises(RecipeError, match="there is no model to measure"):
         evaluated([], sets, SETTINGS, tmp_path, quiet=True)

@@ -6,7 +6,7 @@ from .likelihood import answer_loss, preference_accuracy
 from .refusals import REFUSAL_PHRASES, is_refusal
 from .runner import evaluated
 from .sets import EvaluationSets, Skill, read_sets
-from .settings import EvaluationSettings, NamedModel
+from .settings import EvaluationSettings, HarnessSettings, NamedModel
 from .table import write_evaluation
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Evaluation",
     "EvaluationSets",
     "EvaluationSettings",
+    "HarnessSettings",
     "NamedModel",
     "Skill",
     "answer_loss",

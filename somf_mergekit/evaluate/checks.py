@@ -101,6 +101,9 @@ def _missing(
             "there is nothing to measure on: give harmful prompts, harmless prompts, safety pairs "
             "or a skill (--safety, --harmless, --pairs, --skill)"
         )
+    for skill in sets.skills:
+        if not skill.examples:
+            yield f"skill {skill.name}: it has no examples"
     if settings.specialists and not sets.skills:
         yield (
             "a specialist is given (--specialist) but no skill (--skill): the distance is measured "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .bootstrap import interval, resampled_sums
-from .measures import Measure, ratio_value
+from .measures import Measure
 from .settings import EvaluationSettings
 
 HarnessResults = dict[str, dict[str, list[float | None]]]
@@ -83,14 +83,15 @@ def row_of(measure: Measure, models: Sequence[str], resamples: int, seed: int) -
         for column in (measure.models[name].totals, measure.models[name].weights)
     ]
     table = np.array(columns).T
-    whole = table.sum(axis=0)
-    sums = resampled_sums(table, measure.groups, resamples, seed)
-    values: dict[str, float | None] = {}
-    resampled: dict[str, np.ndarray] = {}
-    for number, name in enumerate(names):
-        total, weight = 2 * number, 2 * number + 1
-        values[name] = ratio_value(whole[total], whole[weight], measure.exponential)
-        resampled[name] = _ratios(sums[:, total], sums[:, weight], measure.exponential)
+    # Numerator and denominator of each model, (models, 2), and of all resamples, (..., models, 2).
+    whole = table.sum(axis=0).reshape(-1, 2)
+    sums = resampled_sums(table, measure.groups, resamples, seed).reshape(resamples, -1, 2)
+    points, spread = (_ratios(s, measure.exponential) for s in (whole, sums))
+    values: dict[str, float | None] = {
+        name: float(point) if weight else None
+        for name, point, weight in zip(names, points, whole[:, 1], strict=True)
+    }
+    resampled = dict(zip(names, spread.T, strict=True))
     estimates = {name: _estimate(values[name], resampled[name]) for name in names}
     first = models[0]
     differences = {
@@ -101,9 +102,9 @@ def row_of(measure: Measure, models: Sequence[str], resamples: int, seed: int) -
     return Row(measure, estimates, differences)
 
 
-def _ratios(totals: np.ndarray, weights: np.ndarray, exponential: bool) -> np.ndarray:
+def _ratios(sums: np.ndarray, exponential: bool) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        ratios = np.where(weights > 0, totals / weights, np.nan)
+        ratios = sums[..., 0] / sums[..., 1]
         return np.exp(ratios) if exponential else ratios
 
 

@@ -1,6 +1,5 @@
 """From what was computed to measures: per example a numerator and a denominator."""
 
-import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +13,6 @@ from .refusals import is_refusal
 from .sets import HARMFUL, PAIRS, Skill
 
 SHARE, NUMBER = "share", "number"
-PHRASES = "phrases"
 
 
 @dataclass(frozen=True)
@@ -143,11 +141,3 @@ class Measures:
     ) -> None:
         """Add the mean KL per answer token."""
         self.add((skill.name, f"KL from {reference}"), model, *found, unit=NUMBER)
-
-
-def ratio_value(total: float, weight: float, exponential: bool) -> float | None:
-    """Return a measure of sums; None where there is nothing to measure."""
-    if not weight:
-        return None
-    ratio = total / weight
-    return math.exp(ratio) if exponential else ratio

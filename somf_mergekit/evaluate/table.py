@@ -13,6 +13,7 @@ from ..tables import aligned_table
 from .evaluation import Estimate, Evaluation, Row
 from .harness import harness_interval
 from .measures import SHARE
+from .store import ANSWERS
 
 JSON_FILE, TABLE_FILE = "evaluation.json", "evaluation.md"
 _NOTHING = "-"
@@ -140,6 +141,7 @@ def _circumstances(evaluation: Evaluation) -> list[str]:
     ]
     lines += [f"{name}: {source}" for name, (source, _) in evaluation.models.items()]
     lines += evaluation.notes
+    lines.append(f"generated answers: {ANSWERS}, which may hold harmful text")
     packages = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
     lines.append(
         f"greedy answers of {settings.max_new_tokens} tokens at most, likelihoods of "
