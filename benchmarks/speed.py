@@ -17,7 +17,7 @@ import click
 import yaml
 from safetensors import safe_open
 
-from somf_mergekit.machine import ENGINES
+from somf_mergekit.machine import RESIDENT, STREAMING
 
 from .real_data import pairs_of, write_pairs
 from .real_table import circumstances
@@ -120,7 +120,7 @@ def _measured_here(name: str, folder: Path, options: dict[str, Any]) -> dict[str
         return _merge(name, folder)
     mask_seconds: list[float] = []
     with _peak_memory() as memory:
-        if name in ENGINES:
+        if name in (RESIDENT, STREAMING):
             seconds, mask_seconds = _ours(name, folder, options)
         else:
             seconds = _other(name, folder, options)

@@ -13,7 +13,7 @@ import click
 from .errors import RecipeError
 from .processes import started_here
 
-ENGINES = RESIDENT, STREAMING = ("resident", "streaming")
+ENGINES = RESIDENT, SHARDED, STREAMING = ("resident", "sharded", "streaming")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ OPTIONS = (
     MachineOption(
         "engine",
         "resident: all weights in memory; streaming: one layer's at a time, the rest in files "
-        "beside the output. Found from the free memory.",
+        "beside the output; sharded: one layer's at a time, the rest divided among the processes "
+        "that learn. Found from the free memory.",
         click.Choice(ENGINES),
     ),
     MachineOption(

@@ -1,11 +1,11 @@
 """The pre-pass: a planned merge in, a mask artifact out."""
 
+import collections
 import os
 from dataclasses import asdict
 from typing import Any
 
 import click
-import torch
 
 from . import machine
 from .errors import RecipeError
@@ -19,7 +19,7 @@ from .learner.passes import LearningProblem
 from .learner.streaming import StreamingEngine, StreamingImpossible
 from .masks import HISTORY_FILE, MASKS_FILE, MaskSet, keep_masks, write_masks
 from .plan import PlannedMerge
-from .processes import Processes, is_first, own_device, processes
+from .processes import ALONE, Processes, is_first, own_device, processes
 from .provenance import differences, learning_fingerprint, provenance, provenance_of_use
 from .sources import loaded_tensors
 
@@ -73,12 +73,15 @@ def _learned_mask(
 
     def artifact(place: str) -> MaskSet:
         tensors = learning.masked
+        # All processes take part where each has a share of a mask.
+        probabilities = ((t.name, t.probabilities()) for t in tensors)
         if not together.is_first:
+            collections.deque(probabilities, maxlen=0)
             together.wait()
             return MaskSet.open(place)
         written = write_masks(
             place,
-            ((t.name, torch.sigmoid(t.logits)) for t in tensors),
+            probabilities,
             aliases=learning.aliases,
             repeats={
                 t.name: (t.layout.axis, t.layout.repeat) for t in tensors if t.layout.repeat > 1
@@ -109,9 +112,9 @@ def _learning(
     planned: PlannedMerge, folder: str, data: SafetyData, together: Processes
 ) -> tuple[LearningModel, LearningProblem]:
     """Return the model that learns and what it learns from, on the engine that fits."""
-    expected = forecast(planned, data)
+    expected = forecast(planned, data, together)
     _say(planned, f"somf: {expected.told}")
-    streams = expected.engine == machine.STREAMING
+    chosen = expected.engine
     device = own_device(planned.options.device)
     # The files go beside the mask: where that goes, there is a disk with room for models.
     beside = os.path.dirname(os.path.abspath(folder))
@@ -119,7 +122,8 @@ def _learning(
     placement = Placement(
         device=device,
         autocast=machine.autocast_type(device),
-        files=MappedFiles(beside) if streams else None,
+        files=MappedFiles(beside) if chosen == machine.STREAMING else None,
+        keepers=together if chosen == machine.SHARDED else ALONE,
     )
     learning = learning_model(
         planned.out_config,
@@ -129,12 +133,12 @@ def _learning(
         placement,
         planned.options.trust_remote_code,
     )
-    engine = StreamingEngine if streams else ResidentEngine
+    engine = ResidentEngine if chosen == machine.RESIDENT else StreamingEngine
     try:
         runs = engine(learning.model, learning.masked, learning.fixed, placement.autocast, together)
     except StreamingImpossible as error:
         raise RecipeError(
-            f"the streaming engine can't run this merge: {error}. The resident one can, where the "
+            f"the {chosen} engine can't run this merge: {error}. The resident one can, where the "
             "memory is enough: --engine resident (SOMF_ENGINE=resident)."
         ) from error
     problem = LearningProblem(

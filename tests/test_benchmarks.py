@@ -155,7 +155,7 @@ def test_each_way_is_timed_and_tabulated(tmp_path, monkeypatch):
     text = speed._write(found, weights, "tiny", {**options, "out": tmp_path / "out"})
     assert text == (tmp_path / "out/speed-tiny.md").read_text().rstrip()
     assert f"the model has {weights:,} weights" in text
-    for name in speed.ENGINES:
+    for name in (speed.RESIDENT, speed.STREAMING):
         row = found[name]
         ratio = row["seconds"] / found["plain_dpo"]["seconds"]
         share = row["mask_seconds"] / row["seconds"]

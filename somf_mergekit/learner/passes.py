@@ -1,6 +1,6 @@
 """The losses of learning, and what they are compared with."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from ..objectives import PREFERENCES, divergences, preference_losses, sft_losses
 from ..preferences import EncodedPair
 from ..processes import ALONE, Processes
 from ..recipe import Settings
-from .engine import Engine, LossNotFinite, Part
+from .engine import Engine, LossNotFinite, Part, TokenLogProbs
 from .logprobs import TokenBatch, answer_sums, token_batch
 from .tensors import Content, MaskedTensor, State
 
@@ -154,8 +154,9 @@ class Passes:
 
     def _keep_unmasked(self, rows: list[int]) -> Iterator[None]:
         parts = list(self._parts(rows, self._utility_length))
-        batches = map(self._utility_batch, parts)
-        found = self.problem.engine.evaluate(batches, State(Content.UNMASKED)) if rows else ()
+        found = self._evaluated(
+            map(self._utility_batch, parts), len(parts), State(Content.UNMASKED)
+        )
         for part, (log_probs, owners) in zip(parts, found, strict=True):
             for place, row in enumerate(part):
                 self.unmasked[row] = log_probs[owners == place]
@@ -163,13 +164,20 @@ class Passes:
 
     def _keep_reference(self, rows: list[int], state: State) -> Iterator[None]:
         parts = list(self._parts(rows, self._pair_length))
-        batches = map(self._pair_batch, parts)
-        found = self.problem.engine.evaluate(batches, state) if rows else ()
+        found = self._evaluated(map(self._pair_batch, parts), len(parts), state)
         for part, result in zip(parts, found, strict=True):
             chosen, rejected, _ = self._pair_log_probs(part, *result)
             values = zip(chosen.tolist(), rejected.tolist(), strict=True)
             self.reference.update(zip(part, values, strict=True))
             yield
+
+    def _evaluated(
+        self, batches: Iterator[TokenBatch], count: int, state: State
+    ) -> Iterable[TokenLogProbs]:
+        # An engine may need all processes where one has something to evaluate.
+        if not any(self.problem.together.gathered([count])):
+            return ()
+        return self.problem.engine.evaluate(batches, state)
 
     def _pair_batch(self, rows: list[int]) -> TokenBatch:
         """Return the safe answers of pairs, then the unsafe ones where the objective takes both."""
