@@ -13,6 +13,7 @@ import click
 from .errors import RecipeError
 from .processes import started_here
 
+_CHECKPOINT_MINUTES = 5
 ENGINES = RESIDENT, SHARDED, STREAMING = ("resident", "sharded", "streaming")
 
 
@@ -55,6 +56,11 @@ OPTIONS = (
         click.Choice(["float32", "bfloat16"]),
     ),
     MachineOption(
+        "checkpoint_minutes",
+        "Minutes between two checkpoints of a mask that is being learned (5); 0 for one a step.",
+        click.FloatRange(min=0),
+    ),
+    MachineOption(
         "work_dir",
         "Where the learned mask goes instead of the output folder's `somf`.",
         click.Path(file_okay=False),
@@ -90,6 +96,12 @@ def autocast_type(device: str) -> Any:
             fast = _cpu_is_fast_at_bfloat16()
         chosen = "bfloat16" if fast else "float32"
     return torch.bfloat16 if chosen == "bfloat16" else None
+
+
+def checkpoint_seconds() -> float:
+    """Return the seconds between two checkpoints."""
+    chosen = machine_setting("checkpoint_minutes")
+    return 60 * float(_CHECKPOINT_MINUTES if chosen is None else chosen)
 
 
 def free_memory(device: str) -> int:

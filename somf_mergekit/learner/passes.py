@@ -57,27 +57,40 @@ class Losses:
 class Passes:
     """The passes of learning, with what they are compared with."""
 
-    def __init__(self, problem: LearningProblem):
+    def __init__(
+        self,
+        problem: LearningProblem,
+        reference: dict[int, tuple[float, float]] | None = None,
+        unmasked: dict[int, Tensor] | None = None,
+    ):
+        """Take a problem, and what is known already.
+
+        Args:
+            problem: what is learned from.
+            reference: log-probabilities of each pair's answers under the reference, by its row.
+            unmasked: of each utility answer's tokens under the unmasked merge, likewise.
+        """
         self.problem = problem
         self.settings = problem.settings
-        # Log-probabilities of each pair's answers under the reference, and of each utility
-        # answer's tokens under the unmasked merge.
-        self.reference: dict[int, tuple[float, float]] = {}
-        self.unmasked: dict[int, Tensor] = {}
+        self.reference = {} if reference is None else reference
+        self.unmasked = {} if unmasked is None else unmasked
 
     def compare(
         self, rows: list[int], utility_rows: list[int], on_reference: Callable[[int, int], None]
     ) -> None:
-        """Compute what stays the same for all steps."""
+        """Compute what stays the same for all steps, where it is not known."""
         settings = self.settings
         if settings.objective not in PREFERENCES or settings.reference == "redrawn":
             rows = []
+        rows = [row for row in rows if row not in self.reference]
+        utility_rows = [row for row in utility_rows if row not in self.unmasked]
+        done = len(self.unmasked) + len(self.reference)
         total = len(rows) + len(utility_rows)
         for _ in self._keep_unmasked(utility_rows):
-            on_reference(len(self.unmasked), total)
+            on_reference(len(self.unmasked) + len(self.reference) - done, total)
         content = Content.BASE if settings.reference == "base" else Content.SOFT
         for _ in self._keep_reference(rows, State(content)):
-            on_reference(len(self.unmasked) + len(self.reference), total)
+            on_reference(len(self.unmasked) + len(self.reference) - done, total)
 
     def redraw(self, step: int, batch: list[int]) -> None:
         """Take the merge under a new draw of the untrained mask as this batch's reference."""

@@ -137,14 +137,18 @@ class MaskedTensor:
         """
         self._optimizer.step(self._gradients(gradient, step), rate_share * self.learning_rate)
 
-    def probabilities(self) -> Tensor:
-        """Return the learned probability of each entry of the whole mask, float32."""
-        if not self._is_entrywise:
-            return torch.sigmoid(self.logits)
+    def whole_logits(self) -> Tensor:
+        """Return the logits of the whole mask; all processes that keep them together must ask."""
+        if not self._is_entrywise or self.shard.is_whole:
+            return self.logits
         found = torch.empty(self.layout.shape, device=self.logits.device)
-        self.shard.own(found).copy_(torch.sigmoid(self.logits))
+        self.shard.own(found).copy_(self.logits)
         self.shard.gather(found)
         return found
+
+    def set_logits(self, whole: Tensor) -> None:
+        """Set the logits to those of a whole mask."""
+        self.logits.copy_(self.shard.own(whole) if self._is_entrywise else whole)
 
     def _gradients(self, gradient: Tensor, step: int) -> Iterator[tuple[slice, Tensor]]:
         # The sample is drawn again rather than kept: it is a function of logits, seed and step.
