@@ -14,6 +14,7 @@ from .errors import RecipeError
 from .processes import started_here
 
 ENGINES = RESIDENT, STREAMING = ("resident", "streaming")
+REPORTS = NO_REPORT, TEXT_REPORT, FULL_REPORT = ("none", "text", "full")
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,15 @@ OPTIONS = (
     ),
     MachineOption(
         "work_dir",
-        "Where the learned mask goes instead of the output folder's `somf`.",
+        "Where the learned mask and the report go instead of the output folder's `somf`.",
         click.Path(file_okay=False),
+    ),
+    MachineOption(
+        "report",
+        "What is told of a merge: full: report.md, report.json, plots and a section of the model "
+        "card; text: the same without plots; none: nothing, and nothing is measured. Full where it "
+        "is not set.",
+        click.Choice(REPORTS),
     ),
 )
 

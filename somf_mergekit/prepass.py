@@ -18,10 +18,13 @@ from .learner.model import LearningModel, Placement, learning_model
 from .learner.passes import LearningProblem
 from .learner.streaming import StreamingEngine, StreamingImpossible
 from .masks import HISTORY_FILE, MASKS_FILE, MaskSet, keep_masks, write_masks
+from .phases import LEARNING, phase
 from .plan import PlannedMerge
 from .processes import Processes, is_first, own_device, processes
 from .provenance import differences, learning_fingerprint, provenance, provenance_of_use
 from .sources import loaded_tensors
+
+CHECKING = "checking models and data"
 
 
 def mask_for(planned: PlannedMerge, folder: str) -> MaskSet:
@@ -34,8 +37,9 @@ def mask_for(planned: PlannedMerge, folder: str) -> MaskSet:
     if settings.mask:
         return _given_mask(planned, settings.mask, folder)
     _check_folder(folder)
-    data = checked_data(planned)
-    fingerprint = learning_fingerprint(planned, data)
+    with phase(CHECKING):
+        data = checked_data(planned)
+        fingerprint = learning_fingerprint(planned, data)
     if os.path.exists(os.path.join(folder, MASKS_FILE)):
         differing = differences(MaskSet.open(folder).provenance, fingerprint)
         if not differing:
@@ -50,7 +54,8 @@ def mask_for(planned: PlannedMerge, folder: str) -> MaskSet:
 
 
 def _given_mask(planned: PlannedMerge, source: str, folder: str) -> MaskSet:
-    masks = given_mask(planned, source)
+    with phase(CHECKING):
+        masks = given_mask(planned, source)
     kept = os.path.join(folder, MASKS_FILE)
     if os.path.exists(kept) and os.path.samefile(kept, masks.path):
         return masks
@@ -68,7 +73,8 @@ def _learned_mask(
     together.wait()
     if data.dropped:
         _say(planned, f"somf: rows of the safety dataset left out: {data.dropped}")
-    learning, problem = _learning(planned, folder, data, together)
+    with phase("reading task vectors"):
+        learning, problem, ways = _learning(planned, folder, data, together)
     history: list[dict[str, Any]] = []
 
     def artifact(place: str) -> MaskSet:
@@ -83,7 +89,10 @@ def _learned_mask(
             repeats={
                 t.name: (t.layout.axis, t.layout.repeat) for t in tensors if t.layout.repeat > 1
             },
-            provenance=provenance(planned, data, fingerprint, history, tensors),
+            provenance={
+                **provenance(planned, data, fingerprint, history, tensors),
+                "learned_with": ways,
+            },
             history=history,
         )
         together.wait()
@@ -91,7 +100,8 @@ def _learned_mask(
 
     try:
         quiet = planned.options.quiet or not together.is_first
-        _learn_with_progress(problem, history, quiet)
+        with phase(LEARNING):
+            _learn_with_progress(problem, history, quiet)
     except LossNotFinite as error:
         kept = _free_name(f"{folder}.last-good")
         artifact(kept)
@@ -102,13 +112,17 @@ def _learned_mask(
         ) from error
     if together.is_first:
         _make_room(folder)
-    return artifact(folder)
+    with phase("writing the mask"):
+        return artifact(folder)
 
 
 def _learning(
     planned: PlannedMerge, folder: str, data: SafetyData, together: Processes
-) -> tuple[LearningModel, LearningProblem]:
-    """Return the model that learns and what it learns from, on the engine that fits."""
+) -> tuple[LearningModel, LearningProblem, dict[str, Any]]:
+    """Return the model that learns, what it learns from, and how: on the engine that fits.
+
+    How a mask is learned changes its last digits alone. It is told with it, and decides nothing.
+    """
     expected = forecast(planned, data)
     _say(planned, f"somf: {expected.told}")
     streams = expected.engine == machine.STREAMING
@@ -146,7 +160,14 @@ def _learning(
         micro_batch=expected.micro_batch,
         together=together,
     )
-    return learning, problem
+    ways = {
+        "engine": expected.engine,
+        "precision": str(placement.autocast or torch.float32).removeprefix("torch."),
+        "device": torch.device(device).type,
+        "processes": together.count,
+        "micro_batch": expected.micro_batch,
+    }
+    return learning, problem, ways
 
 
 def _make_room(folder: str) -> None:
