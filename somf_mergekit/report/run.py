@@ -115,7 +115,8 @@ def _report(
             if extent == machine.FULL_REPORT:
                 write_figure_of(report, folder)
                 report.has_figure = True
-    report.peak_memory = peak_memory(planned.options.device)
+    with attempts.at("peak memory"):
+        report.peak_memory = peak_memory(planned.options.device)
     report.failures = attempts.failures
     with attempts.at("text"):
         write_report(report, folder)

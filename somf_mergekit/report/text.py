@@ -51,9 +51,10 @@ def learned_from(report: Report) -> str | None:
     if not data:
         return None
     left_out = f" (left out: {data['left_out']})" if data.get("left_out") else ""
+    safe_alone = (report.told.get("settings") or {}).get("objective") == "sft"
+    what = "safe answers" if safe_alone else "preference pairs"
     line = (
-        f"{report.told['steps']:,} steps on {data['pairs']:,} preference pairs of "
-        f"{data['source']}{left_out}"
+        f"{report.told['steps']:,} steps on {data['pairs']:,} {what} of {data['source']}{left_out}"
     )
     if utility.get("examples"):
         line += f", held to the plain merge on {utility['examples']:,} answers of "

@@ -26,7 +26,7 @@ class TensorRecord:
         kept_as: the name under which its mask is kept; None where it has none.
         models: the fine-tuned ones.
         before: inner products of their task vectors, (models, models), float64 on the CPU; None
-            where they could not be taken.
+            where they could not be taken, or the tensor is a buffer of infinities.
         after: the same of the masked task vectors.
     """
 
@@ -99,7 +99,9 @@ class TaskVectors:
         # Executors for several GPUs merge in several threads: each writes keys of its own.
         self.tensors[str(group.metadata.name)] = record
         try:
-            record.before, record.after = inner_products(group, factor)
+            before, after = inner_products(group, factor)
+            if before.isfinite().all():
+                record.before, record.after = before, after
         except (RuntimeError, MemoryError) as error:
             self.failure = f"{group.metadata.name}: {str(error).splitlines()[0]}"
 
