@@ -117,7 +117,9 @@ def _in_a_process(name: str, model: str, work: Path, options: dict[str, Any]) ->
     command += ["--batch-size", str(options["batch_size"])]
     command += ["--micro-batch", str(options["micro_batch"])]
     command += ["--max-length", str(options["max_length"])]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    # What is compared is merging.
+    env = {**os.environ, "SOMF_REPORT": "none"}
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if ended.returncode:
         last = (ended.stderr.strip().splitlines() or ["no message"])[-1]
         return {"failed": f"exit code {ended.returncode}: {last}"}

@@ -113,18 +113,19 @@ def _inspect() -> click.Command:
     @click.argument("mask", type=click.Path())
     @click.option("--png", type=click.Path(dir_okay=False), help="Where the plot goes.")
     def command(mask: str, png: str | None) -> None:
-        from . import report
         from .masks import MaskSet
+        from .report import MaskCensus, summary_table
+        from .report.plots import write_mask_plot
 
         masks = MaskSet.open(mask)
-        census = report.MaskCensus(masks)
+        census = MaskCensus(masks)
         for heading, rows in (
             ("layer", census.groups("layer")),
             ("kind", [*census.groups("kind"), census.total()]),
         ):
-            click.echo(report.summary_table(rows, heading) + "\n")
+            click.echo(summary_table(rows, heading) + "\n")
         place = png or os.path.join(os.path.dirname(masks.path), "mask.png")
-        report.write_mask_plot(census, place, "What the mask keeps")
+        write_mask_plot(census, place, "What the mask keeps")
         click.echo(f"plot: {place}")
 
     return command

@@ -16,6 +16,7 @@ from .preferences import (
     preference_pairs,
     sampled,
 )
+from .report.measured import measuring_problems
 from .rows import dataset_rows
 
 CANT_BE_MADE = "This merge can't be made"
@@ -56,6 +57,7 @@ def checked_data(planned: PlannedMerge) -> SafetyData:
         utility = _utility_data(planned)
     except RecipeError as error:
         problems.append(f"parameters.utility_dataset: {error.message}")
+    problems += measuring_problems(planned)
     raise_together(problems, CANT_BE_MADE)
     return SafetyData(pairs, dropped, utility)
 
@@ -95,6 +97,7 @@ def given_mask(planned: PlannedMerge, source: str) -> MaskSet:
                 "or learn a mask anew"
             )
             break
+    problems += measuring_problems(planned)
     raise_together(problems, CANT_BE_MADE)
     return masks
 

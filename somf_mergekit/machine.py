@@ -15,6 +15,7 @@ from .processes import started_here
 
 _CHECKPOINT_MINUTES = 5
 ENGINES = RESIDENT, SHARDED, STREAMING = ("resident", "sharded", "streaming")
+REPORTS = NO_REPORT, TEXT_REPORT, FULL_REPORT = ("none", "text", "full")
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,15 @@ OPTIONS = (
     ),
     MachineOption(
         "work_dir",
-        "Where the learned mask goes instead of the output folder's `somf`.",
+        "Where the learned mask and the report go instead of the output folder's `somf`.",
         click.Path(file_okay=False),
+    ),
+    MachineOption(
+        "report",
+        "What is told of a merge: full: report.md, report.json, plots and a section of the model "
+        "card; text: the same without plots; none: nothing, and nothing is measured. Full where it "
+        "is not set.",
+        click.Choice(REPORTS),
     ),
 )
 

@@ -133,6 +133,28 @@ class MaskSet:
             return torch.from_numpy(bits).view(shape).float()
         return decoded_probability(codes)
 
+    def histogram(self, name: str) -> Tensor:
+        """Return how many entries of ``name`` have each of the probabilities ``levels``, (256,).
+
+        Raises:
+            KeyError: ``name`` has no mask.
+        """
+        stored = self._stored_name(name)
+        codes = self._file.get_tensor(stored)
+        if stored not in self._packed:
+            # Counted as the bytes they are: much faster than as floats.
+            return torch.bincount(codes.flatten(), minlength=_LEVELS)
+        counts = torch.zeros(_LEVELS, dtype=torch.long)
+        kept = int(np.unpackbits(codes.numpy()).sum())
+        counts[-1], counts[0] = kept, math.prod(self._packed[stored]) - kept
+        return counts
+
+    def levels(self) -> Tensor:
+        """Return the probabilities that entries can have, (256,), float64, ascending."""
+        if self._packed:
+            return torch.linspace(0, 1, _LEVELS, dtype=torch.float64)
+        return (torch.arange(_LEVELS, dtype=torch.float64) + 0.5) / _LEVELS
+
     def probabilities(self, name: str) -> Tensor:
         """Return the probabilities, float32, in a shape that broadcasts to the weight.
 

@@ -22,6 +22,7 @@ from .errors import RecipeError
 from .fusions import OwnMethod, fused, fusion_specs
 from .groups import is_finite, is_shared_buffer, not_finite
 from .masks import MaskSet, masks_path
+from .report.vectors import recorded
 from .weights import fused_masked
 
 # Where the planner writes under which name a tensor's mask is kept: that of the base's tensor,
@@ -78,6 +79,9 @@ class SomfMethod(OwnMethod):
         if not base.is_floating_point() and is_shared_buffer(group):
             return base
         factor = _factor(group, masks, parameters)
+        vectors = recorded(masks.path)
+        if vectors is not None:
+            vectors.add(group, parameters[MASK_TENSOR] or name, factor)
         if factor is None:
             result = fused(group, parameters).to(base.dtype)
         else:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference
@@ -14,6 +14,9 @@ from mergekit.options import MergeOptions
 
 from .errors import RecipeError
 from .recipe import Settings, may_get_mask, recipe_settings
+
+if TYPE_CHECKING:
+    from .evaluate.sets import EvaluationSets
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,13 @@ class PlannedMerge:
             )
         except (OSError, ValueError) as error:
             raise RecipeError(f"the base {base} has no tokenizer that loads: {error}") from error
+
+    @cached_property
+    def evaluation_sets(self) -> "tuple[EvaluationSets, list[str]]":
+        """What the merge is to be measured on, read once, and what is wrong with it."""
+        from .report.measured import sets_of_recipe
+
+        return sets_of_recipe(self.settings)
 
     def may_get_mask(self, name: str) -> bool:
         """Whether the recipe's patterns let this tensor have a mask."""

@@ -22,11 +22,14 @@ from .headers import checkpoint_problems
 from .inputs import CANT_BE_MADE
 from .masks import MaskSet
 from .method import MASK_TENSOR
+from .phases import phase
 from .plan import PlannedMerge, mask_name
 from .plan_check import plan_problems, unused_filters
 from .prepass import mask_for
 from .processes import started
 from .recipe_check import OWN_METHODS, WRONG_RECIPE, check_recipe, check_writable, read_recipe
+from .report.record import current_record, unmasked
+from .report.run import merge_with_report
 
 ARTIFACT_FOLDER = "somf"
 _WRAPPED = "_somf_wrapped"
@@ -46,7 +49,8 @@ def wrap_planner() -> None:
 
 
 def wrap_run_merge(module: Any) -> None:
-    """Make ``module.run_merge`` check recipes of our methods before any model is touched.
+    """Make ``module.run_merge`` check recipes of our methods before any model is touched, and
+    report on somf merges.
 
     Safe to repeat.
     """
@@ -65,7 +69,13 @@ def wrap_run_merge(module: Any) -> None:
         if merge_config.merge_method in OWN_METHODS:
             check_recipe(merge_config, options, config_source)
             check_writable(out_path)
-        return original(merge_config, out_path, options, config_source, **further)
+
+        def merge(config: MergeConfiguration, folder: str, how: MergeOptions) -> Any:
+            return original(config, folder, how, config_source, **further)
+
+        if merge_config.merge_method == recipe.METHOD_NAME:
+            return merge_with_report(merge, merge_config, out_path, options)
+        return merge(merge_config, out_path, options)
 
     setattr(run_merge, _WRAPPED, True)
     module.run_merge = run_merge
@@ -131,10 +141,21 @@ def _with_checks(original: Callable[[MergePlanner], None]) -> Callable[[MergePla
                 "the parameter `mask`."
             )
         check_recipe(self.config, self.options)
-        planned = _planned(self, original)
-        if method == recipe.METHOD_NAME:
-            masks = mask_for(planned, _artifact_folder(self))
-            self._tensors = [(w, _with_mask(task, masks.path)) for w, task in planned.tensors]
+        with phase("planning"):
+            planned = _planned(self, original)
+        if method != recipe.METHOD_NAME:
+            return
+        further = {}
+        path = unmasked()
+        if path is None:
+            folder = _artifact_folder(self)
+            masks = mask_for(planned, folder)
+            path, record = masks.path, current_record()
+            if record is not None:
+                record.begin(planned, masks, folder)
+        else:
+            further = {"exclude": "*"}
+        self._tensors = [(w, _with_mask(task, path, further)) for w, task in planned.tensors]
 
     return plan
 
@@ -181,12 +202,15 @@ def _artifact_folder(planner: MergePlanner) -> str:
     return str(folder)
 
 
-def _with_mask(task: ExecuteMergeMethodTask, mask: str) -> ExecuteMergeMethodTask:
+def _with_mask(
+    task: ExecuteMergeMethodTask, mask: str, further: Mapping[str, Any]
+) -> ExecuteMergeMethodTask:
     fields = {name: getattr(task, name) for name in type(task).model_fields}
     fields["parameters"] = {
         **dict(task.parameters.items()),
         "mask": mask,
         MASK_TENSOR: mask_name(task),
+        **further,
     }
     return type(task)(**fields)
 

@@ -21,10 +21,13 @@ from .learner.model import LearningModel, Placement, learning_model
 from .learner.passes import LearningProblem
 from .learner.streaming import StreamingEngine, StreamingImpossible
 from .masks import HISTORY_FILE, MASKS_FILE, MaskSet, keep_masks, write_masks
+from .phases import LEARNING, phase
 from .plan import PlannedMerge
 from .processes import ALONE, Processes, is_first, own_device, processes
 from .provenance import differences, learning_fingerprint, provenance, provenance_of_use
 from .sources import loaded_tensors
+
+CHECKING = "checking models and data"
 
 
 def mask_for(planned: PlannedMerge, folder: str) -> MaskSet:
@@ -37,8 +40,9 @@ def mask_for(planned: PlannedMerge, folder: str) -> MaskSet:
     if settings.mask:
         return _given_mask(planned, settings.mask, folder)
     _check_folder(folder)
-    data = checked_data(planned)
-    fingerprint = learning_fingerprint(planned, data)
+    with phase(CHECKING):
+        data = checked_data(planned)
+        fingerprint = learning_fingerprint(planned, data)
     if os.path.exists(os.path.join(folder, MASKS_FILE)):
         differing = differences(MaskSet.open(folder).provenance, fingerprint)
         if not differing:
@@ -53,7 +57,8 @@ def mask_for(planned: PlannedMerge, folder: str) -> MaskSet:
 
 
 def _given_mask(planned: PlannedMerge, source: str, folder: str) -> MaskSet:
-    masks = given_mask(planned, source)
+    with phase(CHECKING):
+        masks = given_mask(planned, source)
     kept = os.path.join(folder, MASKS_FILE)
     if os.path.exists(kept) and os.path.samefile(kept, masks.path):
         return masks
@@ -71,7 +76,8 @@ def _learned_mask(
     with learning_folder(folder, together) as place:
         if data.dropped:
             _say(planned, f"somf: rows of the safety dataset left out: {data.dropped}")
-        learning, problem = _learning(planned, folder, data, together)
+        with phase("reading task vectors"):
+            learning, problem, ways = _learning(planned, folder, data, together)
         checkpoints = Checkpoints(
             place,
             fingerprint,
@@ -85,11 +91,13 @@ def _learned_mask(
 
         def artifact(named: str) -> MaskSet:
             told = provenance(planned, data, fingerprint, progress.history, learning.masked)
+            told["learned_with"] = ways
             return _written(named, learning, together, told, progress.history)
 
         try:
             quiet = planned.options.quiet or not together.is_first
-            _learn_with_progress(problem, progress, checkpoints, quiet)
+            with phase(LEARNING):
+                _learn_with_progress(problem, progress, checkpoints, quiet)
         except LossNotFinite as error:
             kept = _free_name(f"{folder}.last-good")
             artifact(kept)
@@ -102,7 +110,8 @@ def _learned_mask(
             ) from error
         if together.is_first:
             _make_room(folder)
-        masks = artifact(folder)
+        with phase("writing the mask"):
+            masks = artifact(folder)
         checkpoints.remove()
     return masks
 
@@ -136,8 +145,11 @@ def _written(
 
 def _learning(
     planned: PlannedMerge, folder: str, data: SafetyData, together: Processes
-) -> tuple[LearningModel, LearningProblem]:
-    """Return the model that learns and what it learns from, on the engine that fits."""
+) -> tuple[LearningModel, LearningProblem, dict[str, Any]]:
+    """Return the model that learns, what it learns from, and how: on the engine that fits.
+
+    How a mask is learned changes its last digits alone. It is told with it, and decides nothing.
+    """
     expected = forecast(planned, data, together)
     _say(planned, f"somf: {expected.told}")
     chosen = expected.engine
@@ -176,7 +188,14 @@ def _learning(
         micro_batch=expected.micro_batch,
         together=together,
     )
-    return learning, problem
+    ways = {
+        "engine": expected.engine,
+        "precision": str(placement.autocast or torch.float32).removeprefix("torch."),
+        "device": torch.device(device).type,
+        "processes": together.count,
+        "micro_batch": expected.micro_batch,
+    }
+    return learning, problem, ways
 
 
 def _make_room(folder: str) -> None:

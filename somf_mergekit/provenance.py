@@ -17,7 +17,12 @@ from .plan import PlannedMerge
 from .sources import content_fingerprint
 
 # Settings that choose how a learned mask is used, not which mask is learned.
-_USE_ONLY = ("mask", "mask_kind", MASK_TENSOR)
+_USE_ONLY = (
+    "mask",
+    "mask_kind",
+    MASK_TENSOR,
+    *(f"{what}_eval" for what in ("safety", "harmless", "pairs", "skill")),
+)
 # Settings that only say where the data is, or stand for others: what decides a mask is what is read
 # there, and what they set.
 _STAND_INS = (
@@ -47,7 +52,7 @@ def learning_fingerprint(planned: PlannedMerge, data: SafetyData) -> dict[str, A
         "settings": {k: v for k, v in settings.items() if k not in _STAND_INS},
         "parameters of the tensors": _digest(resolved),
         "dtype": planned.config.dtype or "as stored",
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
@@ -77,7 +82,7 @@ def provenance(
             "examples": len(data.utility),
             "fingerprint": fingerprint["utility data"],
         },
-        "settings": _told_settings(planned),
+        "settings": told_settings(planned),
         "seed": settings.seed,
         "steps": len(history),
         "tensors": len(tensors),
@@ -86,7 +91,7 @@ def provenance(
             "first_steps": _curve_mean(history[:_CURVE_STEPS]),
             "last_steps": _curve_mean(history[-_CURVE_STEPS:]),
         },
-        "versions": _versions(),
+        "versions": versions(),
         "fingerprint": fingerprint,
     }
 
@@ -98,14 +103,14 @@ def provenance_of_use(planned: PlannedMerge, masks: MaskSet) -> dict[str, Any]:
         "recipe": planned.recipe,
         "base_model": str(planned.base_model),
         "models": [str(model) for model in planned.models],
-        "settings": _told_settings(planned),
+        "settings": told_settings(planned),
         "mask": settings.mask,
         "origin": masks.provenance,
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
-def _told_settings(planned: PlannedMerge) -> dict[str, Any]:
+def told_settings(planned: PlannedMerge) -> dict[str, Any]:
     """Return all settings; those that differ between tensors as the recipe says them."""
     told = planned.settings.model_dump()
     content = yaml.safe_load(planned.config.to_yaml())["parameters"]
@@ -120,7 +125,8 @@ def _curve_mean(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {key: sum(values) / len(values) for key, values in found.items() if values}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of what a mask and a merge depend on."""
     names = ("somf-mergekit", "mergekit", "torch", "transformers")
     return {name: version(name) for name in names}
 

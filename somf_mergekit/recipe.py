@@ -140,6 +140,30 @@ class Settings(BaseModel):
         json_schema_extra=_MERGE,
         description="Tensors that get no mask although `include` matches.",
     )
+    safety_eval: str | None = Field(
+        None,
+        min_length=1,
+        description="Harmful prompts, for the report: how many the aligned base, the plain fusion "
+        "and the merge refuse. A file, a folder or a hub id, behind which `,config=` and `,split=` "
+        "may stand. For this and the next three, the plain fusion is written beside the output and "
+        "deleted again: there must be room for one more model.",
+    )
+    harmless_eval: str | None = Field(
+        None,
+        min_length=1,
+        description="Harmless prompts, for the report: how many are refused.",
+    )
+    pairs_eval: str | None = Field(
+        None,
+        min_length=1,
+        description="Held-out safety pairs, for the report: how often the safe answer is likelier.",
+    )
+    skill_eval: str | None = Field(
+        None,
+        min_length=1,
+        description="Prompts with right answers, for the report, each set under a name: "
+        "`math=FILE,code=FILE`.",
+    )
 
 
 # The hyper-parameters of arXiv 2405.09055 and its authors' runs: 16 pairs a step, one pass over

@@ -4,6 +4,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 # Sums depend on how many threads share them: all processes of the tests have one.
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+# A figure takes longer than a tiny merge: only tests of reports ask for one.
+os.environ.setdefault("SOMF_REPORT", "text")
 
 import pytest
 import tiny

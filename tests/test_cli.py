@@ -37,6 +37,7 @@ def test_merge_takes_the_options_of_mergekit_yaml():
     assert "--precision" in result.output
     assert "--engine" in result.output
     assert "--work-dir" in result.output
+    assert "--report" in result.output
 
 
 def test_check_says_what_would_be_learned_and_loads_no_weights(

@@ -84,6 +84,8 @@ def test_what_a_merge_leaves_behind(learned, family):
         "mergekit_config.yml",
         "model.safetensors",
         "somf/masks.safetensors",
+        "somf/report.json",
+        "somf/report.md",
         "somf/somf.json",
         "somf/training.jsonl",
         "tokenizer.json",
@@ -158,6 +160,8 @@ def test_a_given_mask_is_what_is_used(learned, tmp_path, family, family_recipe):
     merged(recipe, tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out/somf").iterdir()) == [
         "masks.safetensors",
+        "report.json",
+        "report.md",
         "somf.json",
     ]
     masks = MaskSet.open(tmp_path / "edited")

@@ -34,11 +34,24 @@ def write_evaluation(evaluation: Evaluation, folder: str | Path) -> str:
 
 def markdown(evaluation: Evaluation) -> str:
     """Return the table of all models, that of the differences to the first, and what they mean."""
+    lines = circumstances(evaluation)
+    lines.insert(-1, f"generated answers: {ANSWERS}, which may hold harmful text")
+    listed = "\n".join(f"- {line}" for line in lines)
+    return "\n\n".join(["# Evaluation", comparison(evaluation), listed]) + "\n"
+
+
+def comparison(evaluation: Evaluation, level: str = "##") -> str:
+    """Return the tables of an evaluation and how to read them, in markdown.
+
+    Args:
+        evaluation: what was found.
+        level: of the headings.
+    """
     names = list(evaluation.models)
     settings = evaluation.settings
-    parts = ["# Evaluation", _table(evaluation, names)]
+    parts = [value_table(evaluation)]
     if any(row.differences for row in evaluation.rows):
-        parts += [f"## Difference to {names[0]}", _differences(evaluation, names)]
+        parts += [f"{level} Difference to {names[0]}", _differences(evaluation, names)]
     parts.append(
         f"In brackets: 95 % bootstrap intervals ({settings.resamples:,} resamples of the examples, "
         f"seed {settings.seed}). Differences are paired by example; {_MARK} marks those whose "
@@ -48,8 +61,7 @@ def markdown(evaluation: Evaluation) -> str:
         parts.append(
             "lm-evaluation-harness: value and 1.96 standard errors to either side; not paired."
         )
-    parts.append("\n".join(f"- {line}" for line in _circumstances(evaluation)))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts)
 
 
 def as_json(evaluation: Evaluation) -> dict[str, Any]:
@@ -72,7 +84,9 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _table(evaluation: Evaluation, names: Sequence[str]) -> str:
+def value_table(evaluation: Evaluation) -> str:
+    """Return the measures of all models with their intervals, a markdown table."""
+    names = list(evaluation.models)
     rows = [["set", "measure", *names]]
     for row in evaluation.rows:
         cells = [_cell(row, row.estimates.get(name), signed=False) for name in names]
@@ -133,7 +147,8 @@ def _harness_rows(evaluation: Evaluation, names: Sequence[str]) -> list[list[str
     return rows
 
 
-def _circumstances(evaluation: Evaluation) -> list[str]:
+def circumstances(evaluation: Evaluation) -> list[str]:
+    """Return on what, of whom and how it was measured, a line each."""
     settings = evaluation.settings
     lines = [
         f"{name}: {count} examples" + f" of {source}" * bool(source)
@@ -141,7 +156,6 @@ def _circumstances(evaluation: Evaluation) -> list[str]:
     ]
     lines += [f"{name}: {source}" for name, (source, _) in evaluation.models.items()]
     lines += evaluation.notes
-    lines.append(f"generated answers: {ANSWERS}, which may hold harmful text")
     packages = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
     lines.append(
         f"greedy answers of {settings.max_new_tokens} tokens at most, likelihoods of "

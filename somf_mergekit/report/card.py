@@ -1,0 +1,72 @@
+"""The section of the merged model's card that says what was done for its safety."""
+
+import os
+from pathlib import Path
+
+from ..evaluate.table import value_table
+from .content import Report
+from .text import learned_from, mask_line, opening
+from .writer import TABLE_FILE
+
+CARD = "README.md"
+_BEGIN, _END = "<!-- somf: begin -->", "<!-- somf: end -->"
+
+
+def write_section(report: Report, folder: Path, out: Path) -> None:
+    """Put the report's section into the card in ``out``, in the place of an earlier one.
+
+    Args:
+        report: what is told.
+        folder: of report.md.
+        out: of the merged model.
+
+    Raises:
+        OSError: the card can't be read or written.
+    """
+    card = out / CARD
+    inside = Path(os.path.relpath(folder, out))
+    linked = None if inside.parts[:1] == ("..",) else (inside / TABLE_FILE).as_posix()
+    text = with_section(card.read_text(encoding="utf-8"), section(report, linked))
+    partial = out / f"{CARD}.partial"
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, card)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def section(report: Report, linked: str | None) -> str:
+    """Return the section in markdown.
+
+    Args:
+        report: what is told.
+        linked: where report.md is from the card; None where it is not published with the model.
+    """
+    learned = learned_from(report)
+    lines = [f"- mask: {mask_line(report)}"]
+    if learned:
+        lines.append(f"- learned in {learned}")
+    collapses = report.census.collapses() if report.census else []
+    lines += [f"- {len(c.tensors):,} tensors: {c.what} ({c.meaning})" for c in collapses]
+    parts = ["## Safety", opening(report), "\n".join(lines)]
+    if report.evaluation:
+        parts += [
+            value_table(report.evaluation),
+            "In brackets: 95 % bootstrap intervals. The plain fusion is this merge without its "
+            "mask.",
+        ]
+    else:
+        parts.append("Refusals and skills were not measured with this merge.")
+    if linked:
+        parts.append(f"More in the [report]({linked}).")
+    return "\n\n".join(parts)
+
+
+def with_section(card: str, content: str) -> str:
+    """Return a card with ``content`` as our section: at its end, or where one was before."""
+    marked = f"{_BEGIN}\n{content}\n{_END}"
+    before, begin, rest = card.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if begin and end:
+        return f"{before}{marked}{after}"
+    return f"{card.rstrip()}\n\n{marked}\n"

@@ -1,0 +1,49 @@
+"""The files of a report."""
+
+import json
+import os
+from pathlib import Path
+
+from .content import Report, report_json
+from .text import markdown
+
+JSON_FILE, TABLE_FILE, FIGURE_FILE = "report.json", "report.md", "report.png"
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """Write report.json and report.md into ``folder``.
+
+    Raises:
+        OSError: they can't be written.
+    """
+    content = json.dumps(report_json(report), indent=1, allow_nan=False, ensure_ascii=False)
+    figure = FIGURE_FILE if report.has_figure else None
+    for name, whole in ((JSON_FILE, content + "\n"), (TABLE_FILE, markdown(report, figure))):
+        partial = folder / f"{name}.partial"
+        try:
+            partial.write_text(whole, encoding="utf-8")
+            os.replace(partial, folder / name)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def write_figure_of(report: Report, folder: Path) -> None:
+    """Write report.png into ``folder``.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    # matplotlib is slow to come: only where it is used.
+    from .plots import write_report_figure
+
+    partial = folder / f"partial.{FIGURE_FILE}"
+    try:
+        write_report_figure(report, partial)
+        os.replace(partial, folder / FIGURE_FILE)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def remove_figure(folder: Path) -> None:
+    """Remove the plots of an earlier merge into the same folder."""
+    (folder / FIGURE_FILE).unlink(missing_ok=True)
