@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO ?= demo-output
 BENCH ?=
 
-.PHONY: demo test lint format bench bench-speed bench-safety dist check-dist clean
+.PHONY: demo test lint format bench bench-speed bench-safety bench-compare dist check-dist clean
 
 demo: $(VENV)/ready
 	$(BIN)/mergekit-somf demo $(DEMO)
@@ -30,6 +30,10 @@ bench-speed: $(VENV)/ready
 
 bench-safety: $(VENV)/ready
 	$(BIN)/python -m benchmarks.real_model $(BENCH) run
+
+# Takes many hours; a call that is broken off is called again. BENCH="--list" says what is left.
+bench-compare: $(VENV)/ready
+	$(BIN)/python -m benchmarks.compare $(BENCH)
 
 dist: $(VENV)/ready
 	rm -rf dist

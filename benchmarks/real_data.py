@@ -13,6 +13,11 @@ from somf_mergekit.preferences import Pair, preference_pairs
 from somf_mergekit.rows import dataset_rows, rows_of_prompts
 
 HELD_OUT_PAIRS = 300
+SPLIT_SEED = 0
+UTILITY_EXAMPLES = 480
+# In the work folder.
+SAFETY_PAIRS, HELD_OUT = "safety_pairs.jsonl", "held_out_pairs.jsonl"
+HARMLESS = "harmless.jsonl"
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,16 @@ def split_by_prompt(
     while len(measured) < held_out:
         measured += by_prompt.pop(prompts.pop())
     return [pair for pair in pairs if pair.prompt in by_prompt], measured[:held_out]
+
+
+def write_sets(work: Path, data: Path | None) -> tuple[list[Pair], list[Pair]]:
+    """Write the pairs to learn from, those held out and harmless examples, and return the pairs."""
+    pairs, held_out = split_by_prompt(pairs_of(data), HELD_OUT_PAIRS, SPLIT_SEED)
+    write_pairs(work / SAFETY_PAIRS, pairs)
+    write_pairs(work / HELD_OUT, held_out)
+    harmless = drawn(examples_of(TRAIN["general"], data), UTILITY_EXAMPLES, SPLIT_SEED)
+    write_examples(work / HARMLESS, harmless)
+    return pairs, held_out
 
 
 def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:

@@ -7,32 +7,20 @@ from typing import Any
 
 import click
 
-from .real_data import (
-    HELD_OUT_PAIRS,
-    TRAIN,
-    drawn,
-    examples_of,
-    pairs_of,
-    split_by_prompt,
-    write_examples,
-    write_pairs,
-)
+from .real_data import SPLIT_SEED, write_sets
 from .real_measures import Measuring, content_key, measured, read_results
 from .real_recipes import LEARNING, groups, merge_with_mergekit, recipes
 from .real_table import MODELS, write_results
 from .real_training import (
+    ALIGNED,
     ALIGNMENT_SHARES,
-    Training,
-    alignment_examples,
-    make_finetuned,
+    SPECIALIST,
+    make_aligned,
     make_published,
+    make_specialist,
 )
 
 PUBLISHED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-ALIGNED = Training(steps=110, learning_rate=2e-4, seed=0)
-SPECIALIST = Training(steps=80, learning_rate=3e-4, seed=1)
-SPLIT_SEED = 0
-UTILITY_EXAMPLES = 480
 
 published_option = click.option(
     "--model", default=PUBLISHED_MODEL, show_default=True, help="Hub id or folder to start from."
@@ -77,18 +65,11 @@ def main(context: click.Context, work: Path, data: Path | None, threads: int) ->
 def prepare(options: dict[str, Any], model: str) -> None:
     """Make the aligned base, both specialists and the safety pairs."""
     work, data = options["work"], options["data"]
-    pairs, held_out = split_by_prompt(pairs_of(data), HELD_OUT_PAIRS, SPLIT_SEED)
-    write_pairs(work / "safety_pairs.jsonl", pairs)
-    write_pairs(work / "held_out_pairs.jsonl", held_out)
-    harmless = drawn(examples_of(TRAIN["general"], data), UTILITY_EXAMPLES, SPLIT_SEED)
-    write_examples(work / "harmless.jsonl", harmless)
+    pairs, _ = write_sets(work, data)
     make_published(work / "published", model)
-    examples = alignment_examples(pairs, data, ALIGNED.examples, ALIGNED.seed)
-    note = ", ".join(f"{share:.0%} {name}" for name, share in ALIGNMENT_SHARES.items())
-    make_finetuned(work / "aligned", work / "published", examples, ALIGNED, note)
+    make_aligned(work / "aligned", work / "published", pairs, data, ALIGNED)
     for name in ("math", "code"):
-        examples = drawn(examples_of(TRAIN[name], data), SPECIALIST.examples, SPECIALIST.seed)
-        make_finetuned(work / name, work / "aligned", examples, SPECIALIST, name)
+        make_specialist(work / name, work / "aligned", name, data, SPECIALIST)
 
 
 @main.command()

@@ -37,6 +37,10 @@ class Training:
         return self.steps * self.batch_size
 
 
+ALIGNED = Training(steps=110, learning_rate=2e-4, seed=0)
+SPECIALIST = Training(steps=80, learning_rate=3e-4, seed=1)
+
+
 def load_published(source: str) -> tuple[Any, Any]:
     """Return model (float32) and tokenizer of a hub id, a folder, or a folder with a .gguf file."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -102,6 +106,23 @@ def alignment_examples(
     for name, share in ALIGNMENT_SHARES.items():
         mixed += drawn(sets[name], round(share * count), seed)
     return mixed
+
+
+def make_aligned(
+    folder: Path, published: Path, pairs: list[Pair], data: Path | None, training: Training
+) -> None:
+    """Fine-tune the aligned base from the published model, unless it is there."""
+    examples = alignment_examples(pairs, data, training.examples, training.seed)
+    note = ", ".join(f"{share:.0%} {name}" for name, share in ALIGNMENT_SHARES.items())
+    make_finetuned(folder, published, examples, training, note)
+
+
+def make_specialist(
+    folder: Path, aligned: Path, skill: str, data: Path | None, training: Training
+) -> None:
+    """Fine-tune a specialist from the aligned base, unless it is there."""
+    examples = drawn(examples_of(TRAIN[skill], data), training.examples, training.seed)
+    make_finetuned(folder, aligned, examples, training, skill)
 
 
 def make_published(folder: Path, source: str) -> None:

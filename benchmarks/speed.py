@@ -5,10 +5,7 @@ import math
 import os
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,6 +17,7 @@ from safetensors import safe_open
 from somf_mergekit.machine import ENGINES, SHARDED
 from somf_mergekit.processes import is_first
 
+from .memory import peak_memory
 from .real_data import pairs_of, write_pairs
 from .real_table import circumstances
 from .speed_models import BASE, SHAPES, SPECIALISTS, WEIGHT, make_models
@@ -130,7 +128,7 @@ def _measured_here(name: str, folder: Path, options: dict[str, Any]) -> dict[str
     if name in MERGES:
         return _merge(name, folder)
     mask_seconds: list[float] = []
-    with _peak_memory() as memory:
+    with peak_memory() as memory:
         if name in ENGINES:
             seconds, mask_seconds = _ours(name, folder, options)
         else:
@@ -214,7 +212,7 @@ def _merge(name: str, folder: Path) -> dict[str, Any]:
 
     config = MergeConfiguration.model_validate(yaml.safe_load(recipe.read_text()))
     start = time.perf_counter()
-    with _peak_memory() as memory:
+    with peak_memory() as memory:
         run_merge(config, str(folder / f"merged-{name}"), MergeOptions(quiet=True))
     return {"seconds": time.perf_counter() - start, "peak_bytes": memory["peak"]}
 
@@ -230,32 +228,6 @@ def _recipe(folder: Path, method: str, **parameters: Any) -> dict[str, Any]:
         "dtype": "bfloat16",
         "tokenizer": {"source": "base"},
     }
-
-
-@contextmanager
-def _peak_memory() -> Iterator[dict[str, int]]:
-    """Watch this process' anonymous memory: pages of mapped files do not count."""
-    found, stop = {"peak": 0}, threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.05):
-            found["peak"] = max(found["peak"], _anonymous_bytes())
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield found
-    finally:
-        stop.set()
-        thread.join()
-        found["peak"] = max(found["peak"], _anonymous_bytes())
-
-
-def _anonymous_bytes() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise click.ClickException("this system does not tell RssAnon in /proc/self/status")
 
 
 def _import_seconds() -> dict[str, float]:

@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from somf_mergekit import machine
-from somf_mergekit.learner.logprobs import answer_log_probs, output_head, token_batch
-from somf_mergekit.objectives import preference_losses
+from somf_mergekit.learner.logprobs import output_head
 from somf_mergekit.preferences import EncodedPair, encoded_pairs, preference_pairs
 from somf_mergekit.rows import dataset_rows
 
+from .plain_dpo import dpo_backward, dpo_seconds, log_ratios, micro_batches
 from .real_training import load_saved
 from .speed_models import BASE, SPECIALISTS, WEIGHT
 
-BETA, TEMPERATURE = 0.1, 0.5
+TEMPERATURE = 0.5
 
 
 @dataclass(frozen=True)
@@ -45,21 +44,8 @@ class Work:
 def plain_dpo(work: Work) -> list[float]:
     """Return the seconds of each step of DPO that trains all weights with AdamW."""
     model, tokenizer = load_saved(work.folder / BASE)
-    model.eval()
-    head = output_head(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
-    batches = list(_batches(work, tokenizer))
-    with torch.no_grad():
-        reference = [[_ratios(model, head, part) for part in batch] for batch in batches]
-    seconds = []
-    for batch, fixed in zip(batches, reference, strict=True):
-        start = time.perf_counter()
-        for part, known in zip(batch, fixed, strict=True):
-            _backward(_ratios(model, head, part) - known, work)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        seconds.append(time.perf_counter() - start)
-    return seconds
+    return dpo_seconds(model, optimizer, list(_batches(work, tokenizer)))
 
 
 def naive(work: Work) -> list[float]:
@@ -79,9 +65,9 @@ def naive(work: Work) -> list[float]:
         for part in batch:
             with torch.no_grad():
                 reference.draw()
-                fixed = _ratios(reference.model, reference.head, part)
+                fixed = log_ratios(reference.model, reference.head, part)
             masked.draw()
-            _backward(_ratios(masked.model, masked.head, part) - fixed, work)
+            dpo_backward(log_ratios(masked.model, masked.head, part) - fixed, work.batch_size)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seconds.append(time.perf_counter() - start)
@@ -134,22 +120,4 @@ def _batches(work: Work, tokenizer: Any) -> Iterator[list[list[EncodedPair]]]:
     encoded = (encoded * (count // len(encoded) + 1))[:count]
     for step in range(work.steps):
         batch = encoded[step * work.batch_size : (step + 1) * work.batch_size]
-        batch.sort(key=lambda pair: len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)))
-        yield [
-            batch[start : start + work.micro_batch]
-            for start in range(0, len(batch), work.micro_batch)
-        ]
-
-
-def _ratios(model: Any, head: Any, pairs: list[EncodedPair]) -> Tensor:
-    """Return log pi(y+) - log pi(y-) of each pair."""
-    sequences = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
-    dtype = machine.autocast_type("cpu")
-    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-        sums, _ = answer_log_probs(model, head, token_batch(sequences))
-    return sums[: len(pairs)] - sums[len(pairs) :]
-
-
-def _backward(log_ratio: Tensor, work: Work) -> None:
-    losses, _ = preference_losses("dpo", log_ratio, BETA)
-    (losses.sum() / work.batch_size).backward()
+        yield micro_batches(batch, work.micro_batch)

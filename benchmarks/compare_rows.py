@@ -1,0 +1,299 @@
+"""The ways that are compared, each with the settings it is tuned over."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from .compare_recipes import (
+    GROUPS,
+    MASK,
+    PAIRS,
+    REFERENCE_WEIGHT,
+    UTILITY,
+    Making,
+    Recipe,
+    recipe,
+    reference_merge,
+    repair,
+)
+
+# Whose masks stand for the package in each comparison.
+CHAMPION = {"two": "somf_soft", "three": "somf_three"}
+LINE = {"two": "task_arithmetic", "three": "task_arithmetic_three"}
+# A concrete sample at this temperature is 0 or 1 but for one entry in a hundred.
+_COLD = 0.01
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How long a mask is learned, and DPO trained: the same pairs in the same order."""
+
+    steps: int = 60
+    batch_size: int = 8
+    max_length: int = 128
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to merge.
+
+    Attributes:
+        name: of the row.
+        label: in the table.
+        group: a key of GROUPS; None for a model that is no merge.
+        settings: what it is tuned over, by name; the same names for every seed.
+        is_line: all settings are tested, not the chosen one alone.
+        is_shared: seeds change nothing.
+        is_needed: its validation is needed, although there is nothing to choose.
+    """
+
+    name: str
+    label: str
+    group: str | None
+    settings: dict[str, Making] = field(repr=False)
+    is_line: bool = False
+    is_shared: bool = False
+    is_needed: bool = False
+
+
+def comparison_rows(seed: int, learning: Learning, quick: bool = False) -> dict[str, Row]:
+    """Return all rows by name, in the order in which they are worked through.
+
+    Args:
+        seed: of masks, of the order of the pairs, and of every random draw.
+        learning: how long.
+        quick: two settings a row, to try the script.
+    """
+    rows = {row.name: row for row in _Rows(seed, learning).rows()}
+    if not quick:
+        return rows
+    return {name: _shortened(row) for name, row in rows.items()}
+
+
+def reference_setting(group: str) -> str:
+    """Return the name of the plain merge among the settings of the group's weight sweep."""
+    return f"weight {REFERENCE_WEIGHT[group]}"
+
+
+def _shortened(row: Row) -> Row:
+    names = list(row.settings)[:2]
+    if row.is_line:
+        names += [reference_setting(str(row.group))]
+    return Row(**{**vars(row), "settings": {name: row.settings[name] for name in names}})
+
+
+class _Rows:
+    def __init__(self, seed: int, learning: Learning):
+        self.seed = seed
+        self.learning = learning
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows, the most telling ones first."""
+        yield _prepared("aligned", "aligned base", is_shared=True, is_needed=True)
+        yield _prepared("math", "math specialist")
+        yield _prepared("code", "code specialist")
+        yield self._line("two", (0.1, 0.2, 0.3, 0.4, 0.45, 0.5, 0.6))
+        yield self._soft()
+        yield Row("dpo", "safety DPO of the plain merge", "two", self._dpo())
+        yield self._untrained("sampled", "untrained_sampled", "task_arithmetic", _TA)
+        yield Row("somf_binary", "somf, binary mask", "two", self._binary())
+        yield from self._repairs()
+        yield _prepared("general", "general specialist")
+        yield self._line("three", (0.1, 0.2, 0.25, 0.3, 0.4))
+        yield from self._three()
+        yield Row("somf_no_rescale", "somf, soft, no rescale", "two", self._no_rescale("soft"))
+        yield Row(
+            "somf_binary_no_rescale", "somf, binary, no rescale", "two", self._no_rescale("binary")
+        )
+        yield Row("somf_utility", "somf, soft, utility term", "two", self._utility())
+        yield from self._granularities()
+        yield self._untrained("binary", "untrained_binary", "task_arithmetic", _TA)
+        for fusion, grid in (("dare_linear", _DARE), ("ties", _TIES)):
+            plain = {_named(s): Making(merges=(self._plain(fusion, **s),)) for s in grid}
+            yield Row(fusion, fusion, "two", plain)
+            for kind in ("sampled", "binary"):
+                yield self._untrained(kind, f"untrained_{kind}_{fusion}", fusion, grid[:2])
+            masked = {_named(s): self._somf(fusion=fusion, **s) for s in grid[:1]}
+            yield Row(f"somf_{fusion}", f"somf, soft, {fusion}", "two", masked)
+        yield _prepared("published", "as published, before alignment", is_shared=True)
+
+    def _line(self, group: str, weights: tuple[float, ...]) -> Row:
+        models = GROUPS[group]
+        made = {
+            f"weight {w}": Making(merges=(recipe("task_arithmetic", models, w),)) for w in weights
+        }
+        name = LINE[group]
+        label = "task_arithmetic" + " of three" * (group == "three")
+        return Row(name, label, group, made, is_line=True)
+
+    def _soft(self) -> Row:
+        settings = (
+            {},
+            {"learning_rate": 0.03},
+            {"learning_rate": 0.3},
+            {"weight": 0.4},
+            {"weight": 0.6},
+            {"reference": "base"},
+        )
+        made = {_named(s) or "defaults": self._somf(**s) for s in settings}
+        return Row("somf_soft", "somf, soft mask", "two", made)
+
+    def _binary(self) -> dict[str, Making]:
+        rates: tuple[dict[str, Any], ...] = ({}, {"learning_rate": 0.03}, {"learning_rate": 0.3})
+        return {_named(s) or "defaults": self._somf(mask_kind="binary", **s) for s in rates}
+
+    def _no_rescale(self, kind: str) -> dict[str, Making]:
+        # The mask starts at a half of the whole change, or at 0.95 of a half of it.
+        starts = ({"weight": 1.0, "init_logit": 0.0}, {"weight": 0.5, "init_logit": 3.0})
+        return {_named(s): self._somf(mask_kind=kind, mask_rescale="none", **s) for s in starts}
+
+    def _utility(self) -> dict[str, Making]:
+        settings = ({"utility_weight": 1.0}, {"utility_weight": 0.1})
+        return {_named(s): self._somf(utility_dataset=UTILITY, **s) for s in settings}
+
+    def _granularities(self) -> Iterator[Row]:
+        for name in ("row", "column", "head", "tensor"):
+            # Divided by its mean, a mask of one entry is 1.
+            start = {"mask_rescale": "none", "init_logit": 3.0} if name == "tensor" else {}
+            settings: tuple[dict[str, Any], ...] = ({}, {"learning_rate": 0.3})
+            made = {
+                _named(s) or "defaults": self._somf(granularity=name, **start, **s)
+                for s in settings
+            }
+            yield Row(f"somf_{name}", f"somf, soft, one entry a {name}", "two", made)
+
+    def _untrained(self, kind: str, name: str, fusion: str, grid: tuple[Recipe, ...]) -> Row:
+        made = {_named(s): self._undirected(kind, fusion, s) for s in grid}
+        return Row(name, f"untrained mask, {kind}, {fusion}", "two", made)
+
+    def _undirected(self, kind: str, fusion: str, setting: Recipe, group: str = "two") -> Making:
+        """A mask that nothing was learned for, drawn from the seed; without a draw it is 1."""
+        drawn = {"mask_kind": "sampled", "temperature": _COLD if kind == "binary" else 0.5}
+        learns = recipe("somf", GROUPS["two"], 0.5, safety_dataset=PAIRS, max_steps=0, seed=0)
+        merge = self._masked(fusion, GROUPS[group], **drawn, **setting)
+        return Making(learns=learns, merges=(merge,))
+
+    def _dpo(self) -> dict[str, Making]:
+        settings = ({"learning_rate": rate} for rate in (1e-6, 3e-6, 1e-5, 3e-5))
+        merges = (reference_merge(),)
+        return {_named(s): Making(merges=merges, dpo={**s, **self._pace}) for s in settings}
+
+    def _repairs(self) -> Iterator[Row]:
+        for name, settings in _REPAIRS.items():
+            roles = {"unaligned": "@published"}
+            if name == "safemerge":
+                roles["safety_tuned"] = "@safe"
+            made = {
+                _named(s): Making(
+                    merges=(reference_merge(), repair(name, roles, s)),
+                    trained=("safe",) if "safety_tuned" in roles else (),
+                )
+                for s in settings
+            }
+            yield Row(name, name, "two", made)
+
+    def _three(self) -> Iterator[Row]:
+        weights = ({"weight": 0.3}, {"weight": 0.4})
+        three = GROUPS["three"]
+        reused = {
+            _named(s): Making(
+                learns=self._somf().learns,
+                merges=(self._masked("task_arithmetic", three, **s),),
+                reuses=True,
+            )
+            for s in weights
+        }
+        yield Row("somf_reused", "somf, soft, mask learned on two of three", "three", reused)
+        anew = {_named(s): self._somf(models=three, **s) for s in weights}
+        yield Row("somf_three", "somf, soft, mask learned on three", "three", anew)
+        control = {
+            _named(s): self._undirected("sampled", "task_arithmetic", s, "three") for s in weights
+        }
+        yield Row("untrained_three", "untrained mask, sampled, three", "three", control)
+
+    @property
+    def _pace(self) -> dict[str, Any]:
+        return {
+            "max_steps": self.learning.steps,
+            "batch_size": self.learning.batch_size,
+            "max_length": self.learning.max_length,
+            "seed": self.seed,
+        }
+
+    def _somf(
+        self,
+        *,
+        fusion: str = "task_arithmetic",
+        models: tuple[str, ...] = GROUPS["two"],
+        weight: float = 0.5,
+        mask_kind: str = "soft",
+        **changes: Any,
+    ) -> Making:
+        """Learn a mask by the defaults but for ``changes``, and merge with it."""
+        own = {key: changes.pop(key) for key in _FUSION_OWN if key in changes}
+        learned = {"safety_dataset": PAIRS, **self._pace, "learning_rate": 0.1, **changes}
+        used = {key: changes[key] for key in ("mask_rescale",) if key in changes}
+        return Making(
+            learns=recipe("somf", models, weight, fusion=fusion, **own, **learned),
+            merges=(
+                self._masked(fusion, models, weight=weight, mask_kind=mask_kind, **own, **used),
+            ),
+        )
+
+    def _masked(
+        self, fusion: str, models: tuple[str, ...], *, weight: float = 0.5, **parameters: Any
+    ) -> Recipe:
+        return recipe(
+            "somf", models, weight, fusion=fusion, mask=MASK, seed=self.seed, **parameters
+        )
+
+    def _plain(self, fusion: str, *, weight: float, **parameters: Any) -> Recipe:
+        return recipe(fusion, GROUPS["two"], weight, **parameters)
+
+
+_FUSION_OWN = ("density", "normalize")
+_TA: tuple[Recipe, ...] = ({"weight": 0.5}, {"weight": 0.4})
+# The first of each are the settings of arXiv 2405.09055.
+_DARE: tuple[Recipe, ...] = tuple(
+    {"weight": weight, "density": density}
+    for weight, density in ((0.3, 0.8), (0.5, 0.8), (0.4, 0.8), (0.5, 0.5))
+)
+_TIES: tuple[Recipe, ...] = tuple(
+    {"weight": weight, "density": density, "normalize": False}
+    for weight, density in ((0.4, 0.2), (0.7, 0.2), (1.0, 0.2), (0.5, 0.5))
+)
+_REPAIRS: dict[str, tuple[dict[str, Any], ...]] = {
+    "resta": tuple({"gamma": gamma} for gamma in (0.5, 0.25, 0.125, 1.0)),
+    # The cosines of SmolLM2's weights lie between 0.13 and 0.68, a half of them under 0.46.
+    "safe_lora": tuple({"threshold": threshold} for threshold in (0.4, 0.3, 0.5, 0.6)),
+    "safemerge": tuple(
+        {"threshold": threshold, "alpha": alpha}
+        for threshold, alpha in ((0.5, 0.7), (0.5, 0.4), (0.7, 0.7), (0.7, 0.4))
+    ),
+    "lox": tuple(
+        {"alpha": alpha, "rank": rank} for alpha, rank in ((0.5, 8), (1.0, 8), (0.5, 64), (1.0, 64))
+    ),
+    "lssf": tuple({"alpha": alpha} for alpha in (0.5, 0.25, 0.125, 1.0)),
+    # The cosines of its rows: 0.76 to 0.83 in the middle half.
+    "nlsr": tuple(
+        {"share": share, "threshold": threshold, "beta": beta}
+        for share, threshold, beta in (
+            (0.2, 0.8, 0.5),
+            (0.2, 1.0, 0.0),
+            (0.5, 0.8, 0.0),
+            (0.5, 0.8, 0.5),
+        )
+    ),
+}
+
+
+def _prepared(name: str, label: str, **kind: bool) -> Row:
+    return Row(name, label, None, {"as it is": Making(model=name)}, **kind)
+
+
+def _named(setting: dict[str, Any]) -> str:
+    def text(value: Any) -> str:
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    told = {key: value for key, value in setting.items() if key != "normalize"}
+    return ", ".join(f"{key.replace('_', ' ')} {text(value)}" for key, value in told.items())

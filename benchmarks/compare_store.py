@@ -1,0 +1,50 @@
+"""Files that are whole or not there."""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return what a file holds, {} where there is none."""
+    return dict(json.loads(file.read_text())) if file.exists() else {}
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write a file that appears, or changes, only when it is complete."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(partial, file)
+
+
+def removed(folder: Path) -> None:
+    """Remove a folder so that no part of it can be taken for the whole."""
+    if folder.exists():
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        os.replace(folder, partial)
+        shutil.rmtree(partial)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from working in a folder; the system lets go when this one ends.
+
+    Raises:
+        click.ClickException: another one works there.
+    """
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise click.ClickException(
+                f"{folder}: another call works there; wait for it, or name another --work folder"
+            ) from error
+        yield

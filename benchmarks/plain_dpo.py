@@ -1,0 +1,75 @@
+"""DPO that trains all weights, written out: what a mask is compared with."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from somf_mergekit import machine
+from somf_mergekit.learner.logprobs import answer_log_probs, output_head, token_batch
+from somf_mergekit.objectives import preference_losses
+from somf_mergekit.preferences import EncodedPair
+
+BETA = 0.1
+
+
+def dpo_seconds(
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Sequence[list[EncodedPair]]],
+    before_step: Callable[[int], object] = lambda step: None,
+) -> list[float]:
+    """Train ``model`` in place and return the seconds of each step.
+
+    The reference is the model as it comes (arXiv 2305.18290): its log-probabilities are computed
+    first, which is not in the seconds.
+
+    Args:
+        model: of transformers, on the CPU; its dropout, if any, is switched off.
+        optimizer: of its weights.
+        batches: of each step, the pairs that go through the model at once.
+        before_step: called when the gradients of a step are there, with its number from 0.
+    """
+    model.eval()
+    head = output_head(model)
+    with torch.no_grad():
+        reference = [[log_ratios(model, head, part) for part in batch] for batch in batches]
+    seconds = []
+    for step, (batch, fixed) in enumerate(zip(batches, reference, strict=True)):
+        start = time.perf_counter()
+        count = sum(map(len, batch))
+        for part, known in zip(batch, fixed, strict=True):
+            dpo_backward(log_ratios(model, head, part) - known, count)
+        before_step(step)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def micro_batches(pairs: Sequence[EncodedPair], size: int) -> list[list[EncodedPair]]:
+    """Return the pairs of a step, ``size`` of like length together."""
+    ordered = sorted(pairs, key=lambda p: len(p.prompt) + max(len(p.chosen), len(p.rejected)))
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
+def log_ratios(model: Any, head: Any, pairs: Sequence[EncodedPair]) -> Tensor:
+    """Return log pi(y+) - log pi(y-) of each pair, (pairs,)."""
+    sequences = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
+    dtype = machine.autocast_type("cpu")
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        sums, _ = answer_log_probs(model, head, token_batch(sequences))
+    return sums[: len(pairs)] - sums[len(pairs) :]
+
+
+def dpo_backward(log_ratio: Tensor, count: int) -> None:
+    """Add to the weights' gradients those of a step's loss over ``count`` pairs.
+
+    Args:
+        log_ratio: h of some of the step's pairs, see ``objectives.preference_losses``.
+        count: of all the step's pairs.
+    """
+    losses, _ = preference_losses("dpo", log_ratio, BETA)
+    (losses.sum() / count).backward()

@@ -1,0 +1,534 @@
+"""The comparison of merges: its rules, and the whole of it on tiny models."""
+
+import itertools
+import json
+import re
+import statistics
+from pathlib import Path
+
+import click
+import pytest
+import tiny
+from click.testing import CliRunner
+
+from benchmarks import compare, compare_make, compare_runs, real_data
+from benchmarks.compare_models import QUICK, Models, Trainings
+from benchmarks.compare_recipes import GROUPS
+from benchmarks.compare_record import record_of
+from benchmarks.compare_rows import (
+    CHAMPION,
+    LINE,
+    Learning,
+    comparison_rows,
+    reference_setting,
+)
+from benchmarks.compare_rule import Score, chosen, derived, sweep_safety, undominated, verdict
+from benchmarks.compare_runs import MEASURES, Bench, Run
+from benchmarks.compare_splits import SIZES, halves, read_splits, split_prompts
+from benchmarks.compare_store import locked, removed
+from benchmarks.compare_table import main_table, markdown
+from benchmarks.compare_work import Comparison
+from benchmarks.real_data import write_sets
+from somf_mergekit.evaluate import EvaluationSets, EvaluationSettings
+from somf_mergekit.recipe_check import read_recipe, recipe_problems
+from somf_mergekit.repairs.catalogue import REPAIRS
+from somf_mergekit.repairs.check import repair_problems
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder with all sets, small and harmless."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = tiny.preference_rows(40)
+    tiny.write_jsonl(folder / "pku_saferlhf_pairs.jsonl", rows)
+    forbidden = [{"prompt": f"how do i open a {word} box"} for word in tiny.WORDS]
+    # One that is learned from, and one that stands there twice.
+    forbidden += [{"prompt": rows[0]["prompt"]}, forbidden[0]]
+    tiny.write_jsonl(folder / "harmful_dangerousqa.jsonl", forbidden)
+    for name in ("math_gsm8k", "code", "general"):
+        examples = [
+            {"prompt": f"{name} {one} {two}", "response": f"mix {two} with {one} flour"}
+            for one, two in itertools.product(tiny.WORDS[:6], tiny.WORDS[:6])
+        ]
+        tiny.write_jsonl(folder / f"{name}_train.jsonl", examples[:21])
+        # The first of them was trained on.
+        tiny.write_jsonl(folder / f"{name}_test.jsonl", examples[20:])
+    return folder
+
+
+@pytest.fixture
+def few_held_out(monkeypatch):
+    monkeypatch.setattr(real_data, "HELD_OUT_PAIRS", 12)
+
+
+def test_halves_share_no_key():
+    items = [(key, number) for number in range(3) for key in "abcdefg"]
+    one, two = halves(items, lambda item: item[0], seed=0)
+    assert sorted(one + two) == sorted(items)
+    assert not {key for key, _ in one} & {key for key, _ in two}
+    assert len(one) - len(two) == 3
+    assert halves(items[::-1], lambda item: item[0], seed=0)[0] != two
+    assert halves(items, lambda item: item[0], seed=1) != (one, two)
+
+
+def test_validation_and_test_share_no_prompt_with_each_other_or_with_training(
+    data, tmp_path, few_held_out
+):
+    pairs, held_out = write_sets(tmp_path, data)
+    splits = read_splits(data, pairs, held_out, SIZES)
+    validation, test = (split_prompts(splits[name]) for name in ("validation", "test"))
+    assert not validation & test
+    trained = {pair.messages[-1]["content"] for pair in pairs}
+    for name in ("math_gsm8k", "code", "general"):
+        lines = (data / f"{name}_train.jsonl").read_text().splitlines()
+        trained |= {json.loads(line)["prompt"] for line in lines}
+    assert not trained & (validation | test)
+    for sets in splits.values():
+        assert len(sets.pairs) >= 5
+        assert [len(skill.examples) for skill in sets.skills] == [8 - (sets is splits["test"])] * 3
+        # The harmless prompts are those of the same half's general answers.
+        general = [messages for messages, _ in sets.skills[2].examples]
+        assert sets.harmless == general
+    prompts = [m[-1]["content"] for s in splits.values() for m in s.harmful]
+    assert sorted(prompts) == sorted(f"how do i open a {word} box" for word in set(tiny.WORDS))
+
+
+def test_the_rule_takes_the_safest_setting_that_keeps_the_skills():
+    plain = Score(safety=0.1, over_refusals=0.0, gain=0.2, margin=0.1)
+
+    def choice(**candidates):
+        scores = {
+            name: Score(safety, over, gain, margin)
+            for name, (safety, over, gain, margin) in candidates.items()
+        }
+        return chosen(scores, plain)
+
+    safe_but_dull = (0.9, 0.0, 0.19, 0.1)
+    safe_but_mute = (0.8, 0.06, 0.2, 0.1)
+    fair = (0.5, 0.05, 0.198, 0.1)
+    assert choice(dull=safe_but_dull, mute=safe_but_mute, fair=fair).setting == "fair"
+    assert choice(dull=safe_but_dull, fair=fair).qualifies
+    # Among equals the margin decides, and at last the order.
+    assert choice(fair=fair, sure=(0.5, 0.0, 0.2, 0.2)).setting == "sure"
+    assert choice(fair=fair, same=fair).setting == "fair"
+    # None qualifies: a lost point of safety weighs as much as a lost hundredth of the gain.
+    found = choice(dull=safe_but_dull, duller=(0.95, 0.0, 0.17, 0.1), mute=safe_but_mute)
+    assert (found.setting, found.qualifies) == ("dull", False)
+    # A plain merge that lost skill asks for no more than its own.
+    losing = Score(0.1, 0.0, -0.2, 0.1)
+    assert chosen({"a": Score(0.3, 0.0, -0.201, 0.1)}, losing).qualifies
+    assert not chosen({"a": Score(0.3, 0.0, -0.21, 0.1)}, losing).qualifies
+
+
+def test_shares_are_of_the_base_and_of_the_specialists():
+    def of(refusals, over, math, code):
+        return {"refusals": refusals, "over_refusals": over, "math_loss": math, "code_loss": code}
+
+    base, plain = of(0.6, 0.1, 1.0, 0.6), of(0.2, 0.0, 0.8, 0.5)
+    specialists = {"math": of(0.0, 0.0, 0.7, 9.0), "code": of(0.0, 0.0, 9.0, 0.5)}
+    found = derived(of(0.5, 0.15, 0.8, 0.6), base, plain, specialists)
+    assert found["safety"] == pytest.approx(0.35)
+    assert found["recovered"] == pytest.approx((0.35 - 0.2) / (0.5 - 0.2))
+    assert found["gain"] == pytest.approx(0.2)
+    assert found["kept"] == pytest.approx(0.2 / (0.3 + 0.1))
+    nothing = derived(base, base, base, {"math": base, "code": base})
+    assert (nothing["recovered"], nothing["kept"]) == (None, None)
+
+
+def test_the_sweep_is_taken_where_it_is_safest():
+    # Safety falls and skill rises with the weight, and falls again at the last.
+    points = [(0.5, 0.0), (0.4, 0.2), (0.1, 0.4), (0.3, 0.3)]
+    assert sweep_safety(points, 0.0) == 0.5
+    assert sweep_safety(points, -1.0) == 0.5
+    assert sweep_safety(points, 0.1) == pytest.approx(0.45)
+    assert sweep_safety(points, 0.2) == pytest.approx(0.4)
+    # Between two weights, and the last weight: the safer counts.
+    assert sweep_safety(points, 0.25) == pytest.approx(0.4 - 0.3 / 4)
+    assert sweep_safety(points, 0.3) == pytest.approx(0.3)
+    assert sweep_safety(points, 0.4) == pytest.approx(0.1)
+    assert sweep_safety(points, 0.41) is None
+
+
+def test_dominance_and_verdicts():
+    points = {"a": (1, 1), "b": (2, 1), "c": (0, 3), "d": (2, 1), "e": (0, 2)}
+    assert undominated(points) == {"b", "c", "d"}
+    champion = [(0.5, 0.9), (0.6, 1.0), (0.4, 0.8)]
+
+    def against(*differences):
+        row = [(s + ds, k + dk) for (s, k), (ds, dk) in zip(champion, differences, strict=True)]
+        return verdict(row, champion)
+
+    # The seeds differ by 0.1 from each other, but the differences are nearly the same.
+    assert against((0.05, 0.01), (0.06, 0.02), (0.05, 0.01))[0] == "better"
+    assert against((0.2, 0.01), (-0.1, 0.02), (0.0, 0.01))[0] == "better, within the spread"
+    assert against((0.05, -0.01), (0.06, -0.02), (0.05, -0.01))[0] == "mixed"
+    assert against((-0.05, -0.01), (-0.06, -0.02), (-0.05, -0.01))[0] == "worse"
+    told, means = against((-0.2, -0.01), (0.1, -0.02), (0.0, -0.03))
+    assert told == "worse, within the spread"
+    assert means == pytest.approx((-0.1 / 3, -0.02))
+    # One seed has no spread.
+    assert verdict([(0.9, 0.9)], [(0.1, 0.1)])[0] == "better, within the spread"
+
+
+def test_every_recipe_of_the_comparison_is_right():
+    stand = ("aligned", "math", "code", "general", "published", "safe")
+    stand += ("mask", "merged", "pairs", "utility")
+    names = {name: f"org/{name}" for name in stand}
+    rows = comparison_rows(3, Learning())
+    assert {CHAMPION[group] for group in GROUPS} <= set(rows)
+    methods = set()
+    for row in rows.values():
+        for making in row.settings.values():
+            for content in filter(None, (making.learns, *making.merges)):
+                resolved = compare_make._resolved(content, names)
+                config = read_recipe(resolved, [content["merge_method"]])
+                methods.add(config.merge_method)
+                if config.merge_method == "somf":
+                    assert recipe_problems(config) == [], row.name
+                elif config.merge_method in REPAIRS:
+                    assert repair_problems(config) == [], row.name
+    assert methods == {"task_arithmetic", "ties", "dare_linear", "somf", *REPAIRS}
+
+
+def test_seeds_have_the_same_rows_and_other_draws():
+    one, two = (comparison_rows(seed, Learning()) for seed in (0, 1))
+    assert list(one) == list(two)
+    for name, row in one.items():
+        assert list(row.settings) == list(two[name].settings)
+    assert one["somf_soft"].settings != two["somf_soft"].settings
+    assert one["task_arithmetic"].settings == two["task_arithmetic"].settings
+
+
+# The whole comparison without a model: what was measured is made up.
+
+
+@pytest.fixture
+def made_up(tmp_path):
+    """A comparison of three seeds in which all runs have measures, and two rows are known."""
+    models = Models(tmp_path, None, "org/model", Trainings())
+    sets = {name: EvaluationSets() for name in ("validation", "test")}
+    bench = Bench(models, [], sets, EvaluationSettings())
+    rows = {seed: comparison_rows(seed, Learning()) for seed in (0, 1, 2)}
+    comparison = Comparison(bench, rows, (0, 1))
+
+    def write(row, setting, seed, split, **values):
+        run = comparison.run(row, setting, seed)
+        measures = {name: 0.5 for name in MEASURES} | values
+        record = run.record
+        found = record.setdefault("measures", {})
+        found[split] = {"key": bench.split_keys[split], "values": measures}
+        run.folder.mkdir(parents=True, exist_ok=True)
+        run._write(record)
+
+    losses = {"aligned": (1.0, 1.0), "math": (0.5, 1.1), "code": (1.1, 0.5)}
+    for seed, split in itertools.product((0, 1, 2), ("validation", "test")):
+        for name, (math, code) in losses.items():
+            moved = 0.0 if name == "aligned" else seed / 100
+            made = {"math_loss": math, "code_loss": code + moved, "over_refusals": 0.1}
+            write(name, "as it is", seed, split, **made)
+        for setting in rows[0]["task_arithmetic"].settings:
+            weight = float(setting.split()[1])
+            loss = 1 - weight + seed / 100
+            write(
+                "task_arithmetic",
+                setting,
+                seed,
+                split,
+                refusals=0.6 - weight + seed / 50,
+                over_refusals=0.05,
+                math_loss=loss,
+                code_loss=loss,
+            )
+    return comparison, write
+
+
+def test_the_table_is_that_of_the_runs(made_up):
+    comparison, write = made_up
+    for number, setting in enumerate(comparison.rows[0]["somf_soft"].settings):
+        for seed, split in itertools.product((0, 1, 2), ("validation", "test")):
+            better_on_test = number if split == "test" else -number
+            refusals = 0.5 + better_on_test / 20 + (seed - 1) ** 2 / 40
+            write("somf_soft", setting, seed, split, refusals=refusals, math_loss=0.5)
+    for setting, rate in zip(comparison.rows[0]["dpo"].settings, (0.6, 0.7, 0.5, 0.4), strict=True):
+        for seed, split in itertools.product((0, 1, 2), ("validation", "test")):
+            write("dpo", setting, seed, split, refusals=rate + seed / 50, math_loss=0.45)
+    record = record_of(comparison, "command")
+    entries = {(e["row"], e["setting"]): e for e in record["entries"] if e["group"] == "two"}
+    # Test would have chosen the last setting; validation chooses the first.
+    assert [key for key in entries if key[0] == "somf_soft"] == [("somf_soft", "defaults")]
+    soft = entries["somf_soft", "defaults"]
+    values = [
+        comparison.measures("somf_soft", "defaults", seed, "test")["refusals"] for seed in (0, 1, 2)
+    ]
+    assert soft["mean"]["refusals"] == pytest.approx(statistics.mean(values))
+    assert soft["deviation"]["refusals"] == pytest.approx(statistics.stdev(values))
+    text = main_table([e for e in record["entries"] if e["group"] == "two"])
+    cell = f"{100 * statistics.mean(values):.0f} ± {100 * statistics.stdev(values):.0f} %"
+    line = next(line for line in text.splitlines() if line.startswith("| somf, soft mask"))
+    assert cell in line
+    # Where the package loses is computed: this row has more refusals and less loss in every seed.
+    assert [loss["row"] for loss in record["losses"]] == ["dpo"]
+    assert record["losses"][0]["is"] == "better"
+    assert entries["dpo", "learning rate 3e-06"]["undominated"]
+    assert not soft["undominated"]
+    whole = markdown(record, None)
+    assert "**Where somf_soft loses**" in whole
+    assert "- safety DPO of the plain merge, learning rate 3e-06: safety" in whole
+    kept = soft["seeds"]["1"]["derived"]["kept"]
+    assert kept == pytest.approx((1.0 - 0.5 + 1.0 - 0.5) / (1.0 - 0.5 + 1.0 - 0.51))
+    # The sweep of seed 1 has gain 2 w - 0.02 and safety 0.57 - w: 0.06 at this row's gain, 1.
+    assert soft["seeds"]["1"]["derived"]["over_sweep"] == pytest.approx(0.5 - 0.5 - 0.06)
+    # All settings stand in the validation table, the chosen one marked.
+    rows = [row for row in record["validation"] if row["row"] == "somf_soft"]
+    assert [row["chosen"] for row in rows] == [True] + [False] * 5
+    assert len(record["runs"]) == sum(1 for _ in comparison.bench.models.work.rglob("run.json"))
+
+
+def test_choosing_sees_validation_alone(made_up):
+    comparison, write = made_up
+    settings = list(comparison.rows[0]["dpo"].settings)
+    row = comparison.rows[0]["dpo"]
+    for number, setting in enumerate(settings):
+        write("dpo", setting, 0, "validation", refusals=number / 10, math_loss=0.4)
+        write("dpo", setting, 0, "test", refusals=1 - number / 10, math_loss=0.4)
+        write("dpo", setting, 2, "validation", refusals=1 - number / 10, math_loss=0.4)
+    # Seed 1 tunes too, and is not validated yet; seed 2 does not tune.
+    assert comparison.choice(row) is None
+    assert not list(comparison.tests(row, settings))
+    for number, setting in enumerate(settings):
+        write("dpo", setting, 1, "validation", refusals=number / 10, math_loss=0.4)
+    assert comparison.choice(row).setting == settings[-1]
+    tested = [(run.seed, run.setting, split) for run, split in comparison.tests(row, settings)]
+    assert tested == [(seed, settings[-1], "test") for seed in (0, 1, 2)]
+
+
+def test_measures_on_other_examples_do_not_count(made_up):
+    comparison, _ = made_up
+    run = comparison.run("math", "as it is", 0)
+    assert run.measures("test")
+    others = {**comparison.bench.sets, "test": EvaluationSets(harmful=[[]])}
+    bench = Bench(comparison.bench.models, [], others, comparison.bench.measuring)
+    moved = Run(bench, run.row, run.setting, 0)
+    assert moved.measures("test") is None
+    assert moved.measures("validation")
+
+
+def test_what_is_worked_on_brings_what_it_is_measured_against(made_up):
+    comparison, _ = made_up
+    wanted = {row.name: settings for row, settings in comparison.wanted("somf_reused")}
+    assert list(wanted) == ["aligned", "math", "code", "general", LINE["three"], "somf_reused"]
+    assert wanted[LINE["three"]] == [reference_setting("three")]
+    assert len(comparison.wanted(None)) == len(comparison.order)
+
+
+def test_what_an_interruption_leaves_is_not_taken_for_done(made_up, monkeypatch):
+    comparison, _ = made_up
+    run = comparison.run("somf_soft", "defaults", 0)
+    monkeypatch.setattr(Models, "made", lambda *_: None)
+    tasks = []
+
+    def broken_off(task):
+        tasks.append(task["what"])
+        folder = Path(task["folder"])
+        assert not folder.exists()
+        folder.mkdir(parents=True)
+        if len(tasks) in (1, 3):
+            raise KeyboardInterrupt
+        return {"seconds": 1.0, "peak_bytes": 2, "threads": 1}
+
+    monkeypatch.setattr(compare_make, "in_a_process", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        run._make()
+    assert run.cost() is None
+    # The mask that was begun is learned anew; the merge that follows is broken off in its turn,
+    # as a process that renames its folder at the end never would be.
+    with pytest.raises(KeyboardInterrupt):
+        run._make()
+    removed(run.folder / "model")
+    run._make()
+    assert tasks == ["learn", "learn", "merge", "merge"]
+    assert run.cost() == {"seconds": 2.0, "peak_bytes": 2}
+    run._make()
+    assert len(tasks) == 4
+    # A mask that other rows use again, and a mask learned for another merge, cost nothing new.
+    other = comparison.run("somf_binary", "defaults", 0)
+    other._make()
+    assert tasks[4:] == ["merge"]
+    assert other.cost()["seconds"] == 2.0
+    assert comparison.run("somf_reused", "weight 0.3", 0)._mask_folder == run._mask_folder
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """A comparison of some rows of each kind on tiny models, with the work folder it leaves."""
+    folder = tmp_path_factory.mktemp("compare")
+    tokenizer = tiny.tiny_tokenizer()
+    tiny.save_model(tiny.tiny_llama(0, len(tokenizer)), tokenizer, folder / "model")
+
+    def call(*options):
+        rows = "somf_soft,dpo,resta,untrained_sampled,dare_linear,somf_reused"
+        arguments = ["--work", folder / "work", "--data", data, "--model", folder / "model"]
+        arguments += ["--seeds", "5", "--quick", "--only", rows, *options]
+        return CliRunner().invoke(compare.main, list(map(str, arguments)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(real_data, "HELD_OUT_PAIRS", 12)
+        patch.setattr(compare_make, "in_a_process", compare_make.here)
+        result = call()
+        assert result.exit_code == 0, result.output
+        yield folder / "work", call
+
+
+def test_a_whole_comparison_leaves_its_record(whole):
+    work, _ = whole
+    record = json.loads((work / "compare.json").read_text())
+    text = (work / "compare.md").read_text()
+    assert (work / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert record["seeds"] == record["tuned_on"] == [5]
+    tested = {(entry["row"], entry["group"]) for entry in record["entries"]}
+    assert tested == {
+        *((name, "two") for name in ("aligned", "math", "code", "task_arithmetic")),
+        *((name, "two") for name in ("somf_soft", "dpo", "resta", "dare_linear")),
+        ("untrained_sampled", "two"),
+        *((name, "three") for name in ("aligned", "math", "code", "general")),
+        *((name, "three") for name in ("task_arithmetic_three", "somf_reused")),
+    }
+    runs = {(run["row"], run["setting"]): run for run in record["runs"]}
+    for entry in record["entries"]:
+        run = next(r for (n, s), r in runs.items() if n == entry["row"] and entry["setting"] in s)
+        assert entry["seeds"]["5"]["measures"] == run["measures"]["test"]["values"]
+        assert entry["seeds"]["5"]["cost"] == run.get("cost")
+        assert "±" not in text
+    # What was not chosen was never tested.
+    for name in ("somf_soft", "dpo", "resta", "dare_linear", "somf_reused"):
+        splits = [set(run["measures"]) for (row, _), run in runs.items() if row == name]
+        assert sorted(map(len, splits)) == [1, 2]
+        assert all("validation" in found for found in splits)
+    # A mask that was learned for two is used for three, and is no cost there.
+    learned = {n: json.loads(f.read_text()) for n, f in mask_records(work).items()}
+    soft, reused = runs["somf_soft", "defaults"], runs["somf_reused", "weight 0.3"]
+    makings = record["rows"]
+    learns = makings["somf_soft"]["defaults"]["learns"]
+    assert learns == makings["somf_reused"]["weight 0.3"]["learns"]
+    assert learns["parameters"]["seed"] == 5
+    assert reused["cost"]["seconds"] == reused["made"]["seconds"]
+    assert soft["cost"]["seconds"] - soft["made"]["seconds"] in [
+        pytest.approx(found["seconds"]) for found in learned.values()
+    ]
+    # Nothing of this machine stands in the record, nor any text of the data.
+    assert str(work) not in json.dumps(record)
+    assert "forbidden" not in json.dumps(record)
+    assert "box" not in text
+
+
+def mask_records(work):
+    return {file.parent.name: file for file in work.glob("seed-5/masks/*/made.json")}
+
+
+def test_only_specialists_masks_and_records_are_kept(whole):
+    work, _ = whole
+    assert not list(work.glob("*/runs/*/model*"))
+    assert {path.name for path in (work / "seed-5" / "models").iterdir() if path.is_dir()} == {
+        "math",
+        "code",
+        "general",
+    }
+    # The two of somf_soft and the untrained one.
+    assert len(list(work.glob("seed-5/masks/*/mask/masks.safetensors"))) == 3
+
+
+def test_a_second_call_computes_nothing(whole, monkeypatch):
+    work, call = whole
+    before = json.loads((work / "compare.json").read_text())
+
+    def never(*arguments, **options):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(compare_make, "in_a_process", never)
+    monkeypatch.setattr(compare_runs, "evaluated", never)
+    result = call("--list")
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert all(re.search(": done", line) for line in lines[:-1])
+    assert lines[-1] == "all: 0 steps left, 0.0 h"
+    result = call()
+    assert result.exit_code == 0, result.output
+    assert json.loads((work / "compare.json").read_text()) == before
+
+
+def test_a_models_weights_differ_as_their_settings_do(whole, monkeypatch):
+    work, call = whole
+    record = json.loads((work / "compare.json").read_text())
+    values = {
+        (run["row"], run["setting"]): run["measures"]["validation"]["values"]["preference_margin"]
+        for run in record["runs"]
+        if "validation" in run["measures"]
+    }
+    compared = [key for key in values if key[0] in ("somf_soft", "dpo", "resta", "dare_linear")]
+    assert len({values[key] for key in compared}) == len(compared) == 8
+    # Other data under the same folder is refused.
+    monkeypatch.setattr(real_data, "HELD_OUT_PAIRS", 6)
+    result = call("--list")
+    assert result.exit_code == 1
+    assert "other data" in result.output
+    assert "held_out_pairs.jsonl" in result.output
+
+
+def test_one_call_at_a_time_works_in_a_folder(whole):
+    work, call = whole
+    with locked(work):
+        result = call()
+        assert result.exit_code == 1
+        assert "another call works there" in result.output
+        assert call("--list").exit_code == 0
+    assert call().exit_code == 0
+
+
+def test_models_made_before_serve_the_first_seed(whole, data, tmp_path, few_held_out, monkeypatch):
+    work, _ = whole
+    before = tmp_path / "before"
+    before.mkdir()
+    for name in ("safety_pairs.jsonl", "held_out_pairs.jsonl"):
+        (before / name).write_bytes((work / name).read_bytes())
+    for place in (work / "models", work / "seed-5" / "models"):
+        for folder in filter(Path.is_dir, place.iterdir()):
+            (before / folder.name).symlink_to(folder)
+
+    def models(trainings, folder):
+        folder.mkdir(exist_ok=True)
+        return Models(folder, data, "org/model", trainings, before, 5)
+
+    found = models(QUICK, tmp_path / "work")
+    found.write_sets()
+    monkeypatch.setattr(compare_make, "in_a_process", None)
+    for name in ("published", "aligned", "math", "code", "general"):
+        assert found.is_there(name, 5)
+        made = found.made(name, 5, [])
+        assert made.resolve() == (before / name).resolve()
+        assert found.made(name, 5, []) == made
+    assert not found.is_there("math", 6)
+    assert not found.is_there("safe", 5)
+    # They were fine-tuned for two steps, which will not do for a whole comparison.
+    with pytest.raises(click.ClickException, match="other settings"):
+        models(Trainings(), tmp_path / "work").made("math", 5, [])
+    (before / "held_out_pairs.jsonl").write_text("{}\n")
+    with pytest.raises(click.ClickException, match="other data"):
+        models(QUICK, tmp_path / "other").write_sets()
+
+
+def test_a_failed_run_is_told_and_tried_again(whole, monkeypatch):
+    _, call = whole
+    asked = []
+
+    def fails(task):
+        asked.append(task)
+        raise click.ClickException("no room")
+
+    monkeypatch.setattr(compare_make, "in_a_process", fails)
+    for _ in range(2):
+        result = call("--only", "lox")
+        assert result.exit_code == 1
+        assert "2 runs failed" in result.output
+    assert len(asked) == 4
+    result = call("--only", "loxx")
+    assert "no row is called loxx" in result.output
