@@ -40,14 +40,18 @@ def main(kills: int, seed: int, engine: str, out: Path) -> None:
         seconds = time.monotonic() - start
         moments = []
         for number in range(kills):
+            began = time.time()
             process = _started(recipe, work / "mask", engine)
             if number % 2:
-                while process.poll() is None and not _writes(work / "mask.learning"):
+                # Not the first checkpoint each time: learning is to come to an end.
+                wanted = _step(work) + draw.randrange(1, 1 + STEPS // kills * 2)
+                while process.poll() is None and not (
+                    _step(work) >= wanted and _writes(work / "mask.learning", began)
+                ):
                     time.sleep(0.0005)
-                time.sleep(draw.random() * 0.002)
             else:
                 time.sleep(draw.random() * seconds)
-            writing = _writes(work / "mask.learning")
+            writing = _writes(work / "mask.learning", began)
             ended = process.poll() is not None
             process.send_signal(signal.SIGKILL)
             process.wait()
@@ -110,8 +114,12 @@ def _started(recipe: Path, mask: Path, engine: str) -> subprocess.Popen[bytes]:
     )
 
 
-def _writes(folder: Path) -> bool:
-    return folder.is_dir() and any(name.endswith(".partial") for name in os.listdir(folder))
+def _writes(folder: Path, since: float) -> bool:
+    """Return whether a checkpoint is being written by a process that was started ``since``."""
+    try:
+        return any(file.stat().st_mtime > since for file in folder.glob("*.partial"))
+    except FileNotFoundError:
+        return False
 
 
 def _step(work: Path) -> int:

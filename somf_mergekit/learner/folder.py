@@ -41,6 +41,10 @@ def learning_folder(mask_folder: str, together: Processes) -> Iterator[str]:
     except OSError as error:
         raise RecipeError(f"checkpoints can't be written to {place}: {error.strerror}") from error
     try:
+        for name in os.listdir(place):
+            # A process that was killed leaves what it had not finished.
+            if name.endswith(".partial"):
+                os.unlink(os.path.join(place, name))
         together.wait()
         yield place
     finally:
@@ -50,10 +54,6 @@ def learning_folder(mask_folder: str, together: Processes) -> Iterator[str]:
 
 def _remove_if_done(place: str) -> None:
     with contextlib.suppress(OSError):
-        for name in os.listdir(place):
-            # A process that was killed leaves what it had not finished.
-            if name.endswith(".partial"):
-                os.unlink(os.path.join(place, name))
         if os.listdir(place) == [_LOCK]:
             os.unlink(os.path.join(place, _LOCK))
             os.rmdir(place)
