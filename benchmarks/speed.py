@@ -195,7 +195,7 @@ def _ours(engine: str, folder: Path, options: dict[str, Any]) -> tuple[list[floa
         batch_size=options["batch_size"],
         max_length=options["max_length"],
         # A new mask each time, the same in all processes: one that is there would be used again.
-        seed=time.time_ns() // 10**9 if engine != SHARDED else os.getppid(),
+        seed=os.getppid() if engine == SHARDED else time.time_ns() % 2**31,
     )
     learn(content, folder / "mask")
     rows = (folder / "mask" / "training.jsonl").read_text().splitlines()
