@@ -58,6 +58,11 @@ OPTIONS = (
         "Where the learned mask goes instead of the output folder's `somf`.",
         click.Path(file_okay=False),
     ),
+    MachineOption(
+        "cache_dir",
+        "Where the checksums of model files are remembered; `somf-mergekit` in the user's cache.",
+        click.Path(file_okay=False),
+    ),
 )
 
 

@@ -37,10 +37,11 @@ def mask_for(planned: PlannedMerge, folder: str) -> MaskSet:
     data = checked_data(planned)
     fingerprint = learning_fingerprint(planned, data)
     if os.path.exists(os.path.join(folder, MASKS_FILE)):
-        differing = differences(MaskSet.open(folder).provenance, fingerprint)
+        known = MaskSet.open(folder)
+        differing = differences(known.provenance, fingerprint, [str(m) for m in planned.models])
         if not differing:
             _say(planned, f"somf: reusing the mask learned before in {folder}")
-            return MaskSet.open(folder)
+            return known
         _say(
             planned,
             f"somf: the mask in {folder} was learned with other {', '.join(differing)}: a new one "

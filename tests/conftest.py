@@ -9,6 +9,12 @@ import pytest
 import tiny
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """A cache of the tests' own: the user's is left alone."""
+    os.environ["SOMF_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache") / "somf")
+
+
 @pytest.fixture(scope="session")
 def family(tmp_path_factory):
     """A base model, two fine-tuned ones, what repairs need beside them, and preference pairs."""
