@@ -94,7 +94,7 @@ def _learned_mask(
         quiet = planned.options.quiet or not together.is_first
         _learn_with_progress(problem, history, quiet)
     except LossNotFinite as error:
-        kept = _free_name(f"{folder}.last-good")
+        kept = together.of_first(_free_name(f"{folder}.last-good"))
         artifact(kept)
         raise RecipeError(
             f"the loss became NaN or infinite at step {error.step + 1} of "
