@@ -183,6 +183,24 @@ class MaskSet:
             self.entries(name), kind, temperature=temperature, seed=seed, name=name
         )
 
+    def problems(self) -> list[str]:
+        """Return what is damaged of the artifact, a sentence each, after reading all of it."""
+        found = []
+        for name in self.stored_names():
+            try:
+                self._checked_codes(name)
+            except RecipeError as error:
+                found.append(error.message)
+        folder = os.path.dirname(self.path)
+        told = (told_checksums(folder) or {}) if os.path.basename(self.path) == MASKS_FILE else {}
+        history = os.path.join(folder, HISTORY_FILE)
+        if HISTORY_FILE in told:
+            if not os.path.exists(history):
+                found.append(f"{history} is missing")
+            elif file_digest(history) != told[HISTORY_FILE]:
+                found.append(f"{history} has another checksum than when written")
+        return found
+
     def _checked_codes(self, stored: str) -> Tensor:
         what = f"mask {self.path}: its tensor {stored}"
         try:

@@ -134,7 +134,7 @@ def _with_checks(original: Callable[[MergePlanner], None]) -> Callable[[MergePla
         planned = _planned(self, original)
         if method == recipe.METHOD_NAME:
             masks = mask_for(planned, _artifact_folder(self))
-            self._tensors = [(w, _with_mask(task, masks.path)) for w, task in planned.tensors]
+            self._tensors = [(w, with_mask(task, masks.path)) for w, task in planned.tensors]
 
     return plan
 
@@ -181,7 +181,8 @@ def _artifact_folder(planner: MergePlanner) -> str:
     return str(folder)
 
 
-def _with_mask(task: ExecuteMergeMethodTask, mask: str) -> ExecuteMergeMethodTask:
+def with_mask(task: ExecuteMergeMethodTask, mask: str) -> ExecuteMergeMethodTask:
+    """Return mergekit's task of a tensor with the artifact that it takes its mask from."""
     fields = {name: getattr(task, name) for name in type(task).model_fields}
     fields["parameters"] = {
         **dict(task.parameters.items()),
