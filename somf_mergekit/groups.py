@@ -22,6 +22,9 @@ def is_finite(tensor: torch.Tensor) -> bool:
     # NaN and infinity spread to the extremes, which cost a fraction of a look at each entry.
     if tensor.numel() == 0:
         return True
+    if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
+        # torch has no extremes of float8.
+        tensor = tensor.float()
     return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))
 
 

@@ -5,8 +5,18 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 # Sums depend on how many threads share them: all processes of the tests have one.
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
+import hypothesis
 import pytest
 import tiny
+
+# `make test-hostile` tries thousands; the same examples every time in a run of all tests.
+hypothesis.settings.register_profile(
+    "fast", max_examples=20, deadline=None, database=None, derandomize=True
+)
+hypothesis.settings.register_profile(
+    "thousands", max_examples=2000, deadline=None, database=None, print_blob=True
+)
+hypothesis.settings.load_profile(os.environ.get("HOSTILE_PROFILE", "fast"))
 
 
 @pytest.fixture(scope="session", autouse=True)
