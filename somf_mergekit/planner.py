@@ -11,7 +11,6 @@ from typing import Any
 import click
 from mergekit.architecture import get_architecture_info
 from mergekit.config import MergeConfiguration
-from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
@@ -78,7 +77,6 @@ def planned_merge(config: MergeConfiguration, options: MergeOptions) -> PlannedM
         RecipeError: the recipe is wrong, or mergekit can't plan it.
     """
     check_recipe(config, options)
-    LoaderCache().setup(options=options)
     base = config.base_model.config(trust_remote_code=options.trust_remote_code)
     planner = MergePlanner(
         config.model_copy(deep=True), get_architecture_info(config, options), options, base

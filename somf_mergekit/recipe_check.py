@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 from mergekit.options import MergeOptions
 from pydantic import ValidationError
@@ -69,7 +70,7 @@ def read_recipe(
 def check_recipe(
     config: MergeConfiguration, options: MergeOptions, config_source: str | None = None
 ) -> None:
-    """Check what a recipe of one of OWN_METHODS says, and that its models have configurations.
+    """Check what a recipe of one of OWN_METHODS says, and that its models can be opened.
 
     Raises:
         RecipeError: everything that is wrong, together.
@@ -79,6 +80,7 @@ def check_recipe(
         content = yaml.safe_load(config_source)
         problems += text_problems(content, MergeConfiguration)
     problems += OWN_METHODS[config.merge_method](config)
+    LoaderCache().setup(options=options)
     for model in sorted(config.referenced_models(), key=str):
         problems += _model_problems(model, options)
     raise_together(problems, WRONG_RECIPE)
@@ -193,6 +195,13 @@ def _model_problems(model: ModelReference, options: MergeOptions) -> list[str]:
         return [f"model {model}: its configuration can't be read: {reason}"]
     if model.lora and not options.lora_merge_cache:
         return [f"model {model}: an adapter needs mergekit's option --lora-merge-cache DIR"]
+    if model.lora:
+        return []
+    try:
+        LoaderCache().get(model)
+    except Exception as error:  # a damaged checkpoint has many of its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return [f"model {model}: its weights can't be opened: {reason}"]
     return []
 
 

@@ -14,7 +14,11 @@ hypothesis.settings.register_profile(
     "fast", max_examples=20, deadline=None, database=None, derandomize=True
 )
 hypothesis.settings.register_profile(
-    "thousands", max_examples=2000, deadline=None, database=None, print_blob=True
+    "thousands",
+    max_examples=2000,
+    deadline=None,
+    database=None,
+    print_blob=True,
 )
 hypothesis.settings.load_profile(os.environ.get("HOSTILE_PROFILE", "fast"))
 

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 import yaml
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 from mergekit.merge_methods import merge_state_dicts
 
@@ -117,7 +117,7 @@ def test_recipes_are_planned_or_refused(family, tmp_path, data):
         (tmp_path / "recipe.yml").write_text(text, encoding="utf-8")
     except (yaml.YAMLError, UnicodeEncodeError):
         assume(False)
-    ends_well("check", tmp_path / "recipe.yml")
+    event("planned" if ends_well("check", tmp_path / "recipe.yml") else "refused")
 
 
 @anew
@@ -297,7 +297,11 @@ def test_tensors_of_any_kind_are_merged_rightly_or_refused(tmp_path, data):
         parameters["density"] = 1.0
     try:
         found = merge_state_dicts(models, "somf", base="base", parameters=parameters)["w"]
-    except RecipeError:
+    except ValueError as error:
+        if not isinstance(error, RecipeError):
+            # mergekit's own word on models whose whole numbers differ.
+            assume("Non-floating buffer" not in str(error))
+            raise
         # No merge that is right may be refused, but where float32 has no numbers for its parts.
         largest = max(float(m["w"].double().abs().max()) for m in models.values())
         reference = expected(models, masks, fusion)
