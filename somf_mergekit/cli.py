@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from . import machine, processes, recipe
-from .errors import RecipeError
+from .errors import RecipeError, printable
 
 
 class _Commands(click.Group):
@@ -139,7 +139,7 @@ def _verify() -> click.Command:
         found = []
         for check in verify.checks(folder, _merge_options(values), None if every else sample):
             found.append(check.verdict)
-            click.echo(f"{check.subject}: {check.verdict}: {check.told}")
+            click.echo(printable(f"{check.subject}: {check.verdict}: {check.told}"))
         counts = [found.count(v) for v in (verify.RIGHT, verify.WRONG, verify.UNCHECKED)]
         click.echo("{} right, {} wrong, {} not checked".format(*counts))
         if counts[1] or (strict and counts[2]):

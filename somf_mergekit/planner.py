@@ -25,6 +25,7 @@ from .plan import PlannedMerge, mask_name
 from .plan_check import plan_problems, unused_filters
 from .prepass import mask_for
 from .processes import started
+from .recipe_blocks import recipe_text
 from .recipe_check import OWN_METHODS, WRONG_RECIPE, check_recipe, check_writable, read_recipe
 
 ARTIFACT_FOLDER = "somf"
@@ -138,7 +139,7 @@ def _with_checks(original: Callable[[MergePlanner], None]) -> Callable[[MergePla
 
 
 def _planned(planner: MergePlanner, plan: Callable[[MergePlanner], None]) -> PlannedMerge:
-    given = planner.config.to_yaml()
+    given = recipe_text(planner.config)
     original = planner.config.model_copy(deep=True)
     recipe.join_patterns(planner.config)
     recipe.apply_preset(planner.config)

@@ -7,7 +7,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
 from mergekit.io.tasks import LoaderCache
 
 from .digests import file_digest
@@ -16,6 +15,7 @@ from .learner.tensors import MaskedTensor
 from .masks import MaskSet
 from .method import MASK_TENSOR
 from .plan import PlannedMerge, input_names
+from .recipe_blocks import plain
 from .sources import content_fingerprint
 
 # Settings that choose how a learned mask is used, not which mask is learned.
@@ -91,8 +91,7 @@ def _tokens(planned: PlannedMerge) -> list[Any]:
     laid_out = []
     if info is not None:
         laid_out = [sorted(info.permutations.get(model, {}).items()) for model in planned.models]
-    asked = planned.config.tokenizer.model_dump(mode="json") if planned.config.tokenizer else None
-    return [own, tokenizer.special_tokens_map, laid_out, asked]
+    return [own, tokenizer.special_tokens_map, laid_out, plain(planned.config.tokenizer)]
 
 
 def provenance(
@@ -152,7 +151,7 @@ def provenance_of_use(planned: PlannedMerge, masks: MaskSet) -> dict[str, Any]:
 def _told_settings(planned: PlannedMerge) -> dict[str, Any]:
     """Return all settings; those that differ between tensors as the recipe says them."""
     told = planned.settings.model_dump()
-    content = yaml.safe_load(planned.config.to_yaml())["parameters"]
+    content = plain(planned.config.parameters)
     varied = {k: v for k, v in content.items() if k in told and isinstance(v, (dict, list))}
     return told | varied
 

@@ -1,6 +1,7 @@
 """`mergekit-somf verify` says what of a merge's output is as it should be, and what is not."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -253,8 +254,17 @@ def test_adapters_need_the_folder_that_the_merge_kept_them_in(family, tmp_path, 
     cache = ("--lora-merge-cache", str(tmp_path / "cache"))
     tiny.merged(content, tmp_path / "out", *cache)
     assert {v for v, _ in verified(tmp_path / "out", *cache, "--all").values()} == {"right"}
+    adapter = next((tmp_path / "adapter").glob("adapter_model.*"))
+    later = adapter.stat().st_mtime + 3600
+    os.utime(adapter, (later, later))
+    changed = tiny.refused(content, tmp_path, *cache)
+    assert "was changed after mergekit put them together" in changed
+    assert str(tmp_path / "cache") in changed
+    (kept,) = (tmp_path / "cache").iterdir()
+    (kept / "model.safetensors").unlink()
     # As in a process of its own: mergekit remembers where it has put models.
     LoaderCache().loaders.clear()
+    assert "was left unfinished, remove it" in tiny.refused(content, tmp_path, *cache)
     told = verified(tmp_path / "out")
     assert told["models"][0] == told["tensors"][0] == "not checked"
     assert "--lora-merge-cache" in told["tensors"][1]
