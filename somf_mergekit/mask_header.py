@@ -124,9 +124,9 @@ def _problems(header: MaskHeader, shapes: Any, types: Any, has_checksums: bool) 
 def tensor_digest(codes: Tensor) -> str:
     """Return the checksum of a stored tensor: XXH3 in 128 bits over its shape and its bytes.
 
-    It is taken of every mask that a merge reads. On one core of an AMD EPYC it took 0.03 ns an entry,
-    a SHA-256 1.1, and decoding, rescaling and fusing two bfloat16 models 6.7. A SHA-256 would protect
-    no more: a forger can write either.
+    It is taken of every mask that a merge reads. On a core of an AMD EPYC it took 0.03 ns an entry,
+    a SHA-256 1.1, and decoding, rescaling and fusing two bfloat16 models 6.7. A SHA-256 would
+    protect no more: a forger can write either.
     """
     digest = xxhash.xxh3_128(str(tuple(codes.shape)).encode())
     digest.update(codes.contiguous().view(-1).numpy().data)
