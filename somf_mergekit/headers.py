@@ -35,7 +35,7 @@ def checkpoint_problems(planned: PlannedMerge) -> list[str]:
                 shapes[model] = found
         base = shapes.get(task.base_model)
         if not (weight.force_dtype or planned.config.dtype):
-            problems += _differing_numbers(weight, gathered, planned.options)
+            problems += _type_problems(weight, gathered, planned.options)
         for model, shape in shapes.items():
             if base is not None and not _fits(shape, base, weight, aligned):
                 hint = (
@@ -56,10 +56,14 @@ def checkpoint_problems(planned: PlannedMerge) -> list[str]:
     return problems
 
 
-def _differing_numbers(weight: WeightInfo, gathered: Any, options: MergeOptions) -> list[str]:
-    """Return a sentence where whole numbers or truth values differ between the models."""
+def _type_problems(weight: WeightInfo, gathered: Any, options: MergeOptions) -> list[str]:
+    """Return a sentence where a tensor is stored in a type that can't be fused."""
     stored = [_stored_as(model, source) for model, source in gathered.weight_info.items()]
     types = {found[1] for found in stored if found}
+    if any(kind.startswith("F8") for kind in types):
+        return [
+            f"{weight.name} is stored in float8: set `dtype: bfloat16` or `float32` to merge in"
+        ]
     if all(kind.startswith(("F", "BF")) for kind in types):
         return []
     # Small, as only buffers are: mergekit copies what is alike, and fuses none of it.

@@ -189,10 +189,15 @@ def _their_problems(
 
 def _model_problems(model: ModelReference, options: MergeOptions) -> list[str]:
     try:
-        model.config(trust_remote_code=options.trust_remote_code)
+        config = model.config(trust_remote_code=options.trust_remote_code)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return [f"model {model}: its configuration can't be read: {reason}"]
+    if getattr(config, "quantization_config", None):
+        return [
+            f"model {model}: it is quantized, and mergekit would take what is stored for the "
+            "weights themselves, without their scales; give it in bfloat16 or float32"
+        ]
     if model.lora and not options.lora_merge_cache:
         return [f"model {model}: an adapter needs mergekit's option --lora-merge-cache DIR"]
     kept = _kept_adapter(model, options)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .digests import file_digests
 from .errors import RecipeError
-from .groups import is_shared_buffer, not_finite
+from .groups import are_equal, is_shared_buffer, not_finite
 from .plan import PlannedMerge, task_parameters
 from .weights import Keep, LinearWeight, MergedWeight, merged_weight
 
@@ -80,7 +80,7 @@ def loaded_tensors(planned: PlannedMerge) -> Iterator[LoadedTensor]:
             raise RecipeError(broken)
         base = group.base.tensor
         parameters = task_parameters(task)
-        changed = any(not torch.equal(entry.tensor, base) for entry in group.non_base)
+        changed = any(not are_equal(entry.tensor, base) for entry in group.non_base)
         is_number = base.is_floating_point() and not shared
         merged = merged_weight(group, parameters) if is_number else None
         if not changed and isinstance(merged, LinearWeight) and merged.start is base:

@@ -14,6 +14,7 @@ from mergekit.options import MergeOptions
 from torch import Tensor
 
 from .errors import RecipeError
+from .groups import are_equal
 from .masks import MaskSet
 from .plan import PlannedMerge
 from .planner import planned_merge, with_mask
@@ -138,7 +139,7 @@ def difference(expected: Tensor, found: Tensor) -> tuple[str, bool]:
     if expected.dtype != found.dtype or expected.shape != found.shape:
         shapes = [f"{t.dtype} {tuple(t.shape)}" for t in (found, expected)]
         return f"is {shapes[0]}, expected {shapes[1]}".replace("torch.", ""), False
-    if torch.equal(expected, found):
+    if are_equal(expected, found):
         return "", True
     if not found.is_floating_point():
         return f"{int((expected != found).sum())} entries differ", False

@@ -230,6 +230,30 @@ def test_damaged_checkpoints(refused, family_recipe, family, tmp_path, damage, s
     assert said in message
 
 
+def test_float8_needs_a_dtype_to_merge_in(refused, family_recipe, family, tmp_path):
+    recipe = family_recipe()
+    for model in ("base", "math", "code"):
+        shutil.copytree(family / model, tmp_path / model)
+        tensors = {n: t.to(torch.float8_e4m3fn) for n, t in tiny.tensors_of(family / model).items()}
+        save_file(tensors, tmp_path / model / "model.safetensors", metadata={"format": "pt"})
+    recipe = json.loads(json.dumps(recipe).replace(str(family), str(tmp_path)))
+    recipe["parameters"]["safety_dataset"] = str(family / "pairs.jsonl")
+    stored = {key: value for key, value in recipe.items() if key != "dtype"}
+    assert "is stored in float8: set `dtype: bfloat16`" in refused(stored)
+    found = tiny.merged(recipe, tmp_path / "merged")
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+
+
+def test_quantized_models(refused, family_recipe, family, tmp_path):
+    shutil.copytree(family / "math", tmp_path / "quantized")
+    file = tmp_path / "quantized/config.json"
+    method = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": method}))
+    recipe = family_recipe()
+    recipe["models"][0]["model"] = str(tmp_path / "quantized")
+    assert f"model {tmp_path / 'quantized'}: it is quantized" in refused(recipe)
+
+
 def test_whole_numbers_that_differ(refused, family_recipe, family, tmp_path):
     name = "model.norm.weight"
     recipe = family_recipe()

@@ -39,7 +39,11 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(ODD_TEXT, inner, max_size=3),
     max_leaves=5,
 )
-FUSIONS = ["task_arithmetic", "linear", "ties", "dare_linear", "slerp", "karcher", "model_stock"]
+# What may well be right in another place.
+PLAUSIBLE = st.sampled_from([0, 1, 2, 3, 0.25, 0.5, 0.9, True, [0.1, 0.2], [1, 2, 3]]) | (
+    st.sampled_from(["row", "head", "binary", "none", "mlp", "norm,attn", "*", "base", "float16"])
+)
+FUSIONS = ["task_arithmetic", "linear", "ties", "dare_linear", "nuslerp", "karcher"]
 
 
 def places(value, path=()):
@@ -57,14 +61,16 @@ def places(value, path=()):
 def mutated(draw, value):
     """A value with some of its places changed, taken out, doubled, or with more in them."""
     value = copy.deepcopy(value)
-    for _ in range(draw(st.integers(1, 3))):
+    for _ in range(draw(st.sampled_from([1, 1, 2, 3]))):
         *path, last = draw(st.sampled_from([p for p in places(value) if p]))
         parent = value
         for key in path:
             parent = parent[key]
-        kind = draw(st.sampled_from(["replace", "remove", "add", "rename", "wrap"]))
+        kind = draw(st.sampled_from(["like", "like", "replace", "remove", "add", "rename", "wrap"]))
         if kind == "replace":
             parent[last] = draw(VALUES)
+        elif kind == "like" and not isinstance(parent[last], (dict, list)):
+            parent[last] = draw(PLAUSIBLE)
         elif kind == "wrap":
             parent[last] = draw(st.sampled_from([[parent[last]], [parent[last]] * 2]))
         elif kind == "remove":
@@ -100,6 +106,12 @@ def recipe_of(family, **further):
         safety_dataset=str(family / "pairs.jsonl"),
         max_steps=2,
         learning_rate=[{"filter": "mlp", "value": 0.1}, {"value": [0.2, 0.1]}],
+        granularity="weight",
+        mask_kind="soft",
+        temperature=0.5,
+        seed=3,
+        sft_weight=0.5,
+        reference="base",
         include=["self_attn", "mlp*"],
         **further,
     )
