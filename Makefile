@@ -5,13 +5,18 @@ BIN := $(VENV)/bin
 DEMO ?= demo-output
 BENCH ?=
 
-.PHONY: demo test lint format bench bench-speed bench-safety bench-compare dist check-dist clean
+.PHONY: demo test test-hostile lint format bench bench-speed bench-safety bench-compare dist \
+	check-dist clean
 
 demo: $(VENV)/ready
 	$(BIN)/mergekit-somf demo $(DEMO)
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
+
+# Thousands of examples for each property that `make test` tries with a few.
+test-hostile: $(VENV)/ready
+	HOSTILE_PROFILE=thousands $(BIN)/python -m pytest tests/test_hostile.py --hypothesis-show-statistics
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

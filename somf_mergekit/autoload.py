@@ -5,8 +5,11 @@ Nothing here can make an import fail.
 
 import logging
 import sys
+from collections.abc import Callable
 from importlib import import_module
+from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 LOG = logging.getLogger("somf_mergekit")
 
@@ -55,8 +58,40 @@ def _on_merge(module: ModuleType) -> None:
     _carefully(_adopt_merge, module)
 
 
-def _carefully(action, *arguments) -> None:  # type: ignore[no-untyped-def]
-    """Run an action; an error of ours becomes a warning, never a failed import of mergekit."""
+class _Announced(ModuleSpec):
+    """A module's spec that runs what waits for the end of the module's import.
+
+    That end is where Python takes back the mark that the import is in progress.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "_initializing" and not value:
+            waiting = self.__dict__.pop("_somf_waiting", [])
+            for action, arguments in waiting:
+                _carefully(action, *arguments)
+
+
+def _spec_in_progress() -> ModuleSpec | None:
+    """Return the spec of the outermost of our modules that is being imported, if one is."""
+    for name, module in list(sys.modules.items()):
+        spec = getattr(module, "__spec__", None)
+        if name.startswith("somf_mergekit.") and getattr(spec, "_initializing", False):
+            return spec
+    return None
+
+
+def _carefully(action: Callable[..., None], *arguments: Any) -> None:
+    """Run an action; an error of ours becomes a warning, never a failed import of mergekit.
+
+    Where one of our own modules has imported mergekit, the action waits until that is complete: it
+    may need what stands further down in it.
+    """
+    unfinished = _spec_in_progress()
+    if unfinished is not None:
+        unfinished.__class__ = _Announced
+        unfinished.__dict__.setdefault("_somf_waiting", []).append((action, arguments))
+        return
     try:
         action(*arguments)
     except Exception as error:
@@ -76,8 +111,6 @@ def _carefully(action, *arguments) -> None:  # type: ignore[no-untyped-def]
 
 
 def _adopt_methods() -> None:
-    # Each module registers its methods as its last act. So it does not matter whether it is
-    # imported here, or is itself the one whose imports have called this hook.
     import_module("somf_mergekit.method")
     import_module("somf_mergekit.repairs.methods")
 

@@ -1,14 +1,14 @@
 """The command ``mergekit-somf``: thin commands over the package."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from . import machine, processes, recipe
-from .errors import RecipeError
+from .errors import RecipeError, printable
 
 
 class _Commands(click.Group):
@@ -131,6 +131,35 @@ def _inspect() -> click.Command:
     return command
 
 
+def _verify() -> click.Command:
+    """Check a merge's output: the mask, whose it is, and tensors, which are computed once more."""
+
+    def callback(folder: str, sample: int, every: bool, strict: bool, **values: Any) -> None:
+        from . import verify
+
+        found = []
+        for check in verify.checks(folder, _merge_options(values), None if every else sample):
+            found.append(check.verdict)
+            click.echo(printable(f"{check.subject}: {check.verdict}: {check.told}"))
+        counts = [found.count(v) for v in (verify.RIGHT, verify.WRONG, verify.UNCHECKED)]
+        click.echo("{} right, {} wrong, {} not checked".format(*counts))
+        if counts[1] or (strict and counts[2]):
+            raise SystemExit(1)
+
+    own = [
+        click.Option(
+            ["--sample"],
+            type=click.IntRange(min=1),
+            default=8,
+            show_default=True,
+            help="How many tensors are computed once more.",
+        ),
+        click.Option(["--all", "every"], is_flag=True, help="Compute every tensor once more."),
+        click.Option(["--strict"], is_flag=True, help="Fail also where something is not checked."),
+    ]
+    return _with_merge_options("verify", _verify, callback, ("folder",), own)
+
+
 def _pack() -> click.Command:
     """Write the binary mask of a learned one with a bit an entry, to be published or kept."""
 
@@ -177,6 +206,7 @@ _MAKERS: dict[str, Callable[[], click.Command]] = {
     "check": _check,
     "inspect": _inspect,
     "pack": _pack,
+    "verify": _verify,
     "evaluate": _evaluate,
     "demo": _demo,
 }
@@ -187,12 +217,14 @@ def _with_merge_options(
     maker: Callable[[], click.Command],
     callback: Callable[..., None],
     arguments: tuple[str, ...],
+    own: Sequence[click.Parameter] = (),
 ) -> click.Command:
-    """Return a command with mergekit-yaml's options and the machine's."""
+    """Return a command with options of its own, mergekit-yaml's and the machine's."""
     from mergekit.options import PrettyPrintHelp
     from mergekit.scripts.run_yaml import main as mergekit_yaml
 
     params: list[click.Parameter] = [click.Argument([argument]) for argument in arguments]
+    params += own
     params += [p for p in mergekit_yaml.params if isinstance(p, click.Option)]
     params += [
         click.Option(

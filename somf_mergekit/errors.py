@@ -15,6 +15,21 @@ class RecipeError(click.ClickException, ValueError):
     def __str__(self) -> str:
         return self.message
 
+    def format_message(self) -> str:
+        """Return the message as a terminal may show it."""
+        return printable(self.message)
+
+
+def printable(text: str) -> str:
+    """Return a text whose signs that can't be printed are escaped.
+
+    Names of columns and tensors come from strangers; signs in them could steer a terminal.
+    """
+    return "".join(
+        sign if sign.isprintable() or sign == "\n" else sign.encode("unicode_escape").decode()
+        for sign in text
+    )
+
 
 def raise_together(problems: Iterable[str], heading: str) -> None:
     """Raise one RecipeError that lists all ``problems``; do nothing where there are none."""

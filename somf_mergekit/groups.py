@@ -14,7 +14,15 @@ def is_shared_buffer(group: TensorGroup) -> bool:
     base = group.base.tensor
     if base.is_floating_point() and is_finite(base):
         return False
-    return all(torch.equal(entry.tensor, base) for entry in group.non_base)
+    return all(are_equal(entry.tensor, base) for entry in group.non_base)
+
+
+def are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether two tensors of one dtype have the same shape and entries."""
+    if one.dtype == other.dtype and _is_float8(one):
+        # torch compares no float8.
+        one, other = one.view(torch.uint8), other.view(torch.uint8)
+    return torch.equal(one, other)
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -22,6 +30,9 @@ def is_finite(tensor: torch.Tensor) -> bool:
     # NaN and infinity spread to the extremes, which cost a fraction of a look at each entry.
     if tensor.numel() == 0:
         return True
+    if _is_float8(tensor):
+        # torch finds no extremes of float8.
+        tensor = tensor.float()
     return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))
 
 
@@ -34,3 +45,7 @@ def not_finite(group: TensorGroup) -> str | None:
                 "is damaged, or was made in a dtype it overflowed"
             )
     return None
+
+
+def _is_float8(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype.itemsize == 1

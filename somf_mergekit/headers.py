@@ -3,14 +3,18 @@
 import os
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
+import torch
 from mergekit.architecture import WeightInfo
 from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ModelReference
+from mergekit.graph import Executor
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
+from .errors import RecipeError
 from .fusions import is_linear
 from .plan import PlannedMerge, gather_task, task_parameters
 
@@ -30,6 +34,8 @@ def checkpoint_problems(planned: PlannedMerge) -> list[str]:
             elif isinstance(found, tuple):
                 shapes[model] = found
         base = shapes.get(task.base_model)
+        if not (weight.force_dtype or planned.config.dtype):
+            problems += _type_problems(weight, gathered, planned.options)
         for model, shape in shapes.items():
             if base is not None and not _fits(shape, base, weight, aligned):
                 hint = (
@@ -48,6 +54,27 @@ def checkpoint_problems(planned: PlannedMerge) -> list[str]:
         for model, names in missing.items()
     ]
     return problems
+
+
+def _type_problems(weight: WeightInfo, gathered: Any, options: MergeOptions) -> list[str]:
+    """Return a sentence where a tensor is stored in a type that can't be fused."""
+    stored = [_stored_as(model, source) for model, source in gathered.weight_info.items()]
+    types = {found[1] for found in stored if found}
+    if any(kind.startswith("F8") for kind in types):
+        return [
+            f"{weight.name} is stored in float8: set `dtype: bfloat16` or `float32` to merge in"
+        ]
+    if all(kind.startswith(("F", "BF")) for kind in types):
+        return []
+    # Small, as only buffers are: mergekit copies what is alike, and fuses none of it.
+    ((_, tensors),) = Executor([gathered]).run(quiet=True)
+    first, *others = tensors.values()
+    if all(torch.equal(first, other) for other in others):
+        return []
+    return [
+        f"{weight.name} holds whole numbers, which can't be fused, and the models have different "
+        "ones; `dtype: float32` takes them for numbers like others"
+    ]
 
 
 @dataclass(frozen=True)
@@ -99,7 +126,6 @@ def _defined_shapes(planned: PlannedMerge) -> dict[str, tuple[int, ...]]:
 
     Those of tensors that are put together from several when they are loaded stand in no header.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
     try:
@@ -117,15 +143,10 @@ def _stored_tensor(
 ) -> tuple[int, ...] | str:
     """Return a tensor's shape from the file header, ``missing``, or ``unknown``."""
     index = LoaderCache().get(model).index
-    names = [source.name, *(source.aliases or ()), *(source.tied_names or ())]
-    for name in names:
-        file_name = index.tensor_paths.get(name)
-        if file_name is None:
-            continue
-        if not file_name.endswith(".safetensors"):
-            return "unknown"
-        path = os.path.join(index.base_path, file_name)
-        return _shapes_in(path, os.stat(path).st_mtime_ns)[name]
+    names = _names(source)
+    if any(name in index.tensor_paths for name in names):
+        found = _stored_as(model, source)
+        return found[0] if found else "unknown"
     model_type = model.config(trust_remote_code=options.trust_remote_code).model_type
     stored = set(index.tensor_paths)
     if any(can_convert_checkpoint_keys(model_type, stored, name) for name in names):
@@ -133,10 +154,41 @@ def _stored_tensor(
     return "missing"
 
 
+def _names(source: WeightInfo) -> list[str]:
+    return [source.name, *(source.aliases or ()), *(source.tied_names or ())]
+
+
+def _stored_as(model: ModelReference, source: WeightInfo) -> tuple[tuple[int, ...], str] | None:
+    """Return a tensor's shape and type from the file header.
+
+    None where it is in no safetensors file.
+
+    Raises:
+        RecipeError: the file is missing, damaged, or without the tensor.
+    """
+    index = LoaderCache().get(model).index
+    name = next((name for name in _names(source) if name in index.tensor_paths), None)
+    if name is None or not index.tensor_paths[name].endswith(".safetensors"):
+        return None
+    path = os.path.join(index.base_path, index.tensor_paths[name])
+    try:
+        shapes, types = _header(path, os.stat(path).st_mtime_ns)
+    except (OSError, SafetensorError) as error:
+        raise RecipeError(f"model {model}: {path} can't be read: {error}") from error
+    if name not in shapes:
+        raise RecipeError(
+            f"model {model}: {name} is not in {path}, where the checkpoint's index says it is"
+        )
+    return shapes[name], types[name]
+
+
 @lru_cache(maxsize=1024)
-def _shapes_in(path: str, _changed: int) -> dict[str, tuple[int, ...]]:
+def _header(path: str, _changed: int) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Return the shapes and the types of the tensors in a file."""
     with safe_open(path, framework="pt") as handle:
-        return {n: tuple(handle.get_slice(n).get_shape()) for n in handle.keys()}  # noqa: SIM118
+        parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+    shapes = {name: tuple(part.get_shape()) for name, part in parts.items()}
+    return shapes, {name: part.get_dtype() for name, part in parts.items()}
 
 
 def _fits(shape: tuple[int, ...], base: tuple[int, ...], weight: WeightInfo, aligned: bool) -> bool:

@@ -73,6 +73,11 @@ OPTIONS = (
         "is not set.",
         click.Choice(REPORTS),
     ),
+    MachineOption(
+        "cache_dir",
+        "Where the checksums of model files are remembered; `somf-mergekit` in the user's cache.",
+        click.Path(file_okay=False),
+    ),
 )
 
 

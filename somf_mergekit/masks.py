@@ -3,6 +3,9 @@
 A probability p is stored in one byte as code = ceil(256 p) - 1 and read as (code + 0.5) / 256: the
 error is at most 1/512, and p > 0.5 holds after reading exactly where it held before. A packed
 artifact stores in one bit whether p > 0.5, and reads 1 or 0.
+
+Nothing in an artifact is ever unpickled, and no name in it becomes a path. Checksums tell damage,
+see ``mask_header``; somf.json has those of the other files.
 """
 
 import contextlib
@@ -20,17 +23,29 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .digests import file_digest
 from .errors import RecipeError
 from .granularity import Layout
+from .mask_header import (
+    FORMAT,
+    checked_header,
+    damaged,
+    header_digest,
+    json_content,
+    tensor_digest,
+    with_digest,
+)
 from .masking import mask_factor, mask_from_probabilities
 from .pieces import pieces
 
-FORMAT = "somf-mask/1"
 MASKS_FILE = "masks.safetensors"
 PROVENANCE_FILE = "somf.json"
 HISTORY_FILE = "training.jsonl"
 _LEVELS = 256
 _HEADER_KEY = "somf"
+# In somf.json: the checksums of the other files, and of itself.
+_CHECKSUMS_KEY = "checksums"
+_MOST_BYTES = 1 << 26
 
 
 def encoded_probability(probability: Tensor) -> Tensor:
@@ -54,50 +69,48 @@ class MaskSet:
     Names are those of the tensors in the merged checkpoint. Open one with ``MaskSet.open``.
     """
 
-    def __init__(self, path: str, header: Mapping[str, Any]):
+    def __init__(self, path: str):
+        """Open a masks file; see ``open``."""
         self.path = path
-        self.header = header
-        self.provenance: dict[str, Any] = dict(header["provenance"])
-        self._aliases = {str(k): str(v) for k, v in header["aliases"].items()}
-        # Where one entry covers several places of an axis: [axis, how many].
-        self._repeats = {k: (int(a), int(n)) for k, (a, n) in header.get("repeats", {}).items()}
-        self._file = safe_open(path, framework="pt")
-        self._shapes = {
-            name: tuple(self._file.get_slice(name).get_shape())
-            for name in self._file.keys()  # noqa: SIM118
-        }
+        try:
+            self._file = safe_open(path, framework="pt")
+            stored = (self._file.metadata() or {}).get(_HEADER_KEY)
+            parts = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
+            shapes = {name: tuple(part.get_shape()) for name, part in parts.items()}
+            types = {name: part.get_dtype() for name, part in parts.items()}
+        except (SafetensorError, OSError) as error:
+            raise RecipeError(
+                f"mask {path} can't be read: {error}. Get it anew from where it is from, or "
+                "move it away and learn the mask again."
+            ) from error
+        header = checked_header(stored, shapes, types, path)
+        self.header: dict[str, Any] = header.model_dump(exclude_unset=True)
+        self.provenance = header.provenance
+        self._digests = header.digests
+        self._aliases = header.aliases
+        # Where one entry covers several places of an axis: (axis, how many).
+        self._repeats = {name: (axis, many) for name, (axis, many) in header.repeats.items()}
         # Shapes of the masks with a bit an entry.
-        self._packed = {str(k): tuple(map(int, v)) for k, v in header.get("packed", {}).items()}
-        for name, shape in self._packed.items():
-            if self._shapes[name] != (math.ceil(math.prod(shape) / 8),):
-                raise ValueError(f"{name} has {self._shapes[name]} bytes for the shape {shape}")
-        self._shapes |= self._packed
+        self._packed = {name: tuple(shape) for name, shape in header.packed.items()}
+        self._shapes = shapes | self._packed
+        if os.path.basename(path) == MASKS_FILE:
+            self._check_beside()
 
     @classmethod
     def open(cls, source: str | os.PathLike[str]) -> "MaskSet":
         """Open an artifact by its folder, by ``masks.safetensors`` in it, or by a merge's folder.
 
+        The header is checked now, the entries of a tensor whenever they are read.
+
         Raises:
-            RecipeError: there is no mask, or the file is no mask of a known format.
+            RecipeError: there is no mask, the file is no mask of a known format, or is damaged.
         """
-        path = masks_path(os.fspath(source))
-        try:
-            with safe_open(path, framework="pt") as handle:
-                stored = (handle.metadata() or {}).get(_HEADER_KEY)
-                dtypes = {handle.get_slice(name).get_dtype() for name in handle.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise RecipeError(f"mask {path} can't be read: {error}") from error
-        try:
-            header = json.loads(stored) if stored is not None else {}
-            known = header.get("format") == FORMAT and dtypes <= {"U8"}
-            if known:
-                return cls(path, header)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise RecipeError(f"mask {path}: its header is damaged ({error})") from error
-        raise RecipeError(
-            f"{path} is no mask of format {FORMAT} (found {header.get('format', 'none')}); give "
-            "the folder that `mergekit-somf learn` or a somf merge wrote"
-        )
+        return cls(masks_path(os.fspath(source)))
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether damage to the entries would be noticed: not in artifacts of the first format."""
+        return bool(self._digests)
 
     def names(self) -> list[str]:
         """Return the names of all tensors that have a mask, sorted."""
@@ -124,9 +137,10 @@ class MaskSet:
 
         Raises:
             KeyError: ``name`` has no mask.
+            RecipeError: the file is damaged.
         """
         stored = self._stored_name(name)
-        codes = self._file.get_tensor(stored)
+        codes = self._checked_codes(stored)
         if stored in self._packed:
             shape = self._packed[stored]
             bits = np.unpackbits(codes.numpy(), count=math.prod(shape))
@@ -191,6 +205,47 @@ class MaskSet:
             self.entries(name), kind, temperature=temperature, seed=seed, name=name
         )
 
+    def problems(self) -> list[str]:
+        """Return what is damaged of the artifact, a sentence each, after reading all of it."""
+        found = []
+        for name in self.stored_names():
+            try:
+                self._checked_codes(name)
+            except RecipeError as error:
+                found.append(error.message)
+        folder = os.path.dirname(self.path)
+        told = (told_checksums(folder) or {}) if os.path.basename(self.path) == MASKS_FILE else {}
+        history = os.path.join(folder, HISTORY_FILE)
+        if HISTORY_FILE in told:
+            if not os.path.exists(history):
+                found.append(f"{history} is missing")
+            elif file_digest(history) != told[HISTORY_FILE]:
+                found.append(f"{history} has another checksum than when written")
+        return found
+
+    def _checked_codes(self, stored: str) -> Tensor:
+        what = f"mask {self.path}: its tensor {stored}"
+        try:
+            codes = self._file.get_tensor(stored)
+        except (SafetensorError, OSError) as error:
+            raise damaged(what, str(error)) from error
+        if self._digests and tensor_digest(codes) != self._digests[stored]:
+            raise damaged(what, "it has another checksum than when written")
+        return codes
+
+    def _check_beside(self) -> None:
+        """Compare with the checksum of this file that somf.json has, where that is there."""
+        told = told_checksums(os.path.dirname(self.path))
+        if told is None:
+            return
+        wanted = told.get(MASKS_FILE)
+        if wanted != header_digest(self.header) and (wanted is not None or self.has_checksums):
+            raise RecipeError(
+                f"mask {self.path} and the {PROVENANCE_FILE} beside it are not of one artifact: "
+                "one of them was replaced. Put back the one that belongs there, or move the folder "
+                "away and learn the mask anew."
+            )
+
     def _spread(self, name: str, entries: Tensor) -> Tensor:
         return self._laid(self._stored_name(name), tuple(entries.shape)).spread(entries)
 
@@ -227,7 +282,6 @@ def write_masks(
         repeats: for tensors whose entries cover several places of an axis: axis and how many.
     """
     header = {
-        "format": FORMAT,
         "provenance": provenance,
         "aliases": dict(aliases),
         "repeats": {name: list(repeat) for name, repeat in (repeats or {}).items()},
@@ -246,6 +300,9 @@ def write_packed_masks(folder: str | os.PathLike[str], masks: MaskSet) -> MaskSe
     Args:
         folder: must not exist, or be empty.
         masks: learned ones; what is told with them stays.
+
+    Raises:
+        RecipeError: these are damaged.
     """
     stored = {}
     packed = {}
@@ -264,11 +321,13 @@ def write_packed_masks(folder: str | os.PathLike[str], masks: MaskSet) -> MaskSe
 
 
 def _save(folder: str, tensors: dict[str, Tensor], header: Mapping[str, Any]) -> None:
+    digests = {name: tensor_digest(codes) for name, codes in tensors.items()}
+    content = with_digest({**header, "format": FORMAT, "digests": digests})
     save_file(
         tensors,
         os.path.join(folder, MASKS_FILE),
         # One key: safetensors writes several in an order that differs from run to run.
-        metadata={_HEADER_KEY: json.dumps(header, sort_keys=True)},
+        metadata={_HEADER_KEY: json.dumps(content, sort_keys=True)},
     )
 
 
@@ -302,12 +361,45 @@ def _new_artifact(folder: str | os.PathLike[str], provenance: Mapping[str, Any])
     os.chmod(work, 0o755)
     try:
         yield work
+        checksums = {MASKS_FILE: header_digest(MaskSet(os.path.join(work, MASKS_FILE)).header)}
+        history = os.path.join(work, HISTORY_FILE)
+        if os.path.exists(history):
+            checksums[HISTORY_FILE] = file_digest(history)
+        told = with_digest({**provenance, _CHECKSUMS_KEY: checksums})
         with open(os.path.join(work, PROVENANCE_FILE), "w", encoding="utf-8") as file:
-            json.dump(provenance, file, indent=2, sort_keys=True)
+            json.dump(told, file, indent=2, sort_keys=True)
             file.write("\n")
         os.replace(work, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def told_checksums(folder: str) -> dict[str, str] | None:
+    """Return the checksums that an artifact's ``somf.json`` has, by file; None where it is missing.
+
+    Raises:
+        RecipeError: it can't be read, or is damaged.
+    """
+    path = os.path.join(folder, PROVENANCE_FILE)
+    what = f"{path}, which tells where a mask is from,"
+    try:
+        with open(path, "rb") as file:
+            text = file.read(_MOST_BYTES + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise RecipeError(f"{what} can't be read: {error}") from error
+    if len(text) > _MOST_BYTES:
+        raise damaged(what, f"it has more than {_MOST_BYTES:,} bytes")
+    content = json_content(text, what)
+    if not isinstance(content, dict):
+        raise damaged(what, "it is no JSON object")
+    told = content.get(_CHECKSUMS_KEY, {})
+    if told and content.get("digest") != header_digest(content):
+        raise damaged(what, "it has another checksum than when written")
+    if not isinstance(told, dict) or not all(isinstance(value, str) for value in told.values()):
+        raise damaged(what, f"{_CHECKSUMS_KEY} are not texts by file")
+    return told
 
 
 def masks_path(source: str) -> str:

@@ -55,6 +55,21 @@ class PlannedMerge:
         return found
 
     @cached_property
+    def tokenizer_info(self) -> Any:
+        """The tokenizer that mergekit builds, with each model's tokens; None where it builds none.
+
+        Raises:
+            RecipeError: a model's tokenizer can't be loaded, or they do not go together.
+        """
+        if self.tokenizer_task is None:
+            return None
+        try:
+            ((_, info),) = Executor([self.tokenizer_task]).run(quiet=True)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise RecipeError(f"mergekit can't build the merge's tokenizer: {error}") from error
+        return info
+
+    @cached_property
     def tokenizer(self) -> Any:
         """The merged model's tokenizer: the one mergekit builds, else the base's.
 
@@ -63,9 +78,8 @@ class PlannedMerge:
         """
         from transformers import AutoTokenizer
 
-        if self.tokenizer_task is not None:
-            for _, info in Executor([self.tokenizer_task]).run(quiet=True):
-                return info.tokenizer
+        if self.tokenizer_info is not None:
+            return self.tokenizer_info.tokenizer
         base = self.base_model.model
         try:
             return AutoTokenizer.from_pretrained(
@@ -95,6 +109,12 @@ def task_parameters(task: ExecuteMergeMethodTask) -> dict[str, Any]:
         for name, value in own.items():
             values.setdefault(name, {})[model] = value
     return values
+
+
+def input_names(task: ExecuteMergeMethodTask) -> list[str]:
+    """Return the name that a tensor has in each model it is made of, in the task's order."""
+    names = gather_task(task).weight_info
+    return [str(names[model].name) for model in task.model_order]
 
 
 def source_names(task: ExecuteMergeMethodTask) -> set[str]:

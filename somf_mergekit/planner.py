@@ -11,7 +11,6 @@ from typing import Any
 import click
 from mergekit.architecture import get_architecture_info
 from mergekit.config import MergeConfiguration
-from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
@@ -27,6 +26,7 @@ from .plan import PlannedMerge, mask_name
 from .plan_check import plan_problems, unused_filters
 from .prepass import mask_for
 from .processes import started
+from .recipe_blocks import recipe_text
 from .recipe_check import OWN_METHODS, WRONG_RECIPE, check_recipe, check_writable, read_recipe
 from .report.record import current_record, unmasked
 from .report.run import merge_with_report
@@ -88,7 +88,6 @@ def planned_merge(config: MergeConfiguration, options: MergeOptions) -> PlannedM
         RecipeError: the recipe is wrong, or mergekit can't plan it.
     """
     check_recipe(config, options)
-    LoaderCache().setup(options=options)
     base = config.base_model.config(trust_remote_code=options.trust_remote_code)
     planner = MergePlanner(
         config.model_copy(deep=True), get_architecture_info(config, options), options, base
@@ -145,7 +144,7 @@ def _with_checks(original: Callable[[MergePlanner], None]) -> Callable[[MergePla
             planned = _planned(self, original)
         if method != recipe.METHOD_NAME:
             return
-        further = {}
+        further: dict[str, Any] = {}
         path = unmasked()
         if path is None:
             folder = _artifact_folder(self)
@@ -155,13 +154,13 @@ def _with_checks(original: Callable[[MergePlanner], None]) -> Callable[[MergePla
                 record.begin(planned, masks, folder)
         else:
             further = {"exclude": "*"}
-        self._tensors = [(w, _with_mask(task, path, further)) for w, task in planned.tensors]
+        self._tensors = [(w, with_mask(task, path, **further)) for w, task in planned.tensors]
 
     return plan
 
 
 def _planned(planner: MergePlanner, plan: Callable[[MergePlanner], None]) -> PlannedMerge:
-    given = planner.config.to_yaml()
+    given = recipe_text(planner.config)
     original = planner.config.model_copy(deep=True)
     recipe.join_patterns(planner.config)
     recipe.apply_preset(planner.config)
@@ -202,9 +201,14 @@ def _artifact_folder(planner: MergePlanner) -> str:
     return str(folder)
 
 
-def _with_mask(
-    task: ExecuteMergeMethodTask, mask: str, further: Mapping[str, Any]
-) -> ExecuteMergeMethodTask:
+def with_mask(task: ExecuteMergeMethodTask, mask: str, **further: Any) -> ExecuteMergeMethodTask:
+    """Return mergekit's task of a tensor with the artifact that it takes its mask from.
+
+    Args:
+        task: of a somf recipe.
+        mask: the artifact.
+        further: parameters that are to be others than the recipe says.
+    """
     fields = {name: getattr(task, name) for name in type(task).model_fields}
     fields["parameters"] = {
         **dict(task.parameters.items()),

@@ -44,10 +44,11 @@ def mask_for(planned: PlannedMerge, folder: str) -> MaskSet:
         data = checked_data(planned)
         fingerprint = learning_fingerprint(planned, data)
     if os.path.exists(os.path.join(folder, MASKS_FILE)):
-        differing = differences(MaskSet.open(folder).provenance, fingerprint)
+        known = MaskSet.open(folder)
+        differing = differences(known.provenance, fingerprint, [str(m) for m in planned.models])
         if not differing:
             _say(planned, f"somf: reusing the mask learned before in {folder}")
-            return MaskSet.open(folder)
+            return known
         _say(
             planned,
             f"somf: the mask in {folder} was learned with other {', '.join(differing)}: a new one "
@@ -99,7 +100,7 @@ def _learned_mask(
             with phase(LEARNING):
                 _learn_with_progress(problem, progress, checkpoints, quiet)
         except LossNotFinite as error:
-            kept = _free_name(f"{folder}.last-good")
+            kept = together.of_first(_free_name(f"{folder}.last-good"))
             artifact(kept)
             checkpoints.remove()
             steps = step_count(planned.settings, len(data.pairs))

@@ -50,6 +50,10 @@ class Processes:
 
         return list(gather_object(values))
 
+    def of_first(self, value: Any) -> Any:
+        """Return the first process' value, in all of them."""
+        return self.gathered([value])[0]
+
     def wait(self) -> None:
         """Go on when all processes are here."""
         if self.count > 1:
@@ -59,6 +63,22 @@ class Processes:
 
 
 ALONE = Processes()
+# Where launchers tell a process about the others: torchrun and accelerate, then MPI's (which
+# `accelerate launch --cpu` uses for several processes).
+_COUNT = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+_COUNT_HERE = (
+    "LOCAL_WORLD_SIZE",
+    "MPI_LOCALNRANKS",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "MV2_COMM_WORLD_LOCAL_SIZE",
+)
+_RANK_HERE = (
+    "LOCAL_RANK",
+    "MPI_LOCALRANKID",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "MV2_COMM_WORLD_LOCAL_RANK",
+)
 
 
 def processes(device: str) -> Processes:
@@ -78,21 +98,30 @@ def processes(device: str) -> Processes:
 
 def started() -> int:
     """Return how many processes were started together, on all machines."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(_told(_COUNT) or 1)
 
 
 def is_first() -> bool:
     """Return whether this is the first of the processes started together: the one that speaks."""
-    return os.environ.get("RANK", "0") == "0"
+    return int(_told(_RANK) or 0) == 0
 
 
 def started_here() -> int:
-    """Return how many processes were started together on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    """Return how many processes were started together on this machine.
+
+    All of them are thought to be here where the launcher does not tell.
+    """
+    return int(_told(_COUNT_HERE) or started())
 
 
 def own_device(device: str | None) -> str:
     """Return the device of this process, where mergekit was told ``device``."""
     chosen = device or "cpu"
-    local = os.environ.get("LOCAL_RANK")
+    local = _told(_RANK_HERE)
     return f"{chosen}:{local}" if local and chosen == "cuda" else chosen
+
+
+def _told(names: tuple[str, ...]) -> str | None:
+    """Return the first of these environment variables that is a number from 0 up."""
+    values = (os.environ.get(name, "") for name in names)
+    return next((value for value in values if value.isdecimal()), None)

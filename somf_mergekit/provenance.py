@@ -5,15 +5,18 @@ import json
 import math
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-import yaml
+from mergekit.io.tasks import LoaderCache
 
+from .digests import file_digest
 from .inputs import SafetyData
 from .learner.tensors import MaskedTensor
 from .masks import MaskSet
 from .method import MASK_TENSOR
-from .plan import PlannedMerge
+from .plan import PlannedMerge, input_names
+from .recipe_blocks import plain
 from .sources import content_fingerprint
 
 # Settings that choose how a learned mask is used, not which mask is learned.
@@ -30,30 +33,71 @@ _STAND_INS = (
     *(f"safety_{what}" for what in ("dataset", "split", "config", "samples")),
     *(f"utility_{what}" for what in ("dataset", "split", "config", "samples")),
 )
+# What a configuration tells of the file that it was read from.
+_CONFIGURATION_NOTES = ("_name_or_path", "transformers_version")
 _CURVE_STEPS = 10
 _CURVES = ("loss", "accuracy", "margin", "utility")
 
 
 def learning_fingerprint(planned: PlannedMerge, data: SafetyData) -> dict[str, Any]:
-    """Return everything that decides a learned mask, as JSON."""
+    """Return everything that decides a learned mask, as JSON.
+
+    Names and places of models are not in it: what counts is what is in their files.
+
+    Raises:
+        RecipeError: a model's files or tokenizer can't be read.
+    """
     settings = planned.settings.model_dump(exclude=set(_USE_ONLY))
-    resolved = []
-    for weight, task in planned.tensors:
-        shared = {k: v for k, v in task.parameters.items() if k not in _USE_ONLY and v is not None}
-        per_model = [
-            sorted((k, v) for k, v in task.input_parameters.get(model, {}).items() if v is not None)
-            for model in task.model_order
-        ]
-        resolved.append([weight.name, sorted(shared.items(), key=str), per_model])
     return {
         "models": [content_fingerprint(model) for model in planned.models],
+        "model configuration": _digest(_configuration(planned)),
+        "tokenizer": _digest(_tokens(planned)),
+        "chat template": _digest(planned.tokenizer.chat_template),
         "data": _digest([[p.prompt, p.chosen, p.rejected] for p in data.pairs]),
         "utility data": _digest([[e.prompt, e.answer] for e in data.utility]),
         "settings": {k: v for k, v in settings.items() if k not in _STAND_INS},
-        "parameters of the tensors": _digest(resolved),
+        "parameters of the tensors": _digest([_resolved(planned, *t) for t in planned.tensors]),
         "dtype": planned.config.dtype or "as stored",
         "versions": versions(),
     }
+
+
+def _resolved(planned: PlannedMerge, weight: Any, task: Any) -> list[Any]:
+    """Return how mergekit makes a tensor: from which tensors, in which way."""
+    shared = {k: v for k, v in task.parameters.items() if k not in _USE_ONLY and v is not None}
+    per_model = [
+        sorted((k, v) for k, v in task.input_parameters.get(model, {}).items() if v is not None)
+        for model in task.model_order
+    ]
+    numbers = [planned.models.index(model) for model in task.model_order]
+    taken = [numbers, input_names(task), type(task.gather_tensors).__name__]
+    return [weight.name, sorted(shared.items(), key=str), per_model, taken]
+
+
+def _configuration(planned: PlannedMerge) -> list[Any]:
+    """Return what transformers makes the model that learns from."""
+    content = planned.out_config.to_dict()
+    told = {key: value for key, value in content.items() if key not in _CONFIGURATION_NOTES}
+    code = []
+    if planned.options.trust_remote_code:
+        folder = LoaderCache().get(planned.base_model).index.base_path
+        code = [file_digest(file) for file in sorted(Path(folder).glob("*.py"))]
+    return [told, code]
+
+
+def _tokens(planned: PlannedMerge) -> list[Any]:
+    """Return the tokenizer, and how each model's vocabulary is laid out for it."""
+    tokenizer, info = planned.tokenizer, planned.tokenizer_info
+    if tokenizer.is_fast:
+        own: Any = json.loads(tokenizer.backend_tokenizer.to_str())
+        # How texts were last cut and filled up is kept there too.
+        own |= dict.fromkeys(("padding", "truncation"))
+    else:
+        own = sorted(tokenizer.get_vocab().items())
+    laid_out = []
+    if info is not None:
+        laid_out = [sorted(info.permutations.get(model, {}).items()) for model in planned.models]
+    return [own, tokenizer.special_tokens_map, laid_out, plain(planned.config.tokenizer)]
 
 
 def provenance(
@@ -113,7 +157,7 @@ def provenance_of_use(planned: PlannedMerge, masks: MaskSet) -> dict[str, Any]:
 def told_settings(planned: PlannedMerge) -> dict[str, Any]:
     """Return all settings; those that differ between tensors as the recipe says them."""
     told = planned.settings.model_dump()
-    content = yaml.safe_load(planned.config.to_yaml())["parameters"]
+    content = plain(planned.config.parameters)
     varied = {k: v for k, v in content.items() if k in told and isinstance(v, (dict, list))}
     return told | varied
 
@@ -131,11 +175,31 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in names}
 
 
-def differences(told: dict[str, Any], fingerprint: dict[str, Any]) -> list[str]:
-    """Return in what a mask told with ``told`` differs from one with ``fingerprint``."""
-    before = told.get("fingerprint", {})
-    return [key for key, value in fingerprint.items() if before.get(key) != value]
+def differences(
+    told: dict[str, Any], fingerprint: dict[str, Any], models: Sequence[str]
+) -> list[str]:
+    """Return in what a mask told with ``told`` differs from one with ``fingerprint``.
+
+    Args:
+        told: provenance, perhaps made by a stranger.
+        fingerprint: see ``learning_fingerprint``.
+        models: names of the models of ``fingerprint``, in its order.
+    """
+    before = told.get("fingerprint")
+    before = before if isinstance(before, dict) else {}
+    found = []
+    for key, value in fingerprint.items():
+        old = before.get(key)
+        if old == value:
+            continue
+        parts: list[str] = []
+        if key == "models" and isinstance(old, list) and len(old) == len(value):
+            parts = [name for name, a, b in zip(models, old, value, strict=True) if a != b]
+        elif isinstance(value, dict) and isinstance(old, dict):
+            parts = sorted(k for k in {*value, *old} if value.get(k) != old.get(k))
+        found.append(key + f" ({', '.join(parts)})" * bool(parts))
+    return found
 
 
 def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,7 +1,35 @@
-"""The places of a mergekit recipe where parameters and models stand."""
+"""What stands where in a mergekit recipe: its content, parameters and models."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+import yaml
+from mergekit.common import ModelReference
+from mergekit.config import ConfigYamlDumper
+from pydantic import BaseModel
+
+
+def recipe_text(config: Any) -> str:
+    """Return a recipe as YAML, as mergekit would write it if it could write names with blanks."""
+    return str(yaml.dump(plain(config), Dumper=ConfigYamlDumper)).rstrip()
+
+
+def plain(value: Any) -> Any:
+    """Return what a part of a recipe says as mappings, lists, texts and numbers, defaults left out.
+
+    mergekit's own way fails on a model whose name has a blank.
+    """
+    if isinstance(value, ModelReference) and value.override_architecture is None:
+        return str(value)
+    if isinstance(value, BaseModel):
+        fields = type(value).model_fields
+        said = {name: getattr(value, name) for name in fields}
+        return {n: plain(item) for n, item in said.items() if item != fields[n].default}
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
 
 
 def parameter_blocks(config: Any) -> Iterator[tuple[str, Mapping[str, Any], bool]]:

@@ -1,5 +1,6 @@
 """Rows of a dataset, from the hub, a file or a folder, and a count of those left out."""
 
+import glob
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -46,10 +47,17 @@ def dataset_rows(source: str, split: str = "train", config: str | None = None) -
                     f"dataset file {source}: unknown kind {extension or '(no extension)'}; "
                     f"known are {', '.join(FILE_FORMATS)}"
                 )
-            return datasets.load_dataset(FILE_FORMATS[extension], data_files=path, split="train")
+            # Else a name with brackets would be a pattern, and other files be read.
+            name = glob.escape(path)
+            return datasets.load_dataset(FILE_FORMATS[extension], data_files=name, split="train")
         if os.path.isdir(path):
             if os.path.exists(os.path.join(path, "state.json")):
                 return datasets.load_from_disk(path)
+            if glob.escape(os.path.abspath(path)) != os.path.abspath(path):
+                raise RecipeError(
+                    f"dataset folder {source}: one of *, ? and [ is in its name, which would be "
+                    "taken for a pattern; name the folder otherwise"
+                )
             return datasets.load_dataset(path, name=config, split=split)
         if _looks_like_path(source):
             raise RecipeError(f"dataset {source}: no such file or folder")

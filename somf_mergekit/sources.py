@@ -13,12 +13,11 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods import TensorEntry, TensorGroup, TensorMetadata
 from torch import Tensor
 
+from .digests import file_digests
 from .errors import RecipeError
-from .groups import is_shared_buffer, not_finite
+from .groups import are_equal, is_shared_buffer, not_finite
 from .plan import PlannedMerge, task_parameters
 from .weights import Keep, LinearWeight, MergedWeight, merged_weight
-
-_HASH_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def loaded_tensors(planned: PlannedMerge) -> Iterator[LoadedTensor]:
             raise RecipeError(broken)
         base = group.base.tensor
         parameters = task_parameters(task)
-        changed = any(not torch.equal(entry.tensor, base) for entry in group.non_base)
+        changed = any(not are_equal(entry.tensor, base) for entry in group.non_base)
         is_number = base.is_floating_point() and not shared
         merged = merged_weight(group, parameters) if is_number else None
         if not changed and isinstance(merged, LinearWeight) and merged.start is base:
@@ -100,11 +99,15 @@ def loaded_tensors(planned: PlannedMerge) -> Iterator[LoadedTensor]:
 
 
 def content_fingerprint(model: ModelReference) -> str:
-    """Return a SHA-256 over the contents of a model's weight files."""
+    """Return a SHA-256 over the contents of a model's weight files.
+
+    Raises:
+        RecipeError: one can't be read.
+    """
     index = LoaderCache().get(model).index
-    digest = hashlib.sha256()
-    for file_name in sorted(set(index.tensor_paths.values())):
-        with open(os.path.join(index.base_path, file_name), "rb") as file:
-            while block := file.read(_HASH_BLOCK):
-                digest.update(block)
-    return digest.hexdigest()
+    files = sorted(set(index.tensor_paths.values()))
+    try:
+        digests = file_digests([os.path.join(index.base_path, file) for file in files])
+    except OSError as error:
+        raise RecipeError(f"model {model}: a file of its weights can't be read: {error}") from error
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()

@@ -7,8 +7,28 @@ os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 # A figure takes longer than a tiny merge: only tests of reports ask for one.
 os.environ.setdefault("SOMF_REPORT", "text")
 
+import hypothesis
 import pytest
 import tiny
+
+# `make test-hostile` tries thousands; the same examples every time in a run of all tests.
+hypothesis.settings.register_profile(
+    "fast", max_examples=20, deadline=None, database=None, derandomize=True
+)
+hypothesis.settings.register_profile(
+    "thousands",
+    max_examples=2000,
+    deadline=None,
+    database=None,
+    print_blob=True,
+)
+hypothesis.settings.load_profile(os.environ.get("HOSTILE_PROFILE", "fast"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """A cache of the tests' own: the user's is left alone."""
+    os.environ["SOMF_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache") / "somf")
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,13 @@
 """Every mistake ends in one message that says what, where and what to do; nothing is lost."""
 
+import json
 import shutil
 
 import pytest
 import tiny
 import torch
 import yaml
+from safetensors.torch import save_file
 
 
 @pytest.fixture
@@ -169,11 +171,106 @@ def test_all_task_vectors_zero(refused, family_recipe, family, tmp_path):
     assert "all task vectors are zero" in refused(recipe)
 
 
+def cut_short(model):
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def without_weights(model):
+    (model / "model.safetensors").unlink()
+
+
+def in_shards(model, **places):
+    """Name the shards of a model's tensors in an index, as large models do."""
+    places = dict.fromkeys(tiny.tensors_of(model), "one.safetensors") | places
+    (model / "model.safetensors").rename(model / "one.safetensors")
+    index = json.dumps({"weight_map": places})
+    (model / "model.safetensors.index.json").write_text(index)
+
+
+def shard_missing(model):
+    in_shards(model, **{"lm_head.weight": "two.safetensors"})
+
+
+def shard_without_the_tensor(model):
+    tensors = tiny.tensors_of(model)
+    in_shards(model)
+    del tensors["lm_head.weight"]
+    save_file(tensors, model / "one.safetensors", metadata={"format": "pt"})
+
+
+def index_that_is_none(model):
+    in_shards(model)
+    (model / "model.safetensors.index.json").write_text("[1, 2")
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["learning", "mask given"])
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (cut_short, "its weights can't be opened"),
+        (without_weights, "its weights can't be opened: Unable to find model files"),
+        (shard_missing, "two.safetensors can't be read"),
+        (shard_without_the_tensor, "lm_head.weight is not in"),
+        (index_that_is_none, "its weights can't be opened"),
+    ],
+)
+def test_damaged_checkpoints(refused, family_recipe, family, tmp_path, damage, said, given):
+    shutil.copytree(family / "math", tmp_path / "broken")
+    damage(tmp_path / "broken")
+    parameters = {}
+    if given:
+        learned = tiny.write_recipe(tmp_path / "first.yml", family_recipe(max_steps=0))
+        assert tiny.invoke("mergekit-somf", "learn", learned, tmp_path / "mask").exit_code == 0
+        parameters = {"safety_dataset": None, "mask": str(tmp_path / "mask")}
+    recipe = family_recipe(**parameters)
+    recipe["models"][0]["model"] = str(tmp_path / "broken")
+    message = refused(recipe)
+    assert f"model {tmp_path / 'broken'}: " in message
+    assert said in message
+
+
+def test_float8_needs_a_dtype_to_merge_in(refused, family_recipe, family, tmp_path):
+    recipe = family_recipe()
+    for model in ("base", "math", "code"):
+        shutil.copytree(family / model, tmp_path / model)
+        tensors = {n: t.to(torch.float8_e4m3fn) for n, t in tiny.tensors_of(family / model).items()}
+        save_file(tensors, tmp_path / model / "model.safetensors", metadata={"format": "pt"})
+    recipe = json.loads(json.dumps(recipe).replace(str(family), str(tmp_path)))
+    recipe["parameters"]["safety_dataset"] = str(family / "pairs.jsonl")
+    stored = {key: value for key, value in recipe.items() if key != "dtype"}
+    assert "is stored in float8: set `dtype: bfloat16`" in refused(stored)
+    found = tiny.merged(recipe, tmp_path / "merged")
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+
+
+def test_quantized_models(refused, family_recipe, family, tmp_path):
+    shutil.copytree(family / "math", tmp_path / "quantized")
+    file = tmp_path / "quantized/config.json"
+    method = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": method}))
+    recipe = family_recipe()
+    recipe["models"][0]["model"] = str(tmp_path / "quantized")
+    assert f"model {tmp_path / 'quantized'}: it is quantized" in refused(recipe)
+
+
+def test_whole_numbers_that_differ(refused, family_recipe, family, tmp_path):
+    name = "model.norm.weight"
+    recipe = family_recipe()
+    del recipe["dtype"]
+    for number, model in enumerate(["base", "math", "code"]):
+        shutil.copytree(family / model, tmp_path / model)
+        tensors = tiny.tensors_of(tmp_path / model)
+        tensors[name] = torch.full((32,), number)
+        save_file(tensors, tmp_path / model / "model.safetensors", metadata={"format": "pt"})
+    recipe = json.loads(json.dumps(recipe).replace(str(family), str(tmp_path)))
+    recipe["parameters"]["safety_dataset"] = str(family / "pairs.jsonl")
+    assert f"{name} holds whole numbers, which can't be fused" in refused(recipe)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("given", [False, True], ids=["learning", "mask given"])
 def test_weights_that_are_not_finite(refused, family_recipe, family, tmp_path, value, given):
-    from safetensors.torch import save_file
-
     shutil.copytree(family / "math", tmp_path / "broken")
     tensors = tiny.tensors_of(tmp_path / "broken")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from somf_mergekit import MaskSet, RecipeError
+from somf_mergekit.mask_header import with_digest
 from somf_mergekit.masks import (
     MASKS_FILE,
     decoded_probability,
@@ -42,8 +43,11 @@ def test_artifact_round_trip(artifact):
         "somf.json",
         "training.jsonl",
     ]
-    assert (folder / MASKS_FILE).stat().st_size < 17 + 1000
-    assert json.loads((folder / "somf.json").read_text()) == {"seed": 4} == masks.provenance
+    assert (folder / MASKS_FILE).stat().st_size < 17 + 1200
+    told = json.loads((folder / "somf.json").read_text())
+    assert sorted(told.pop("checksums")) == [MASKS_FILE, "training.jsonl"]
+    assert len(told.pop("digest")) == 64
+    assert told == {"seed": 4} == masks.provenance
     assert masks.names() == ["a", "b", "c"]
     assert "c" in masks
     assert "d" not in masks
@@ -86,6 +90,7 @@ def test_packed_masks_are_the_binary_ones_in_a_bit_an_entry(tmp_path, shape):
 def test_a_packed_mask_of_another_length_than_its_shape_is_damaged(tmp_path, artifact):
     packed = write_packed_masks(tmp_path / "packed", artifact[2])
     header = {**packed.header, "packed": {**packed.header["packed"], "a": [500, 3]}}
+    header = with_digest(header)
     save_file(load_file(packed.path), tmp_path / MASKS_FILE, metadata={"somf": json.dumps(header)})
     with pytest.raises(RecipeError, match=r"header is damaged .*2,.* bytes for the shape"):
         MaskSet.open(tmp_path / MASKS_FILE)

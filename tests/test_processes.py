@@ -121,6 +121,65 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     assert own_device("cuda") == "cuda"
 
 
+@pytest.mark.parametrize(
+    ("told", "count", "here", "first"),
+    [
+        ({}, 1, 1, True),
+        ({"WORLD_SIZE": "8", "RANK": "3", "LOCAL_WORLD_SIZE": "4"}, 8, 4, False),
+        ({"OMPI_COMM_WORLD_SIZE": "6", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, 6, 2, True),
+        ({"PMI_SIZE": "4", "PMI_RANK": "1", "MPI_LOCALNRANKS": "4"}, 4, 4, False),
+        # What a launcher does not tell of this machine is thought to be on it.
+        ({"PMI_SIZE": "4", "PMI_RANK": "0"}, 4, 4, True),
+        ({"WORLD_SIZE": "", "RANK": "x"}, 1, 1, True),
+    ],
+)
+def test_launchers_are_understood_and_memory_is_divided(monkeypatch, told, count, here, first):
+    import psutil
+
+    from somf_mergekit import machine, processes
+
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    assert processes.started() == count
+    assert processes.is_first() == first
+    whole = psutil.virtual_memory().available
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("M", (), {"available": whole}))
+    assert machine.free_memory("cpu") == whole // here
+
+
+BROKEN = """
+import sys
+from somf_mergekit.learner import passes
+real, calls = passes.preference_losses, []
+def broken(*arguments):
+    calls.append(1)
+    losses, margins = real(*arguments)
+    return (losses * float("nan") if len(calls) > 2 else losses), margins
+passes.preference_losses = broken
+from somf_mergekit import prepass
+free = prepass._free_name
+# As when one process looks before another has written, and one after.
+prepass._free_name = lambda wanted: free(wanted) + "-rank" + __import__("os").environ["RANK"]
+from somf_mergekit.cli import main
+main()
+"""
+
+
+def test_all_processes_keep_the_last_good_mask_under_the_name_that_the_first_chose(
+    family_recipe, tmp_path
+):
+    file = tiny.write_recipe(tmp_path / "recipe.yml", family_recipe(max_steps=5))
+    (tmp_path / "broken.py").write_text(BROKEN)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = [tmp_path / "broken.py", "learn", file, tmp_path / "mask"]
+    result = tiny.run(sys.executable, *launcher, *script, env=ENVIRONMENT)
+    assert result.returncode != 0
+    assert "the mask as it was before is kept in" in result.stderr
+    assert "Traceback (most recent call last):\n  File" not in result.stderr.split("Error:")[0]
+    assert [p.name for p in tmp_path.glob("mask*")] == ["mask.last-good-rank0"]
+    assert MaskSet.open(tmp_path / "mask.last-good-rank0").names()
+
+
 def test_shares_are_all_of_the_rows():
     rows = list(range(7))
     shares = [Processes(rank, 3).share(rows) for rank in range(3)]

@@ -68,6 +68,14 @@ def test_our_methods_are_known_whatever_is_imported_first(first_import):
     assert result.stdout == "SOMF NLSR\nTrue\n", result.stderr
 
 
+def test_each_of_our_modules_can_be_imported_first():
+    result = tiny.run(sys.executable, Path(__file__).parent / "first_import.py", cwd=ROOT.parent)
+    assert (result.returncode, result.stderr) == (0, "")
+    modules = [file for file in ROOT.rglob("*.py") if file.name != "__main__.py"]
+    # The package itself is imported by each.
+    assert result.stdout == f"looked at {len(modules) - 1}\n"
+
+
 def remove_package(site):
     shutil.rmtree(site / "somf_mergekit")
     # An editable checkout that is still there must not stand in for it.

@@ -163,11 +163,11 @@ def merged(content, folder, *options):
     return tensors_of(folder)
 
 
-def refused(content, folder):
+def refused(content, folder, *options):
     """Merge a recipe that is wrong; return the message that it ended with, before any reading."""
     file = write_recipe(folder / "refused.yml", content)
     out = folder / "refused"
-    result = invoke("mergekit-yaml", file, out)
+    result = invoke("mergekit-yaml", file, out, *options)
     assert result.exit_code == 1, result.output
     assert isinstance(result.exception, SystemExit), repr(result.exception)
     assert "Reading task vectors" not in result.output

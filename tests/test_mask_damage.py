@@ -1,0 +1,278 @@
+"""Artifacts that are damaged, swapped or made by strangers are refused before any harm is done."""
+
+import json
+import resource
+import shutil
+import struct
+
+import pytest
+import tiny
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from somf_mergekit import MaskSet, RecipeError
+from somf_mergekit.mask_header import with_digest
+from somf_mergekit.masks import MASKS_FILE, keep_masks, write_masks, write_packed_masks
+
+TENSORS = {"a": torch.rand(5, 3), "b": torch.full((2, 1), 0.5), "s": torch.tensor(0.75)}
+
+
+def written(folder, probabilities=TENSORS, **provenance):
+    return write_masks(
+        folder,
+        probabilities,
+        aliases={"c": "a"},
+        provenance={"seed": 4, **provenance},
+        history=[{"step": 1}],
+        repeats={"b": (0, 4)},
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    written(tmp_path / "mask")
+    return tmp_path / "mask"
+
+
+def header_of(folder):
+    with safe_open(folder / MASKS_FILE, framework="pt") as handle:
+        return json.loads(handle.metadata()["somf"])
+
+
+def with_header(folder, place, text, tensors=None):
+    """A masks file on its own with another header."""
+    place.mkdir()
+    tensors = load_file(folder / MASKS_FILE) if tensors is None else tensors
+    save_file(tensors, place / MASKS_FILE, metadata={"somf": text})
+    return place
+
+
+def refusal(folder):
+    with pytest.raises(RecipeError) as error:
+        MaskSet.open(folder)
+    assert str(folder) in error.value.message
+    return error.value.message
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"aliases": {"c": "nothing"}}, "c stands for 'nothing', which is not in the file"),
+        ({"aliases": {"c": "d", "d": "a"}}, "c stands for 'd'"),
+        ({"aliases": {"a": "a"}}, "'a' is the name of a stored tensor"),
+        ({"aliases": {"c\n\x1b[2J": "a"}}, "can't be printed"),
+        ({"aliases": {"c": 3}}, "aliases.c: Input should be a valid string"),
+        ({"aliases": ["c"]}, "aliases: Input should be a valid dictionary"),
+        ({"provenance": "mine"}, "provenance: Input should be a valid dictionary"),
+        ({"repeats": {"b": [2, 4]}}, "b of the shape (2, 1) can't be repeated 4 times on 2"),
+        ({"repeats": {"b": [-1, 4]}}, "repeats.b.0: Input should be greater than or equal to 0"),
+        ({"repeats": {"b": [0, 0]}}, "can't be repeated 0 times"),
+        ({"repeats": {"b": [0, 10**12]}}, "1000000000000 times as long, is no weight's"),
+        ({"repeats": {"b": [0, 1.5]}}, "repeats.b.1: Input should be a valid integer"),
+        ({"repeats": {"b": [0, True]}}, "repeats.b.1: Input should be a valid integer"),
+        ({"repeats": {"b": [0]}}, "repeats.b: List should have at least 2 items"),
+        ({"repeats": {"x": [0, 2]}}, "repeats: there is no tensor 'x' in the file"),
+        ({"packed": {"a": [10**6, 10**6]}}, "a has (5, 3) bytes for the shape (1000000, 1000000)"),
+        ({"packed": {"a": [-5, -3]}}, "packed.a.0: Input should be greater than or equal to 0"),
+        ({"packed": {"a": [1] * 9}}, "packed.a: List should have at most 8 items"),
+        ({"packed": {"x": [8]}}, "packed: there is no tensor 'x' in the file"),
+        ({"digests": {"a": "0"}}, "checksums and stored tensors differ in b, s"),
+        ({"further": 1}, "further: Extra inputs are not permitted"),
+    ],
+)
+def test_headers_that_say_what_can_not_be(folder, tmp_path, change, said):
+    content = with_digest({**header_of(folder), **change})
+    message = refusal(with_header(folder, tmp_path / "changed", json.dumps(content)))
+    assert "its header is damaged" in message
+    assert said in message
+    assert "learn the mask again" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"format": NaN}', "NaN is no number of JSON"),
+        ('{"format": -Infinity}', "-Infinity is no number of JSON"),
+        ('{"format": "somf-mask/2", "format": "somf-mask/1"}', "the key 'format' stands twice"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"format": ' + "9" * 5000 + "}", "integer string conversion"),
+        ('{"format": "somf-mask/2"', "Expecting ',' delimiter"),
+        ("[]", "is no mask of format somf-mask/2 or somf-mask/1 (found 'none')"),
+        ('{"format": ["somf-mask/2"]}', "(found ['somf-mask/2'])"),
+        ('{"format": "somf-mask/3"}', "(found 'somf-mask/3')"),
+        ('{"format": "somf-mask/2"}', "provenance: Field required"),
+    ],
+)
+def test_headers_that_are_none(folder, tmp_path, text, said):
+    assert said in refusal(with_header(folder, tmp_path / "changed", text))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({"a": torch.zeros(5, 3)}, "a is stored as F32, expected U8"),
+        ({"a": torch.zeros(0, 3, dtype=torch.uint8)}, "a has the shape (0, 3), expected one entry"),
+        ({"a": torch.zeros([1] * 9, dtype=torch.uint8)}, "expected one entry or more on 8 axes"),
+        ({}, "there is no tensor in the file"),
+        ({"a\x1b[2J": torch.zeros(2, dtype=torch.uint8)}, "characters that can't be printed"),
+    ],
+)
+def test_tensors_that_are_no_masks(folder, tmp_path, tensors, said):
+    content = {"format": "somf-mask/1", "provenance": {}, "aliases": {}}
+    message = refusal(with_header(folder, tmp_path / "new", json.dumps(content), tensors))
+    assert said in message
+
+
+def test_a_small_file_that_claims_much_is_refused_without_allocating(tmp_path):
+    claimed = {"a": {"dtype": "U8", "shape": [10**12], "data_offsets": [0, 10**12]}}
+    text = json.dumps(claimed).encode()
+    (tmp_path / MASKS_FILE).write_bytes(struct.pack("<Q", len(text)) + text + bytes(50))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert "can't be read" in refusal(tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_flipped_bit_of_a_masks_file_is_noticed(folder, tmp_path, packed):
+    if packed:
+        write_packed_masks(tmp_path / "packed", MaskSet.open(folder))
+        folder = tmp_path / "packed"
+    original = (folder / MASKS_FILE).read_bytes()
+    intact = {name: MaskSet.open(folder).probabilities(name) for name in "abcs"}
+    (tmp_path / "alone").mkdir()
+    padding = 0
+    for place in range(0, len(original)):
+        changed = bytearray(original)
+        changed[place] ^= 1 << place % 8
+        (tmp_path / "alone" / MASKS_FILE).write_bytes(changed)
+        try:
+            masks = MaskSet.open(tmp_path / "alone")
+            found = {name: masks.probabilities(name) for name in "abcs"}
+        except RecipeError:
+            continue
+        # Only blanks between the parts of a file can change without a word.
+        padding += 1
+        assert all(torch.equal(found[name], intact[name]) for name in intact)
+    assert padding < 8
+
+
+@pytest.mark.parametrize("count", [0, 7, 8, 100, -40, -1])
+def test_files_cut_short(folder, count):
+    data = (folder / MASKS_FILE).read_bytes()
+    (folder / MASKS_FILE).write_bytes(data[:count])
+    assert "can't be read" in refusal(folder)
+
+
+def test_a_damaged_tensor_is_named_when_it_is_read(folder):
+    data = bytearray((folder / MASKS_FILE).read_bytes())
+    data[-2] ^= 1
+    (folder / MASKS_FILE).write_bytes(data)
+    masks = MaskSet.open(folder)
+    broken = [name for name in masks.stored_names() if not readable(masks, name)]
+    assert len(broken) == 1
+    with pytest.raises(RecipeError, match=f"its tensor {broken[0]} is damaged .it has another"):
+        masks.mask(broken[0], "binary")
+
+
+def readable(masks, name):
+    try:
+        masks.entries(name)
+    except RecipeError:
+        return False
+    return True
+
+
+def test_files_of_two_artifacts_do_not_go_together(folder, tmp_path):
+    written(tmp_path / "other", seed=5)
+    for name in (MASKS_FILE, "somf.json"):
+        mixed = tmp_path / f"mixed-{name}"
+        shutil.copytree(folder, mixed)
+        shutil.copy(tmp_path / "other" / name, mixed / name)
+        assert "are not of one artifact: one of them was replaced" in refusal(mixed)
+    (folder / "somf.json").unlink()
+    assert MaskSet.open(folder).names() == ["a", "b", "c", "s"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\xff\xfe", "can't decode"),
+        (b"[]", "it is no JSON object"),
+        (b"{}", "are not of one artifact"),
+        (b'{"checksums": {"masks.safetensors": "0"}}', "another checksum"),
+        (b"[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_what_is_told_beside_a_mask_is_checked(folder, content, said):
+    (folder / "somf.json").write_bytes(content)
+    assert said in refusal(folder)
+
+
+def test_every_flipped_bit_of_what_is_told_is_noticed(folder):
+    original = (folder / "somf.json").read_bytes()
+    told = json.loads(original)
+    for place in range(len(original)):
+        changed = bytearray(original)
+        changed[place] ^= 1 << place % 7
+        (folder / "somf.json").write_bytes(changed)
+        try:
+            MaskSet.open(folder)
+        except RecipeError:
+            continue
+        assert json.loads(changed) == told
+
+
+def test_the_first_format_is_read_and_packed_anew_gets_checksums(folder, tmp_path):
+    content = {k: v for k, v in header_of(folder).items() if not k.startswith("digest")}
+    content["format"] = "somf-mask/1"
+    old = with_header(folder, tmp_path / "old", json.dumps(content))
+    masks = MaskSet.open(old)
+    assert not masks.has_checksums
+    assert torch.equal(masks.probabilities("a"), MaskSet.open(folder).probabilities("a"))
+    assert write_packed_masks(tmp_path / "packed", masks).has_checksums
+    kept = keep_masks(tmp_path / "kept", masks, {"mask": "old"})
+    assert not kept.has_checksums
+    # What is told with it is checked all the same.
+    shutil.copy(folder / MASKS_FILE, tmp_path / "kept" / MASKS_FILE)
+    assert "not of one artifact" in refusal(tmp_path / "kept")
+
+
+def test_a_merge_says_which_tensor_of_its_mask_is_damaged(tmp_path, family, family_recipe):
+    learned = tiny.write_recipe(tmp_path / "first.yml", family_recipe(max_steps=0))
+    assert tiny.invoke("mergekit-somf", "learn", learned, tmp_path / "mask").exit_code == 0
+    data = bytearray((tmp_path / "mask" / MASKS_FILE).read_bytes())
+    data[-100] ^= 16
+    (tmp_path / "mask" / MASKS_FILE).write_bytes(data)
+    given = family_recipe(safety_dataset=None, mask=str(tmp_path / "mask"))
+    file = tiny.write_recipe(tmp_path / "second.yml", given)
+    result = tiny.invoke("mergekit-yaml", file, tmp_path / "out")
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert "is damaged (it has another checksum than when written)" in result.output
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_numbers_that_json_does_not_know_are_written_as_null(tmp_path):
+    masks = written(tmp_path / "mask", loss=float("nan"), rates=[1.0, float("inf")])
+    assert masks.provenance == {"seed": 4, "loss": None, "rates": [1.0, None]}
+
+
+def test_names_never_become_paths(tmp_path):
+    names = ["../../outside", "/etc/outside", "..", "a/../../b"]
+    (tmp_path / "deep/er").mkdir(parents=True)
+    masks = write_masks(
+        tmp_path / "deep/er/mask",
+        {name: torch.rand(3) for name in names},
+        aliases={"../alias": "/etc/outside"},
+        provenance={},
+        history=[],
+    )
+    write_packed_masks(tmp_path / "deep/er/packed", masks)
+    result = tiny.invoke("mergekit-somf", "inspect", tmp_path / "deep/er/mask")
+    assert result.exit_code == 0, result.output
+    found = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    assert found == {
+        *(f"deep/er/mask/{n}" for n in (MASKS_FILE, "somf.json", "training.jsonl", "mask.png")),
+        *(f"deep/er/packed/{n}" for n in (MASKS_FILE, "somf.json", "training.jsonl")),
+    }

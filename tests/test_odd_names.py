@@ -1,0 +1,122 @@
+"""Names from recipes and data are taken as they are: by no shell, pattern, template or terminal."""
+
+import shutil
+
+import pytest
+import tiny
+
+from somf_mergekit import MaskSet, RecipeError
+from somf_mergekit.errors import printable
+from somf_mergekit.rows import dataset_rows
+
+NAMES = [
+    "{0} {} {x}",
+    "%s %(x)s %",
+    "; touch x",
+    "$(touch x)`touch x`",
+    "pairs[1]",
+    "pairs*",
+    "é '\"",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_is_read_by_its_name_alone(tmp_path, name):
+    for other in ("pairs1", "pairs2", name):
+        tiny.write_jsonl(tmp_path / f"{other}.jsonl", [{"prompt": other}])
+    rows = dataset_rows(str(tmp_path / f"{name}.jsonl"))
+    assert [row["prompt"] for row in rows] == [name]
+
+
+def test_a_folder_whose_name_would_be_a_pattern_is_refused(tmp_path):
+    for name in ("pairs1", "pairs[1]"):
+        (tmp_path / name).mkdir()
+        tiny.write_jsonl(tmp_path / name / "rows.jsonl", [{"prompt": name}])
+    assert [row["prompt"] for row in dataset_rows(str(tmp_path / "pairs1"))] == ["pairs1"]
+    with pytest.raises(RecipeError, match="would be taken for a pattern"):
+        dataset_rows(str(tmp_path / "pairs[1]"))
+
+
+def test_a_whole_merge_with_odd_names(family, tmp_path, monkeypatch):
+    folder = tmp_path / "{0} %s; touch x $(touch x)"
+    folder.mkdir()
+    names = {"base": "{} base", "math": "%(x)s;touch x", "code": "$(touch x) {0}"}
+    for name, odd in names.items():
+        shutil.copytree(family / name, folder / odd)
+    data = folder / "{0}%s[1].jsonl"
+    shutil.copy(family / "pairs.jsonl", data)
+    monkeypatch.chdir(tmp_path)
+    recipe = tiny.recipe(
+        folder / names["base"],
+        [folder / names["math"], folder / names["code"]],
+        safety_dataset=str(data),
+        max_steps=1,
+        batch_size=4,
+        max_length=48,
+    )
+    found = tiny.merged(recipe, folder / "out {}")
+    assert set(found) == set(tiny.tensors_of(family / "base"))
+    told = MaskSet.open(folder / "out {}").provenance
+    assert told["dataset"]["source"] == str(data)
+    assert set(told["models"]) == {str(folder / odd) for odd in names.values()}
+    assert [p.name for p in tmp_path.iterdir()] == [folder.name]
+    checked = tiny.invoke("mergekit-somf", "verify", folder / "out {}", "--strict")
+    assert checked.exit_code == 0, checked.output
+
+
+@pytest.mark.parametrize("name", ["../../etc", "; touch x", "{0}%s", "$(touch x)", "a\x1b[2Jb"])
+@pytest.mark.parametrize("key", ["safety_dataset", "mask", "fusion", "model", "utility_dataset"])
+def test_names_that_are_none_are_told_and_nothing_is_made(
+    family_recipe, tmp_path, monkeypatch, name, key
+):
+    (tmp_path / "in").mkdir()
+    monkeypatch.chdir(tmp_path / "in")
+    if key == "model":
+        recipe = family_recipe()
+        recipe["models"][0]["model"] = name
+    else:
+        recipe = family_recipe(**{"safety_dataset": None, key: name})
+        if key != "mask" and key != "safety_dataset":
+            recipe = family_recipe(**{key: name})
+    file = tiny.write_recipe(tmp_path / "recipe.yml", recipe)
+    result = tiny.invoke("mergekit-yaml", file, tmp_path / "out")
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert "\x1b" not in result.output
+    told = " ".join(result.output.split("Error: ", 1)[1].split())
+    assert (name if name.isprintable() else "x1b[2Jb") in told
+    assert [p.name for p in tmp_path.rglob("*") if p.name == "x"] == []
+    assert sorted(p.name for p in tmp_path.iterdir()) in (
+        ["in", "recipe.yml"],
+        ["in", "out", "recipe.yml"],
+    )
+
+
+def test_columns_with_signs_that_steer_a_terminal(family_recipe, tmp_path):
+    rows = [{"quest\x1b]0;ion": "a", "answ\u202eer": "b"}]
+    file = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    recipe = tiny.write_recipe(tmp_path / "r.yml", family_recipe(safety_dataset=str(file)))
+    result = tiny.invoke("mergekit-somf", "check", recipe)
+    assert result.exit_code == 1
+    assert "quest\\x1b]0;ion, answ\\u202eer" in result.output
+    assert "\x1b" not in result.output
+
+
+def test_what_can_be_printed_stays():
+    assert printable("line\nänother {}") == "line\nänother {}"
+    assert printable("\ud800\r\x00") == "\\ud800\\r\\x00"
+
+
+def test_recipes_are_told_as_mergekit_tells_them(family_recipe):
+    from mergekit.config import MergeConfiguration
+
+    from somf_mergekit.recipe_blocks import recipe_text
+
+    content = family_recipe(learning_rate=[{"filter": "mlp", "value": [0.1, 0.2]}, {"value": 1}])
+    content["tokenizer"] = {"source": "union", "tokens": {"<x>": {"source": "org/model@main"}}}
+    content["models"][0]["model"] = "org/model+org/adapter"
+    config = MergeConfiguration.model_validate(content)
+    assert recipe_text(config) == config.to_yaml()
+    content["base_model"] = "/My Models/aligned"
+    told = recipe_text(MergeConfiguration.model_validate(content))
+    assert "base_model: /My Models/aligned\n" in told
