@@ -17,7 +17,8 @@ import click
 import yaml
 from safetensors import safe_open
 
-from somf_mergekit.machine import ENGINES
+from somf_mergekit.machine import ENGINES, SHARDED
+from somf_mergekit.processes import is_first
 
 from .real_data import pairs_of, write_pairs
 from .real_table import circumstances
@@ -28,8 +29,10 @@ WAYS = {
     "naive": "mask by autograd, RelaxedBernoulli",
     "resident": "mask by this package, resident engine",
     "streaming": "mask by this package, streaming engine",
+    "sharded": "mask by this package, two processes, sharded engine",
 }
 MERGES = {"task_arithmetic": "task_arithmetic", "somf": "somf with a given mask"}
+SHARING_PROCESSES = 2
 # A merge takes seconds, which vary with the disk: in turn, and the median counts.
 MERGE_RUNS = 5
 # A first step pays for allocations and compilations that later ones do not.
@@ -67,7 +70,9 @@ def main(model: str, data: Path | None, work: Path, child: str | None, **options
     """
     folder = work.resolve() / f"speed-{Path(model).name}"
     if child:
-        click.echo(json.dumps(_measured_here(child, folder, options)))
+        found = json.dumps(_measured_here(child, folder, options))
+        if is_first():
+            click.echo(found)
         return
     pairs = pairs_of(data)[: options["steps"] * options["batch_size"] * 2]
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,7 +108,11 @@ def _merges(
 
 
 def _in_a_process(name: str, model: str, work: Path, options: dict[str, Any]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.speed", "--child", name, "--model", model]
+    command = [sys.executable]
+    if name == SHARDED:
+        shared = ["--standalone", "--nproc-per-node", str(SHARING_PROCESSES)]
+        command += ["-m", "torch.distributed.run", *shared]
+    command += ["-m", "benchmarks.speed", "--child", name, "--model", model]
     command += ["--work", str(work), "--steps", str(options["steps"])]
     command += ["--batch-size", str(options["batch_size"])]
     command += ["--micro-batch", str(options["micro_batch"])]
@@ -185,8 +194,8 @@ def _ours(engine: str, folder: Path, options: dict[str, Any]) -> tuple[list[floa
         max_steps=options["steps"],
         batch_size=options["batch_size"],
         max_length=options["max_length"],
-        # A new mask each time: one that is there would be used again.
-        seed=time.time_ns() % 2**31,
+        # A new mask each time, the same in all processes: one that is there would be used again.
+        seed=time.time_ns() // 10**9 if engine != SHARDED else os.getppid(),
     )
     learn(content, folder / "mask")
     rows = (folder / "mask" / "training.jsonl").read_text().splitlines()

@@ -13,9 +13,9 @@ from .granularity import mask_layout, weight_storage
 from .headers import PlannedTensor, planned_tensors
 from .inputs import SafetyData
 from .learner.loop import step_count
-from .machine import RESIDENT, STREAMING
+from .machine import RESIDENT, SHARDED, STREAMING
 from .plan import PlannedMerge
-from .processes import own_device
+from .processes import ALONE, Processes, own_device
 
 # What a forecast leaves to the rest of the system, and to what it does not know.
 _USABLE_SHARE = 0.9
@@ -33,10 +33,10 @@ class Forecast:
         entries: mask entries of all of them.
         pairs: preference pairs.
         steps: optimiser steps.
-        engine: ``resident`` or ``streaming``.
+        engine: one of ``machine.ENGINES``.
         micro_batch: pairs that go through the model at once.
-        memory: bytes, with those of activations.
-        free: bytes that can be had.
+        memory: bytes of a process, with those of activations.
+        free: bytes that each process can have.
         disk: bytes of files while learning.
     """
 
@@ -57,14 +57,19 @@ class Forecast:
         return told + (f", and {_gib(self.disk)} GiB of disk" if self.disk else "")
 
 
-def forecast(planned: PlannedMerge, data: SafetyData) -> Forecast:
-    """Return what learning the mask of a recipe would take.
+def forecast(planned: PlannedMerge, data: SafetyData, together: Processes = ALONE) -> Forecast:
+    """Return what learning the mask of a recipe would take: the same for all processes.
+
+    Args:
+        planned: the recipe.
+        data: its data.
+        together: this process among those that learn.
 
     Raises:
         RecipeError: no engine fits in what is free, or the one asked for can't run.
     """
     settings, device = planned.settings, own_device(planned.options.device)
-    free = machine.free_memory(device)
+    free = min(together.gathered([machine.free_memory(device)]))
     autocast = machine.autocast_type(device)
     stored = 2 if planned.config.dtype in ("float16", "bfloat16") else 4
     tensors = planned_tensors(planned)
@@ -75,13 +80,19 @@ def forecast(planned: PlannedMerge, data: SafetyData) -> Forecast:
         stored=stored,
         step_tokens=2 * settings.max_length * settings.batch_size,
         pair_tokens=2 * settings.max_length,
+        processes=together.count,
     )
     usable = int(_USABLE_SHARE * free)
     chosen = machine.machine_setting("engine")
-    on_cpu = device == "cpu"
+    on_cpu, is_alone = device == "cpu", together.count == 1
     if chosen == STREAMING and not on_cpu:
         raise RecipeError(f"the streaming engine runs on the CPU, not on {device}")
-    possible = [RESIDENT, STREAMING] if on_cpu else [RESIDENT]
+    if chosen == SHARDED and is_alone:
+        raise RecipeError(
+            "the sharded engine needs several processes, as `torchrun ... -m somf_mergekit learn "
+            "recipe.yml DIR` starts them"
+        )
+    possible = [RESIDENT, *[SHARDED] * (not is_alone), *[STREAMING] * on_cpu]
     fitting = [name for name in possible if needs[name].least <= usable]
     if not chosen and not fitting:
         raise RecipeError(_does_not_fit({name: needs[name].least for name in possible}, free))
@@ -137,8 +148,9 @@ def engine_needs(
     stored: int,
     step_tokens: int,
     pair_tokens: int,
+    processes: int = 1,
 ) -> dict[str, Need]:
-    """Return what each engine needs.
+    """Return what each engine needs in each process.
 
     Args:
         config: the model's transformers configuration.
@@ -147,36 +159,40 @@ def engine_needs(
         stored: the same of the merge's.
         step_tokens: of all sequences of an optimiser step.
         pair_tokens: of a pair's two sequences.
+        processes: that learn together.
     """
     text = config.get_text_config()
     storage = weight_storage(config)
-    resident = outside = files = 0
+    resident = outside = files = shards = 0
     layers: Counter[str] = Counter()
     for name, tensor in tensors.items():
         size = math.prod(tensor.shape)
         # Embeddings stay float32 under autocast.
         in_model = size * (4 if tensor.has_vocabulary else computed)
         kept = size * stored
+        linear = tensor.kept_tensors == 1
         if tensor.may_get_mask:
             in_model *= 2  # with the gradient
-            linear = tensor.kept_tensors == 1
             kept += size * (computed if linear else tensor.kept_tensors * stored)
             layout = mask_layout(tensor.granularity, name, tensor.shape, storage)
             kept += _LOGIT_BYTES * math.prod(layout.shape)
         resident += in_model + kept
         files += kept
+        shards += kept // processes if linear else kept
         layer = _LAYER.match(name)
         if layer:
             layers[layer[1]] += in_model
         else:
             outside += in_model
-    # Between layers the hidden states of a whole step are kept, in float32.
-    states = 4 * step_tokens * text.hidden_size * text.num_hidden_layers
+    # Between layers the hidden states of a process' share of a step are kept, in float32.
+    states = 4 * step_tokens * text.hidden_size * text.num_hidden_layers // processes
     pair = pair_tokens * machine.activation_bytes(config)
-    largest = max(layers.values(), default=0)
+    by_layer = outside + max(layers.values(), default=0) + states
+    pair_in_layer = pair // text.num_hidden_layers
     return {
         RESIDENT: Need(resident, pair, 0),
-        STREAMING: Need(outside + largest + states, pair // text.num_hidden_layers, files),
+        SHARDED: Need(by_layer + shards, pair_in_layer, 0),
+        STREAMING: Need(by_layer, pair_in_layer, files),
     }
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from .errors import RecipeError
 from .masking import masked_task_vector
 from .recipe import parameters
+from .trimming import TRIMMING, trimmed
 
 # Fusions that are Fuse(base; task vectors * c) = start + D * c for every c >= 0 that the models
 # share: sums, and also sign elections, which a shared positive factor can't turn.
@@ -109,6 +110,8 @@ def fused(group: TensorGroup, values: Mapping[str, Any]) -> Tensor:
     if not takes_base(method):
         group = TensorGroup(group.non_base, group.metadata)
     arguments = _arguments(method, values, [entry.id for entry in group.non_base])
+    if values["fusion"] in TRIMMING:
+        group, arguments = trimmed(with_tensors(group, lambda e: e.tensor.float()), arguments)
     try:
         with _seeded(f"fusion/{values['seed']}/{name}", group.entries[0].tensor.device):
             (result,) = method((group,), parameters=arguments, dtype=torch.float32)
@@ -170,7 +173,7 @@ def is_linear(values: Mapping[str, Any]) -> bool:
 
 def _arguments(
     method: MergeMethod, values: Mapping[str, Any], models: Sequence[Any]
-) -> dict[str, Any]:
+) -> Mapping[str, Any]:
     """Return the fusion's own parameters, its defaults where a model has no value.
 
     Raises:

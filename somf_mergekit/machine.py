@@ -13,7 +13,8 @@ import click
 from .errors import RecipeError
 from .processes import started_here
 
-ENGINES = RESIDENT, STREAMING = ("resident", "streaming")
+_CHECKPOINT_MINUTES = 5
+ENGINES = RESIDENT, SHARDED, STREAMING = ("resident", "sharded", "streaming")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ OPTIONS = (
     MachineOption(
         "engine",
         "resident: all weights in memory; streaming: one layer's at a time, the rest in files "
-        "beside the output. Found from the free memory.",
+        "beside the output; sharded: one layer's at a time, the rest divided among the processes "
+        "that learn. Found from the free memory.",
         click.Choice(ENGINES),
     ),
     MachineOption(
@@ -52,6 +54,11 @@ OPTIONS = (
         "What the model computes in while learning: bfloat16 (autocast) where the device is fast "
         "at it, else float32.",
         click.Choice(["float32", "bfloat16"]),
+    ),
+    MachineOption(
+        "checkpoint_minutes",
+        "Minutes between two checkpoints of a mask that is being learned (5); 0 for one a step.",
+        click.FloatRange(min=0),
     ),
     MachineOption(
         "work_dir",
@@ -94,6 +101,12 @@ def autocast_type(device: str) -> Any:
             fast = _cpu_is_fast_at_bfloat16()
         chosen = "bfloat16" if fast else "float32"
     return torch.bfloat16 if chosen == "bfloat16" else None
+
+
+def checkpoint_seconds() -> float:
+    """Return the seconds between two checkpoints."""
+    chosen = machine_setting("checkpoint_minutes")
+    return 60 * float(_CHECKPOINT_MINUTES if chosen is None else chosen)
 
 
 def free_memory(device: str) -> int:

@@ -1,7 +1,7 @@
 """The pre-pass: a planned merge in, a mask artifact out."""
 
+import collections
 import os
-from dataclasses import asdict
 from typing import Any
 
 import click
@@ -11,7 +11,10 @@ from . import machine
 from .errors import RecipeError
 from .forecast import forecast
 from .inputs import SafetyData, checked_data, given_mask
+from .learner.checkpoints import Checkpoints, Progress
 from .learner.engine import LossNotFinite, ResidentEngine
+from .learner.folder import learning_folder
+from .learner.interruption import LearningInterrupted, stop_requests
 from .learner.loop import StepReport, learn_logits, step_count
 from .learner.mapped import MappedFiles
 from .learner.model import LearningModel, Placement, learning_model
@@ -19,7 +22,7 @@ from .learner.passes import LearningProblem
 from .learner.streaming import StreamingEngine, StreamingImpossible
 from .masks import HISTORY_FILE, MASKS_FILE, MaskSet, keep_masks, write_masks
 from .plan import PlannedMerge
-from .processes import Processes, is_first, own_device, processes
+from .processes import ALONE, Processes, is_first, own_device, processes
 from .provenance import differences, learning_fingerprint, provenance, provenance_of_use
 from .sources import loaded_tensors
 
@@ -63,56 +66,82 @@ def _given_mask(planned: PlannedMerge, source: str, folder: str) -> MaskSet:
 def _learned_mask(
     planned: PlannedMerge, folder: str, data: SafetyData, fingerprint: dict[str, Any]
 ) -> MaskSet:
-    settings = planned.settings
     # All have looked at the folder before the first one writes there.
     together = processes(own_device(planned.options.device))
     together.wait()
-    if data.dropped:
-        _say(planned, f"somf: rows of the safety dataset left out: {data.dropped}")
-    learning, problem = _learning(planned, folder, data, together)
-    history: list[dict[str, Any]] = []
-
-    def artifact(place: str) -> MaskSet:
-        tensors = learning.masked
-        if not together.is_first:
-            together.wait()
-            return MaskSet.open(place)
-        written = write_masks(
+    with learning_folder(folder, together) as place:
+        if data.dropped:
+            _say(planned, f"somf: rows of the safety dataset left out: {data.dropped}")
+        learning, problem = _learning(planned, folder, data, together)
+        checkpoints = Checkpoints(
             place,
-            ((t.name, torch.sigmoid(t.logits)) for t in tensors),
-            aliases=learning.aliases,
-            repeats={
-                t.name: (t.layout.axis, t.layout.repeat) for t in tensors if t.layout.repeat > 1
-            },
-            provenance=provenance(planned, data, fingerprint, history, tensors),
-            history=history,
+            fingerprint,
+            learning.masked,
+            together,
+            seconds=machine.checkpoint_seconds(),
         )
-        together.wait()
-        return written
+        progress = checkpoints.latest()
+        if progress.step:
+            _say(planned, f"somf: going on after step {progress.step}, kept in {place}")
 
-    try:
-        quiet = planned.options.quiet or not together.is_first
-        _learn_with_progress(problem, history, quiet)
-    except LossNotFinite as error:
-        kept = together.of_first(_free_name(f"{folder}.last-good"))
-        artifact(kept)
-        raise RecipeError(
-            f"the loss became NaN or infinite at step {error.step + 1} of "
-            f"{step_count(settings, len(data.pairs))}; the mask as it was before is kept in {kept} "
-            f"({MASKS_FILE}, {HISTORY_FILE}). Try a smaller learning_rate, or another dtype."
-        ) from error
-    if together.is_first:
-        _make_room(folder)
-    return artifact(folder)
+        def artifact(named: str) -> MaskSet:
+            told = provenance(planned, data, fingerprint, progress.history, learning.masked)
+            return _written(named, learning, together, told, progress.history)
+
+        try:
+            quiet = planned.options.quiet or not together.is_first
+            _learn_with_progress(problem, progress, checkpoints, quiet)
+        except LossNotFinite as error:
+            kept = together.of_first(_free_name(f"{folder}.last-good"))
+            artifact(kept)
+            checkpoints.remove()
+            steps = step_count(planned.settings, len(data.pairs))
+            raise RecipeError(
+                f"the loss became NaN or infinite at step {error.step + 1} of {steps}; the mask as "
+                f"it was before is kept in {kept} ({MASKS_FILE}, {HISTORY_FILE}). Try a smaller "
+                "learning_rate, or another dtype."
+            ) from error
+        if together.is_first:
+            _make_room(folder)
+        masks = artifact(folder)
+        checkpoints.remove()
+    return masks
+
+
+def _written(
+    folder: str,
+    learning: LearningModel,
+    together: Processes,
+    told: dict[str, Any],
+    history: list[dict[str, Any]],
+) -> MaskSet:
+    """Return the learned mask, which the first process writes into ``folder``."""
+    tensors = learning.masked
+    # All processes take part where each has a share of a mask.
+    probabilities = ((t.name, torch.sigmoid(t.whole_logits())) for t in tensors)
+    if not together.is_first:
+        collections.deque(probabilities, maxlen=0)
+        together.wait()
+        return MaskSet.open(folder)
+    written = write_masks(
+        folder,
+        probabilities,
+        aliases=learning.aliases,
+        repeats={t.name: (t.layout.axis, t.layout.repeat) for t in tensors if t.layout.repeat > 1},
+        provenance=told,
+        history=history,
+    )
+    together.wait()
+    return written
 
 
 def _learning(
     planned: PlannedMerge, folder: str, data: SafetyData, together: Processes
 ) -> tuple[LearningModel, LearningProblem]:
     """Return the model that learns and what it learns from, on the engine that fits."""
-    expected = forecast(planned, data)
+    expected = forecast(planned, data, together)
     _say(planned, f"somf: {expected.told}")
-    streams = expected.engine == machine.STREAMING
+    chosen = expected.engine
     device = own_device(planned.options.device)
     # The files go beside the mask: where that goes, there is a disk with room for models.
     beside = os.path.dirname(os.path.abspath(folder))
@@ -120,7 +149,8 @@ def _learning(
     placement = Placement(
         device=device,
         autocast=machine.autocast_type(device),
-        files=MappedFiles(beside) if streams else None,
+        files=MappedFiles(beside) if chosen == machine.STREAMING else None,
+        keepers=together if chosen == machine.SHARDED else ALONE,
     )
     learning = learning_model(
         planned.out_config,
@@ -130,12 +160,12 @@ def _learning(
         placement,
         planned.options.trust_remote_code,
     )
-    engine = StreamingEngine if streams else ResidentEngine
+    engine = ResidentEngine if chosen == machine.RESIDENT else StreamingEngine
     try:
         runs = engine(learning.model, learning.masked, learning.fixed, placement.autocast, together)
     except StreamingImpossible as error:
         raise RecipeError(
-            f"the streaming engine can't run this merge: {error}. The resident one can, where the "
+            f"the {chosen} engine can't run this merge: {error}. The resident one can, where the "
             "memory is enough: --engine resident (SOMF_ENGINE=resident)."
         ) from error
     problem = LearningProblem(
@@ -157,7 +187,10 @@ def _make_room(folder: str) -> None:
 
 
 def _learn_with_progress(
-    problem: LearningProblem, history: list[dict[str, Any]], quiet: bool
+    problem: LearningProblem,
+    progress: Progress,
+    checkpoints: Checkpoints,
+    quiet: bool,
 ) -> None:
     from tqdm import tqdm
 
@@ -169,20 +202,23 @@ def _learn_with_progress(
         return bars[name]
 
     def on_reference(done: int, total: int) -> None:
+        # Several processes can't know of each other here, and end after the first step.
+        if checkpoints.stop.signal and problem.together.count == 1:
+            raise LearningInterrupted(checkpoints.stop.signal, progress.step)
         reference = bar("Reference", total, unit="example", leave=False)
         reference.update(done - reference.n)
         if done == total:
             reference.close()
 
     def on_step(report: StepReport) -> None:
-        history.append(asdict(report))
         shown = {"loss": report.loss, "accuracy": report.accuracy, "utility": report.utility}
-        learning = bar("Learning mask", report.steps, unit="step")
+        learning = bar("Learning mask", report.steps, unit="step", initial=report.step - 1)
         learning.set_postfix({k: f"{v:.4f}" for k, v in shown.items() if v is not None})
         learning.update()
 
     try:
-        learn_logits(problem, on_step, on_reference)
+        with stop_requests(checkpoints.stop):
+            learn_logits(problem, on_step, on_reference, progress, checkpoints)
     finally:
         for shown in bars.values():
             shown.close()

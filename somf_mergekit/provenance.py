@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -124,7 +125,7 @@ def provenance(
         "seed": settings.seed,
         "steps": len(history),
         "tensors": len(tensors),
-        "entries": sum(tensor.logits.numel() for tensor in tensors),
+        "entries": sum(math.prod(tensor.layout.shape) for tensor in tensors),
         "training": {
             "first_steps": _curve_mean(history[:_CURVE_STEPS]),
             "last_steps": _curve_mean(history[-_CURVE_STEPS:]),

@@ -26,7 +26,8 @@ class LoadedTensor:
 
     Attributes:
         name: in the merged checkpoint.
-        base: the base model's tensor, in the recipe's dtype.
+        shape: of the tensor.
+        base: the base model's tensor, in the recipe's dtype, or the rows of it that are kept.
         weight: the merged weight as a function of the mask; None where the merge is the base's
             whatever the mask (also buffers of integers, or of infinity in every model).
         changed: whether any model differs from the base.
@@ -35,6 +36,7 @@ class LoadedTensor:
     """
 
     name: str
+    shape: tuple[int, ...]
     base: Tensor
     weight: MergedWeight | None
     changed: bool
@@ -87,6 +89,7 @@ def loaded_tensors(planned: PlannedMerge) -> Iterator[LoadedTensor]:
             merged = None
         yield LoadedTensor(
             name=weight.name,
+            shape=tuple(base.shape),
             base=base,
             weight=merged,
             changed=changed,

@@ -19,6 +19,7 @@ from .fusions import (
 )
 from .granularity import Layout
 from .pieces import row_blocks
+from .shards import Shard
 from .sums import weighted_sum
 
 # Puts a tensor where an engine has it: on a device, or in a file.
@@ -31,13 +32,16 @@ class MergedWeight(Protocol):
     def write(self, weight: Tensor, factor: Tensor) -> None:
         """Set ``weight`` to W(c), computed in float32; ``factor`` broadcasts to it."""
 
-    def factor_gradient(self, weight_gradient: Tensor, factor: Tensor, layout: Layout) -> Tensor:
+    def factor_gradient(
+        self, weight_gradient: Tensor, factor: Tensor, layout: Layout, shard: Shard
+    ) -> Tensor:
         """Return dL/dc, float32, one value per mask entry, from dL/dW at the weight W(c).
 
         Args:
-            weight_gradient: in the weight's shape.
+            weight_gradient: in the shape of the rows that are kept.
             factor: c, one value per mask entry.
-            layout: how the entries lie on the weight.
+            layout: how the entries lie on the whole weight.
+            shard: the rows that are kept.
         """
 
     def kept(self, keep: Keep, dtype: torch.dtype) -> "MergedWeight":
@@ -65,16 +69,18 @@ class LinearWeight:
         for rows in row_blocks(self.fused):
             weight[rows] = (factor[rows] * self.fused[rows]).add_(self.start[rows])
 
-    def factor_gradient(self, weight_gradient: Tensor, factor: Tensor, layout: Layout) -> Tensor:
+    def factor_gradient(
+        self, weight_gradient: Tensor, factor: Tensor, layout: Layout, shard: Shard
+    ) -> Tensor:
         """See MergedWeight."""
         # Of a tensor that has one entry in all rows, the blocks are summed; else laid together.
         spread = torch.zeros(layout.spread_shape, device=self.fused.device)
-        in_all_rows = spread.shape[:1] == (1,)
+        own, in_all_rows = shard.own(spread), spread.shape[:1] == (1,)
         for rows in row_blocks(self.fused):
             product = weight_gradient[rows].float() * self.fused[rows]
-            part = spread if in_all_rows else spread[rows]
+            part = own if in_all_rows else own[rows]
             part += product.sum_to_size(part.shape)
-        return layout.collected(spread)
+        return layout.collected(shard.add_up(spread))
 
     def kept(self, keep: Keep, dtype: torch.dtype) -> "LinearWeight":
         """See MergedWeight."""
@@ -83,7 +89,7 @@ class LinearWeight:
 
 @dataclass(frozen=True)
 class FusedWeight:
-    """W(c) by the fusion itself, differentiated by autograd.
+    """W(c) by the fusion itself, differentiated by autograd; always of the whole weight.
 
     Attributes:
         group: base and fine-tuned models, as loaded.
@@ -97,7 +103,9 @@ class FusedWeight:
         """See MergedWeight."""
         weight.copy_(self._merged(factor))
 
-    def factor_gradient(self, weight_gradient: Tensor, factor: Tensor, layout: Layout) -> Tensor:
+    def factor_gradient(
+        self, weight_gradient: Tensor, factor: Tensor, layout: Layout, shard: Shard
+    ) -> Tensor:
         """See MergedWeight."""
         leaf = factor.detach().requires_grad_()
         with torch.enable_grad():

@@ -18,6 +18,8 @@ from mergekit.merge_methods.easy_define import merge_method
 
 from somf_mergekit import MaskSet, RecipeError, fusions, pieces, weights
 from somf_mergekit.granularity import Storage, mask_layout
+from somf_mergekit.shards import Shard
+from somf_mergekit.trimming import largest
 
 # Every fusion with its own parameters, as a recipe gives them: to all models, or once.
 WITH_TWO = {
@@ -139,9 +141,8 @@ def test_learning_sees_the_fusions_weights_and_gradients(fusion, models, granula
     torch.testing.assert_close(
         written(weight, layout.spread(factor)), expected.detach(), rtol=1e-5, atol=1e-6
     )
-    torch.testing.assert_close(
-        weight.factor_gradient(gradient, factor, layout), expected_gradient, rtol=1e-4, atol=1e-5
-    )
+    found = weight.factor_gradient(gradient, factor, layout, Shard((12, 16)))
+    torch.testing.assert_close(found, expected_gradient, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -204,6 +205,25 @@ def test_models_that_are_averaged_keep_the_base_itself():
     assert weights.merged_weight(group, values).start is base
     halved = weights.merged_weight(group, values_of("linear", 3, weight=0.2, normalize=False))
     torch.testing.assert_close(halved.start, 0.6 * base)
+
+
+@pytest.mark.parametrize("density", [0.2, 0.001, 0.75, 1.0, 0.0])
+@pytest.mark.parametrize("rescale", [False, True])
+def test_trimming_by_a_threshold_is_what_mergekit_sorts_out(density, rescale):
+    group, base, changed = group_of(2)
+    values = values_of("ties", 2, density=density, rescale=rescale)
+    parameters = {**own_parameters("ties"), "density": density, "rescale": rescale}
+    expected = merge_tensors([base, *changed], "ties", parameters=parameters, base_index=0)
+    torch.testing.assert_close(fusions.fused(group, values), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.01])
+def test_as_many_entries_are_kept_also_of_equal_ones(share):
+    values = torch.tensor([0.0, 1.0, -1.0, 1.0, -2.0, 0.5, 1.0, 0.0]).view(2, 4)
+    kept = largest(values, share)
+    assert int(kept.sum()) == max(1, int(share * 8))
+    assert values.abs()[kept].min() >= values.abs()[~kept].max()
+    assert not largest(torch.zeros(3, 3), 0.5)[2].any()
 
 
 @pytest.mark.parametrize("fusion", ["task_arithmetic", "linear", "passthrough"])

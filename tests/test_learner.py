@@ -17,6 +17,7 @@ from somf_mergekit.learner.logprobs import answer_log_probs, output_head, token_
 from somf_mergekit.learner.tensors import Content, FixedTensor, MaskedTensor, State
 from somf_mergekit.preferences import EncodedPair
 from somf_mergekit.recipe import Settings
+from somf_mergekit.shards import Shard
 from somf_mergekit.weights import FusedWeight, LinearWeight
 
 VOCABULARY = 64
@@ -64,6 +65,7 @@ def make_problem(
             MaskedTensor(
                 name=name,
                 weight=weight,
+                shard=Shard(tuple(weight.shape)),
                 base=start,
                 merged=merged,
                 layout=layout,
@@ -269,7 +271,8 @@ def test_weights_merged_without_a_mask_are_the_bases_only_while_it_is_the_refere
     problem = make_problem(max_steps=1, reference="base")
     first, *masked = problem.tensors
     other = first.base + 1.0
-    fixed = FixedTensor(first.weight, first.base, LinearWeight(other, torch.zeros_like(other)))
+    merged = LinearWeight(other, torch.zeros_like(other))
+    fixed = FixedTensor(first.weight, first.shard, first.base, merged)
     seen = []
     real = engine.answer_token_log_probs
 
@@ -319,12 +322,15 @@ def test_gradients_are_those_of_the_formula_in_bfloat16_too(rescale):
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         merged = LinearWeight(start, fused.to(dtype))
         weight = torch.full((70, 9), torch.nan, dtype=dtype)
-        entrywise.write_masked(weight, merged, drawn, rescale)
+        shard = Shard((70, 9))
+        entrywise.write_masked(weight, merged, drawn, rescale, shard)
         expected = start + fused * masking.mask_factor(sample, rescale)
         torch.testing.assert_close(weight.float(), expected, rtol=tolerance, atol=tolerance)
         found = torch.full((630,), torch.nan)
         kept = gradient.to(dtype, copy=True)
-        for part, piece in entrywise.logit_gradients(weight, kept, merged, drawn, 0.5, rescale):
+        for part, piece in entrywise.logit_gradients(
+            weight, kept, merged, drawn, 0.5, rescale, shard
+        ):
             found[part] = piece
         expected = masking.logit_gradient(gradient * fused, sample, 0.5, rescale)
         torch.testing.assert_close(found.view(70, 9), expected, rtol=tolerance, atol=tolerance)

@@ -15,6 +15,15 @@ from somf_mergekit.processes import Processes, own_device
 # On a machine with a GPU too, gloo and the CPU are what is tested.
 ENVIRONMENT = {"SOMF_PRECISION": "float32", "ACCELERATE_USE_CPU": "1"}
 
+BY_PLACE = [
+    {"filter": "q_proj", "value": "head"},
+    {"filter": "k_proj", "value": "tensor"},
+    {"filter": "up_proj", "value": "column"},
+    {"filter": "down_proj", "value": "row"},
+    {"value": "weight"},
+]
+BY_MEAN = [{"filter": "k_proj", "value": "none"}, {"value": "mean"}]
+
 
 def learned(recipe_file, folder, count, command="learn"):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
@@ -36,9 +45,18 @@ def losses(folder):
     return [[json.loads(row)[key] for row in rows] for key in ("loss", "utility", "margin")]
 
 
-@pytest.mark.parametrize(("count", "engine"), [(2, "streaming"), (4, "resident")])
+@pytest.mark.parametrize(
+    ("count", "engine", "settings"),
+    [
+        (2, "streaming", {}),
+        (4, "resident", {}),
+        # Rows that can't be dealt out evenly; entries that cover rows of several processes.
+        (3, "sharded", {"granularity": BY_PLACE, "mask_rescale": BY_MEAN}),
+        (2, "sharded", {"fusion": "ties", "density": 0.5}),
+    ],
+)
 def test_several_processes_learn_what_one_learns(
-    count, engine, family, family_recipe, tmp_path, monkeypatch
+    count, engine, settings, family, family_recipe, tmp_path, monkeypatch
 ):
     utility = [
         {"prompt": row["prompt"], "answer": row["chosen"]} for row in tiny.preference_rows(6)
@@ -50,6 +68,7 @@ def test_several_processes_learn_what_one_learns(
         # The last batch of an epoch is smaller: some processes have no pair of it.
         batch_size=10,
         epochs=2,
+        **settings,
     )
     file = tiny.write_recipe(tmp_path / "recipe.yml", recipe)
     for name, value in ENVIRONMENT.items():

@@ -86,16 +86,25 @@ class Updates:
     def finish(self) -> None:
         """Update what is not yet."""
         for tensor in self._tensors:
+            own = tensor.weight.grad
             if self._together.count > 1:
-                own = tensor.weight.grad
                 # Experts that no token of this process went to have none.
                 given = torch.zeros_like(tensor.weight) if own is None else own
-                tensor.weight.grad = self._together.add_up(given).to(given.dtype)
-            tensor.update(self._step, self._share)
+                if tensor.shard.is_whole:
+                    own = self._together.add_up(given).to(given.dtype)
+                else:
+                    own = tensor.shard.own_sum(given)
+            if own is not None:
+                self._update(tensor, own)
 
     def _accumulated(self, tensor: MaskedTensor, _: Tensor) -> None:
         if self._are_last:
-            tensor.update(self._step, self._share)
+            assert tensor.weight.grad is not None
+            self._update(tensor, tensor.weight.grad)
+
+    def _update(self, tensor: MaskedTensor, gradient: Tensor) -> None:
+        tensor.update(gradient, self._step, self._share)
+        tensor.weight.grad = None
 
 
 class ResidentEngine:

@@ -11,14 +11,25 @@ from torch import Tensor
 
 from ..masking import mask_scale
 from ..pieces import pieces
+from ..shards import Shard
 from ..weights import LinearWeight
 
 # Gives the mask, float32 (count,), of a part of the flattened tensor.
 Draw = Callable[[slice], Tensor]
 
 
-def write_masked(weight: Tensor, merged: LinearWeight, draw: Draw, rescale: str) -> None:
-    """Set ``weight`` to start + D m / mean(m), or start + D m for ``rescale`` none."""
+def write_masked(
+    weight: Tensor, merged: LinearWeight, draw: Draw, rescale: str, shard: Shard
+) -> None:
+    """Set ``weight`` to start + D m / mean(m), or start + D m for ``rescale`` none.
+
+    Args:
+        weight: the rows that are kept.
+        merged: they as a function of the mask.
+        draw: the mask.
+        rescale: see ``masking.mask_scale``; the mean is the whole mask's.
+        shard: the rows that are kept.
+    """
     flat, fused, start = weight.view(-1), merged.fused.view(-1), merged.start.reshape(-1)
     parts = pieces(len(flat))
     if rescale == "none":
@@ -31,7 +42,7 @@ def write_masked(weight: Tensor, merged: LinearWeight, draw: Draw, rescale: str)
         mask = draw(part)
         total += mask.sum()
         flat[part] = mask
-    scale = mask_scale(float(total) / len(flat), rescale)
+    scale = mask_scale(float(shard.add_up(total)) / shard.entries, rescale)
     for part in parts:
         flat[part] = flat[part].float().mul_(fused[part]).mul_(scale).add_(start[part])
 
@@ -43,16 +54,18 @@ def logit_gradients(
     draw: Draw,
     temperature: float,
     rescale: str,
+    shard: Shard,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield dL/dx piece by piece, float32: the formula is that of ``masking.logit_gradient``.
 
     Args:
         weight: its storage is used: what it held is lost.
-        gradient: dL/dW in the weight's shape; its storage is used likewise.
+        gradient: dL/dW in the weight's shape, complete; its storage is used likewise.
         merged: the weight as a function of the mask.
         draw: the sample that the weight was written with.
         temperature: of the sample.
         rescale: see ``masking.mask_scale``.
+        shard: the rows that are kept; sums are over the whole weight.
     """
     slopes, products = weight.view(-1), gradient.reshape(-1)
     fused = merged.fused.view(-1)
@@ -71,8 +84,9 @@ def logit_gradients(
         products[part], slopes[part] = product.mul_(slope), slope
     if rescale == "none":
         return
-    scale = mask_scale(float(total) / len(slopes), rescale)
-    common = float(weighted) * scale * scale / len(slopes)
+    weighted, total = shard.add_up(torch.stack([weighted, total]))
+    scale = mask_scale(float(total) / shard.entries, rescale)
+    common = float(weighted) * scale * scale / shard.entries
     for part in parts:
         own = products[part].float().mul_(scale)
         yield part, own.sub_(slopes[part], alpha=common).div_(temperature)

@@ -4,10 +4,11 @@ import math
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from ..objectives import PREFERENCES
 from ..recipe import Settings
+from .checkpoints import Checkpoints, Progress
 from .passes import LearningProblem, Passes
 
 WARMUP_SHARE = 0.08
@@ -69,6 +70,8 @@ def learn_logits(
     problem: LearningProblem,
     on_step: Callable[[StepReport], None],
     on_reference: Callable[[int, int], None],
+    progress: Progress | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> None:
     """Learn the logits of ``problem.tensors`` in place.
 
@@ -77,10 +80,14 @@ def learn_logits(
         on_step: called after each optimiser step.
         on_reference: called while log-probabilities to compare with are computed, with the number
             of examples that are done and of all.
+        progress: how far learning had come when it was stopped; kept up to date.
+        checkpoints: where what is done is kept; nowhere if not given.
 
     Raises:
         LossNotFinite: before the update of the step whose loss is not finite.
+        LearningInterrupted: the process was asked to end.
     """
+    progress = progress or Progress()
     settings = problem.settings
     steps = step_count(settings, len(problem.pairs))
     if steps == 0:
@@ -88,27 +95,32 @@ def learn_logits(
     plan = batches(len(problem.pairs), settings, steps)
     has_utility = problem.utility and settings.utility_weight > 0
     utility_plan = batches(len(problem.utility), settings, steps, "utility/") if has_utility else []
-    passes = Passes(problem)
+    passes = Passes(problem, progress.reference, progress.unmasked)
     passes.compare(_used(problem, plan), _used(problem, utility_plan), on_reference)
     for step, batch in enumerate(plan):
+        if step < progress.step:
+            continue
         start = time.perf_counter()
         if settings.objective in PREFERENCES and settings.reference == "redrawn":
             passes.redraw(step, batch)
         share = rate_share(step, steps)
         shown = passes.learn(batch, utility_plan[step] if has_utility else [], step, share)
         margins = shown.margins
-        on_step(
-            StepReport(
-                step=step + 1,
-                steps=steps,
-                loss=shown.loss,
-                accuracy=sum(m > 0 for m in margins) / len(margins) if margins else None,
-                margin=sum(margins) / len(margins) if margins else None,
-                utility=shown.utility,
-                rate_share=share,
-                seconds=time.perf_counter() - start,
-            )
+        report = StepReport(
+            step=step + 1,
+            steps=steps,
+            loss=shown.loss,
+            accuracy=sum(m > 0 for m in margins) / len(margins) if margins else None,
+            margin=sum(margins) / len(margins) if margins else None,
+            utility=shown.utility,
+            rate_share=share,
+            seconds=time.perf_counter() - start,
         )
+        progress.step = step + 1
+        progress.history.append(asdict(report))
+        on_step(report)
+        if checkpoints:
+            checkpoints.after_step(progress, is_last=step + 1 == steps)
 
 
 def _used(problem: LearningProblem, plan: list[list[int]]) -> list[int]:

@@ -10,8 +10,11 @@ from torch import Tensor
 
 from ..errors import RecipeError
 from ..granularity import mask_layout, weight_storage
+from ..processes import ALONE, Processes
 from ..recipe import Settings
+from ..shards import Shard
 from ..sources import LoadedTensor
+from ..weights import LinearWeight
 from .mapped import MappedFiles
 from .tensors import FixedTensor, MaskedTensor
 
@@ -25,15 +28,29 @@ class Placement:
         autocast: type in which it computes; None for float32. Task vectors are kept in it, and the
             weights that autocast would turn into it for each use.
         files: where what an engine brings layer by layer is kept; None for the device.
+        keepers: the processes that keep each tensor together, rows of it each.
     """
 
     device: torch.device | str
     autocast: torch.dtype | None
-    files: MappedFiles | None
+    files: MappedFiles | None = None
+    keepers: Processes = ALONE
 
-    def kept(self, tensor: Tensor) -> Tensor:
-        """Return a tensor of the base or of the models where it is kept."""
-        return self.files.kept(tensor) if self.files else tensor.to(self.device)
+    def shard(self, tensor: LoadedTensor) -> Shard:
+        """Return which rows of a tensor this process keeps: all that a fusion needs at once."""
+        divided = tensor.weight is None or isinstance(tensor.weight, LinearWeight)
+        return Shard(tensor.shape, self.keepers if divided else ALONE)
+
+    def placed(self, tensor: LoadedTensor) -> LoadedTensor:
+        """Return a tensor of the merge with what is kept of it where it is kept."""
+        shard = self.shard(tensor)
+
+        def kept(whole: Tensor) -> Tensor:
+            # A view would keep the other rows too.
+            own = whole if shard.is_whole else shard.own(whole).clone()
+            return self.files.kept(own) if self.files else own.to(self.device)
+
+        return tensor.kept(kept, self.autocast or torch.float32)
 
     def logits(self, shape: tuple[int, ...]) -> Tensor:
         """Return room for logits."""
@@ -82,8 +99,7 @@ def learning_model(
     Raises:
         RecipeError: the merge is no model of the base's architecture, or nothing has changed.
     """
-    dtype = placement.autocast or torch.float32
-    loaded = [tensor.kept(placement.kept, dtype) for tensor in loaded]
+    loaded = [placement.placed(tensor) for tensor in loaded]
     model = _empty_model(config, loaded, trust_remote_code)
     if placement.autocast:
         _keep_layers_in(model, placement.autocast)
@@ -106,17 +122,20 @@ def learning_model(
         if id(place) in masked or id(place) in fixed:
             continue
         if tensor.weight is None or not tensor.changed or tensor.name not in masked_names:
-            fixed[id(place)] = FixedTensor(place, tensor.base, tensor.weight)
+            shard = placement.shard(tensor)
+            fixed[id(place)] = FixedTensor(place, shard, tensor.base, tensor.weight)
             continue
-        values = tensor.parameters
-        layout = mask_layout(values["granularity"], tensor.name, tuple(place.shape), storage)
+        values, shard = tensor.parameters, placement.shard(tensor)
+        layout = mask_layout(values["granularity"], tensor.name, tensor.shape, storage)
+        kept = shard.own_shape if layout.shape == tensor.shape else layout.shape
         masked[id(place)] = MaskedTensor(
             name=tensor.name,
             weight=place,
+            shard=shard,
             base=tensor.base,
             merged=tensor.weight,
             layout=layout,
-            logits=placement.logits(layout.shape).fill_(values["init_logit"]),
+            logits=placement.logits(kept).fill_(values["init_logit"]),
             temperature=values["temperature"],
             rescale=values["mask_rescale"],
             seed=settings.seed,
@@ -149,12 +168,12 @@ def _loaded_name(name: str, model: Any) -> str:
 
 def _place(places: dict[str, Any], loaded_as: str, tensor: LoadedTensor, model: Any) -> Any:
     place = places.get(loaded_as)
-    if place is not None and place.shape == tensor.base.shape:
+    if place is not None and tuple(place.shape) == tensor.shape:
         return place
     found = "has no such weight" if place is None else f"expects {tuple(place.shape)}"
     raise RecipeError(
         f"a mask can't be learned for this merge: {tensor.name} of shape "
-        f"{tuple(tensor.base.shape)} is written, but {type(model).__name__} {found}. A "
+        f"{tensor.shape} is written, but {type(model).__name__} {found}. A "
         "learned mask can still be applied with the parameter `mask`."
     )
 
@@ -166,7 +185,7 @@ def _empty_model(config: Any, loaded: list[LoadedTensor], trust_remote_code: boo
     config = copy.deepcopy(config)
     for tensor in loaded:
         if tensor.vocabulary_axis is not None:
-            config.get_text_config().vocab_size = tensor.base.shape[tensor.vocabulary_axis]
+            config.get_text_config().vocab_size = tensor.shape[tensor.vocabulary_axis]
     try:
         with no_init_weights():
             model = AutoModelForCausalLM.from_config(

@@ -1,6 +1,6 @@
 """The losses of learning, and what they are compared with."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from ..objectives import PREFERENCES, divergences, preference_losses, sft_losses
 from ..preferences import EncodedPair
 from ..processes import ALONE, Processes
 from ..recipe import Settings
-from .engine import Engine, LossNotFinite, Part
+from .engine import Engine, LossNotFinite, Part, TokenLogProbs
 from .logprobs import TokenBatch, answer_sums, token_batch
 from .tensors import Content, MaskedTensor, State
 
@@ -57,27 +57,40 @@ class Losses:
 class Passes:
     """The passes of learning, with what they are compared with."""
 
-    def __init__(self, problem: LearningProblem):
+    def __init__(
+        self,
+        problem: LearningProblem,
+        reference: dict[int, tuple[float, float]] | None = None,
+        unmasked: dict[int, Tensor] | None = None,
+    ):
+        """Take a problem, and what is known already.
+
+        Args:
+            problem: what is learned from.
+            reference: log-probabilities of each pair's answers under the reference, by its row.
+            unmasked: of each utility answer's tokens under the unmasked merge, likewise.
+        """
         self.problem = problem
         self.settings = problem.settings
-        # Log-probabilities of each pair's answers under the reference, and of each utility
-        # answer's tokens under the unmasked merge.
-        self.reference: dict[int, tuple[float, float]] = {}
-        self.unmasked: dict[int, Tensor] = {}
+        self.reference = {} if reference is None else reference
+        self.unmasked = {} if unmasked is None else unmasked
 
     def compare(
         self, rows: list[int], utility_rows: list[int], on_reference: Callable[[int, int], None]
     ) -> None:
-        """Compute what stays the same for all steps."""
+        """Compute what stays the same for all steps, where it is not known."""
         settings = self.settings
         if settings.objective not in PREFERENCES or settings.reference == "redrawn":
             rows = []
+        rows = [row for row in rows if row not in self.reference]
+        utility_rows = [row for row in utility_rows if row not in self.unmasked]
+        done = len(self.unmasked) + len(self.reference)
         total = len(rows) + len(utility_rows)
         for _ in self._keep_unmasked(utility_rows):
-            on_reference(len(self.unmasked), total)
+            on_reference(len(self.unmasked) + len(self.reference) - done, total)
         content = Content.BASE if settings.reference == "base" else Content.SOFT
         for _ in self._keep_reference(rows, State(content)):
-            on_reference(len(self.unmasked) + len(self.reference), total)
+            on_reference(len(self.unmasked) + len(self.reference) - done, total)
 
     def redraw(self, step: int, batch: list[int]) -> None:
         """Take the merge under a new draw of the untrained mask as this batch's reference."""
@@ -154,8 +167,9 @@ class Passes:
 
     def _keep_unmasked(self, rows: list[int]) -> Iterator[None]:
         parts = list(self._parts(rows, self._utility_length))
-        batches = map(self._utility_batch, parts)
-        found = self.problem.engine.evaluate(batches, State(Content.UNMASKED)) if rows else ()
+        found = self._evaluated(
+            map(self._utility_batch, parts), len(parts), State(Content.UNMASKED)
+        )
         for part, (log_probs, owners) in zip(parts, found, strict=True):
             for place, row in enumerate(part):
                 self.unmasked[row] = log_probs[owners == place]
@@ -163,13 +177,20 @@ class Passes:
 
     def _keep_reference(self, rows: list[int], state: State) -> Iterator[None]:
         parts = list(self._parts(rows, self._pair_length))
-        batches = map(self._pair_batch, parts)
-        found = self.problem.engine.evaluate(batches, state) if rows else ()
+        found = self._evaluated(map(self._pair_batch, parts), len(parts), state)
         for part, result in zip(parts, found, strict=True):
             chosen, rejected, _ = self._pair_log_probs(part, *result)
             values = zip(chosen.tolist(), rejected.tolist(), strict=True)
             self.reference.update(zip(part, values, strict=True))
             yield
+
+    def _evaluated(
+        self, batches: Iterator[TokenBatch], count: int, state: State
+    ) -> Iterable[TokenLogProbs]:
+        # An engine may need all processes where one has something to evaluate.
+        if not any(self.problem.together.gathered([count])):
+            return ()
+        return self.problem.engine.evaluate(batches, state)
 
     def _pair_batch(self, rows: list[int]) -> TokenBatch:
         """Return the safe answers of pairs, then the unsafe ones where the objective takes both."""

@@ -80,7 +80,10 @@ class StreamingEngine:
         """See Engine."""
         for tensor in self._outer:
             tensor.write(state)
-        for group in _groups(batches):
+        groups = list(_groups(batches))
+        # Where layers are brought by several processes, all of them bring each as often.
+        most = max(self._together.gathered([len(groups)]))
+        for group in [*groups, *[[]] * (most - len(groups))]:
             hidden, calls = self._entered(group)
             for number in range(len(self._layers)):
                 with self._loaded(number, state):

@@ -11,6 +11,7 @@ from ..granularity import Layout
 from ..masking import concrete_piece, logit_gradient, mask_factor
 from ..noise import noise_key
 from ..pieces import pieces
+from ..shards import Shard
 from ..weights import LinearWeight, MergedWeight
 from .entrywise import Draw, logit_gradients, write_masked
 from .optimizer import LogitOptimizer
@@ -45,21 +46,25 @@ class FixedTensor:
 
     Attributes:
         weight: the model's parameter; its values are written here.
+        shard: the rows that this process keeps of what follows.
         base: the base model's tensor.
         merged: the merged weight; None where it is the base's.
     """
 
     weight: Tensor
+    shard: Shard
     base: Tensor
     merged: MergedWeight | None
 
     @torch.no_grad()
     def write(self, state: State) -> None:
         """Set the weight to the base's or the plain merge's."""
+        own = self.shard.own(self.weight)
         if self.merged is None or state.of_fixed is Content.BASE:
-            self.weight.copy_(self.base)
+            own.copy_(self.base)
         else:
-            self.merged.write(self.weight, torch.ones((), device=self.weight.device))
+            self.merged.write(own, torch.ones((), device=own.device))
+        self.shard.gather(self.weight)
 
 
 @dataclass
@@ -69,9 +74,11 @@ class MaskedTensor:
     Attributes:
         name: of the tensor in the merged checkpoint.
         weight: the model's parameter; its values are written here.
-        base: the base model's tensor, in the weight's shape.
+        shard: the rows that this process keeps of the base, the merged weight, and of logits that
+            have the weight's shape.
+        base: the base model's tensor.
         merged: the merged weight as a function of the mask's factor.
-        layout: how the mask's entries lie on the weight.
+        layout: how the mask's entries lie on the whole weight.
         logits: of the mask, float32, one per entry; learned in place.
         temperature: of the concrete samples.
         rescale: see ``masking.mask_scale``.
@@ -82,6 +89,7 @@ class MaskedTensor:
 
     name: str
     weight: torch.nn.Parameter
+    shard: Shard
     base: Tensor
     merged: MergedWeight
     layout: Layout
@@ -100,11 +108,12 @@ class MaskedTensor:
     def write(self, state: State) -> None:
         """Set the weight to what ``state`` says."""
         entries = self.logits.view(-1)
+        own = self.shard.own(self.weight)
         match state.content:
             case Content.BASE:
-                self.weight.copy_(self.base)
+                own.copy_(self.base)
             case Content.UNMASKED:
-                self.merged.write(self.weight, torch.ones((), device=self.weight.device))
+                self.merged.write(own, torch.ones((), device=own.device))
             case Content.SOFT:
                 self._write(lambda part: torch.sigmoid(entries[part]))
             case Content.SAMPLE:
@@ -113,44 +122,62 @@ class MaskedTensor:
                 start = torch.tensor(self.init_logit, device=self.logits.device)
                 key = noise_key(seed=self.seed, step=state.step, name=f"untrained/{self.name}")
                 self._write(self._drawn(start.expand(self.logits.numel()), key))
+        self.shard.gather(self.weight)
 
     @torch.no_grad()
-    def update(self, step: int, rate_share: float) -> None:
-        """Take one optimiser step on the logits from the weight's gradient, and free that.
+    def update(self, gradient: Tensor, step: int, rate_share: float) -> None:
+        """Take one optimiser step on the logits from the weight's gradient.
 
-        The weight's own values are lost: the next step writes them anew.
+        The weight's own values and the gradient's are lost: the next step makes them anew.
 
         Args:
+            gradient: dL/dW of the rows that are kept, complete.
             step: whose sample the weight was written with.
             rate_share: of the learning rate at its peak, from 0 to 1.
         """
-        if self.weight.grad is None:
-            return
-        self._optimizer.step(self._gradients(step), rate_share * self.learning_rate)
-        self.weight.grad = None
+        self._optimizer.step(self._gradients(gradient, step), rate_share * self.learning_rate)
 
-    def _gradients(self, step: int) -> Iterator[tuple[slice, Tensor]]:
+    def whole_logits(self) -> Tensor:
+        """Return the logits of the whole mask; all processes that keep them together must ask."""
+        if not self._is_entrywise or self.shard.is_whole:
+            return self.logits
+        found = torch.empty(self.layout.shape, device=self.logits.device)
+        self.shard.own(found).copy_(self.logits)
+        self.shard.gather(found)
+        return found
+
+    def set_logits(self, whole: Tensor) -> None:
+        """Set the logits to those of a whole mask."""
+        self.logits.copy_(self.shard.own(whole) if self._is_entrywise else whole)
+
+    def _gradients(self, gradient: Tensor, step: int) -> Iterator[tuple[slice, Tensor]]:
         # The sample is drawn again rather than kept: it is a function of logits, seed and step.
-        gradient, draw = self.weight.grad, self._sample(step)
-        assert gradient is not None
+        draw = self._sample(step)
         if isinstance(self.merged, LinearWeight) and self._is_entrywise:
             yield from logit_gradients(
-                self.weight.detach(), gradient, self.merged, draw, self.temperature, self.rescale
+                self.shard.own(self.weight.detach()),
+                gradient,
+                self.merged,
+                draw,
+                self.temperature,
+                self.rescale,
+                self.shard,
             )
             return
         sample = self._whole(draw)
         of_factor = self.merged.factor_gradient(
-            gradient, mask_factor(sample, self.rescale), self.layout
+            gradient, mask_factor(sample, self.rescale), self.layout, self.shard
         )
         found = logit_gradient(of_factor, sample, self.temperature, self.rescale)
         yield slice(None), found.view(-1)
 
     def _write(self, draw: Draw) -> None:
+        own = self.shard.own(self.weight)
         if isinstance(self.merged, LinearWeight) and self._is_entrywise:
-            write_masked(self.weight, self.merged, draw, self.rescale)
+            write_masked(own, self.merged, draw, self.rescale, self.shard)
             return
         factor = mask_factor(self._whole(draw), self.rescale)
-        self.merged.write(self.weight, self.layout.spread(factor))
+        self.merged.write(own, self.shard.own(self.layout.spread(factor)))
 
     @property
     def _is_entrywise(self) -> bool:
@@ -161,7 +188,8 @@ class MaskedTensor:
         return self._drawn(self.logits.view(-1), key)
 
     def _drawn(self, entries: Tensor, key: int) -> Draw:
-        return lambda part: concrete_piece(entries[part], key, part.start, self.temperature)
+        first = self.shard.first_entry if self._is_entrywise else 0
+        return lambda part: concrete_piece(entries[part], key, first + part.start, self.temperature)
 
     def _whole(self, draw: Draw) -> Tensor:
         parts = pieces(self.logits.numel())

@@ -1,0 +1,209 @@
+"""What lets learning go on where it was stopped: the logits and what was computed to compare with.
+
+There is no other state: noise is a function of the seed, data come in a fixed order, and the
+optimiser keeps nothing.
+"""
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import RecipeError
+from ..processes import Processes
+from .interruption import LearningInterrupted, StopRequests
+from .safetensors_file import StoredTensor, write_safetensors
+from .tensors import MaskedTensor
+
+FORMAT = "somf-checkpoint/1"
+GENERATIONS = 2
+# At the end too, where more than this would be lost if the mask could not be written.
+_END_SECONDS = 60
+_HEADER_KEY = "somf"
+_LOGITS, _PAIRS, _RATIOS = "logits/", "reference rows", "reference"
+_TOKENS, _LENGTHS, _UNMASKED = "utility rows", "utility lengths", "utility"
+
+
+@dataclass
+class Progress:
+    """How far learning has come, but for the logits.
+
+    Attributes:
+        step: steps that are done.
+        history: a row per step.
+        reference: log-probabilities of each pair's answers under the reference, by its number.
+        unmasked: of each utility answer's tokens under the unmasked merge, by its number.
+    """
+
+    step: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    reference: dict[int, tuple[float, float]] = field(default_factory=dict)
+    unmasked: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Checkpoints:
+    """The checkpoints of one learning, the newest two, in a folder of their own.
+
+    One is complete once it has its name: it is written under another, and synced to the disk.
+
+    Attributes:
+        stop: whether someone wants this process to end; it does after a step.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        fingerprint: Mapping[str, Any],
+        tensors: Sequence[MaskedTensor],
+        together: Processes,
+        *,
+        seconds: float,
+    ):
+        """Take a folder that is there.
+
+        Args:
+            folder: with earlier checkpoints or none.
+            fingerprint: of what decides the mask.
+            tensors: whose logits are kept.
+            together: this process among those that learn.
+            seconds: between two checkpoints.
+        """
+        self.stop = StopRequests()
+        self._folder, self._fingerprint = folder, dict(fingerprint)
+        told = json.dumps(self._fingerprint, sort_keys=True).encode()
+        key = hashlib.sha256(told).hexdigest()[:12]
+        self._name = re.compile(rf"^step-(\d+)-{key}\.safetensors$")
+        self._key = key
+        self._tensors, self._together = tensors, together
+        self._seconds = seconds
+        self._written = time.monotonic()
+
+    def latest(self) -> Progress:
+        """Return how far learning had come, and set the logits to what they were then.
+
+        A checkpoint that can't be read, or of something else, does not count.
+        """
+        for _, path in reversed(self._found()):
+            try:
+                return self._read(path)
+            except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+                for tensor in self._tensors:
+                    tensor.logits.fill_(tensor.init_logit)
+        return Progress()
+
+    def after_step(self, progress: Progress, *, is_last: bool) -> None:
+        """Write a checkpoint where it is time for one.
+
+        Raises:
+            LearningInterrupted: the processes are to end; what is done is kept.
+            RecipeError: the checkpoint can't be written; the last one is as it was.
+        """
+        wait = min(self._seconds, _END_SECONDS) if is_last else self._seconds
+        due = time.monotonic() - self._written >= wait
+        told = self._together.gathered([(self.stop.signal, due)])
+        stopped = next((signal for signal, _ in told if signal), None)
+        # The first one's clock counts: all must write together.
+        if not (told[0][1] or stopped):
+            return
+        self._write(progress)
+        self._written = time.monotonic()
+        if stopped:
+            raise LearningInterrupted(stopped, progress.step)
+
+    def remove(self) -> None:
+        """Remove all checkpoints: learning has come to an end."""
+        if self._together.is_first:
+            for _, path in self._found():
+                os.unlink(path)
+
+    def _write(self, progress: Progress) -> None:
+        pairs, utility = self._of_all(progress.reference), self._of_all(progress.unmasked)
+        tokens = [values.cpu() for values in utility.values()]
+        kept = {
+            _PAIRS: torch.tensor(list(pairs), dtype=torch.int64),
+            _RATIOS: torch.tensor(list(pairs.values()), dtype=torch.float64).reshape(-1, 2),
+            _TOKENS: torch.tensor(list(utility), dtype=torch.int64),
+            _LENGTHS: torch.tensor(list(map(len, tokens)), dtype=torch.int64),
+            _UNMASKED: torch.cat([torch.empty(0), *tokens]),
+        }
+        content = [StoredTensor.of(name, tensor) for name, tensor in kept.items()]
+        content += [
+            StoredTensor(_LOGITS + t.name, t.layout.shape, torch.float32, t.whole_logits)
+            for t in self._tensors
+        ]
+        if not self._together.is_first:
+            # Each has rows of what the first one writes.
+            for tensor in self._tensors:
+                tensor.whole_logits()
+            self._together.wait()
+            return
+        header = {
+            "format": FORMAT,
+            "fingerprint": self._fingerprint,
+            "step": progress.step,
+            "history": progress.history,
+        }
+        path = os.path.join(self._folder, f"step-{progress.step}-{self._key}.safetensors")
+        try:
+            write_safetensors(path, content, {_HEADER_KEY: json.dumps(header, sort_keys=True)})
+        except OSError as error:
+            raise RecipeError(
+                f"a checkpoint can't be written to {self._folder}: {error.strerror}. The last one "
+                "is as it was: make room, or name another place with --work-dir (SOMF_WORK_DIR), "
+                "and give the same command again to go on."
+            ) from error
+        for _, old in self._found()[:-GENERATIONS]:
+            os.unlink(old)
+        self._together.wait()
+
+    def _of_all(self, values: Mapping[int, Any]) -> dict[int, Any]:
+        """Return what all processes know of rows, in the rows' order."""
+        known = [item for part in self._together.gathered([list(values.items())]) for item in part]
+        return dict(sorted(known, key=lambda item: item[0]))
+
+    def _read(self, path: str) -> Progress:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads(file.metadata()[_HEADER_KEY])
+            if header["format"] != FORMAT or header["fingerprint"] != self._fingerprint:
+                raise ValueError("of something else")
+            shapes = {t.name: file.get_slice(_LOGITS + t.name).get_shape() for t in self._tensors}
+            if any(tuple(shapes[t.name]) != t.layout.shape for t in self._tensors):
+                raise ValueError("of other shapes")
+            for tensor in self._tensors:
+                tensor.set_logits(file.get_tensor(_LOGITS + tensor.name))
+            lengths = file.get_tensor(_LENGTHS).tolist()
+            values = file.get_tensor(_UNMASKED).clone().split(lengths) if lengths else ()
+            device = self._tensors[0].logits.device
+            return Progress(
+                step=int(header["step"]),
+                history=list(header["history"]),
+                reference={
+                    row: (chosen, rejected)
+                    for row, (chosen, rejected) in zip(
+                        file.get_tensor(_PAIRS).tolist(),
+                        file.get_tensor(_RATIOS).tolist(),
+                        strict=True,
+                    )
+                },
+                unmasked={
+                    row: tokens.to(device)
+                    for row, tokens in zip(file.get_tensor(_TOKENS).tolist(), values, strict=True)
+                },
+            )
+
+    def _found(self) -> list[tuple[int, str]]:
+        """Return the steps and paths of all checkpoints, the oldest first."""
+        found = []
+        for name in os.listdir(self._folder):
+            match = self._name.match(name)
+            if match:
+                found.append((int(match[1]), os.path.join(self._folder, name)))
+        return sorted(found)

@@ -1,0 +1,93 @@
+"""What each of several processes keeps of a weight that they keep together."""
+
+import math
+
+import pytest
+import torch
+from mergekit.options import MergeOptions
+
+from somf_mergekit import RecipeError, machine
+from somf_mergekit.forecast import forecast
+from somf_mergekit.inputs import checked_data
+from somf_mergekit.learner.model import Placement
+from somf_mergekit.planner import planned_merge
+from somf_mergekit.processes import Processes
+from somf_mergekit.recipe_check import read_recipe
+from somf_mergekit.shards import Shard
+from somf_mergekit.sources import LoadedTensor
+from somf_mergekit.weights import FusedWeight, LinearWeight
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("shape", [(1,), (4, 3), (7, 2, 2), (15, 4)], ids=str)
+def test_the_shards_of_all_processes_are_the_whole(shape, count):
+    whole = torch.arange(float(torch.Size(shape).numel())).view(shape)
+    shards = [Shard(shape, Processes(rank, count)) for rank in range(count)]
+    own = [shard.own(whole) for shard in shards]
+    assert torch.equal(torch.cat(own), whole)
+    for shard, rows in zip(shards, own, strict=True):
+        assert shard.own_shape == rows.shape
+        assert shard.entries == whole.numel()
+        if len(rows):
+            assert shard.first_entry == rows.flatten()[0]
+    # Dealt out as FSDP does: torch.chunk.
+    assert [len(rows) for rows in own if len(rows)] == [len(c) for c in whole.chunk(count)]
+
+
+def test_what_is_one_for_all_rows_is_kept_by_all():
+    shard = Shard((6, 4), Processes(1, 2))
+    for shape in ((), (1, 4), (1, 1), (4,)):
+        assert shard.own(torch.ones(shape)).shape == shape
+    assert shard.own(torch.ones(6, 1)).shape == (3, 1)
+    scalar = Shard((), Processes(1, 2))
+    assert scalar.is_whole
+    assert scalar.own(torch.ones(())).shape == scalar.own_shape == ()
+
+
+def test_a_process_keeps_its_rows_alone_unless_the_fusion_needs_all():
+    base, change = torch.ones(9, 4), torch.full((9, 4), 0.5)
+    linear = LinearWeight(base, change)
+    placement = Placement("cpu", torch.bfloat16, keepers=Processes(2, 3))
+    loaded = LoadedTensor("w", (9, 4), base, linear, True, {}, None)
+    kept = placement.placed(loaded)
+    assert kept.base is kept.weight.start
+    assert kept.weight.fused.dtype == torch.bfloat16
+    for tensor, size in ((kept.base, 4), (kept.weight.fused, 2)):
+        assert tensor.shape == (3, 4)
+        assert tensor.untyped_storage().nbytes() == 12 * size
+    fused = FusedWeight(group=None, values={})
+    assert placement.shard(LoadedTensor("w", (9, 4), base, fused, True, {}, None)).is_whole
+
+
+class Two(Processes):
+    """The first of two processes, of which the other has half the memory."""
+
+    def gathered(self, values):
+        return [*values, *(value // 2 for value in values)]
+
+
+def test_a_model_that_does_not_fit_in_each_process_is_kept_by_all_together(
+    monkeypatch, family_recipe
+):
+    monkeypatch.setenv("SOMF_MICRO_BATCH_SIZE", "1")
+    planned = planned_merge(read_recipe(family_recipe()), MergeOptions())
+    data = checked_data(planned)
+    needs = {}
+    for name in machine.ENGINES:
+        monkeypatch.setenv("SOMF_ENGINE", name)
+        if name == "sharded":
+            with pytest.raises(RecipeError, match="needs several processes"):
+                forecast(planned, data)
+        needs[name] = forecast(planned, data, Two(0, 2)).memory
+    monkeypatch.delenv("SOMF_ENGINE")
+    assert needs["streaming"] < needs["sharded"] < needs["resident"]
+    for name, usable in (
+        ("resident", needs["resident"]),
+        ("sharded", needs["resident"] - 1),
+        ("sharded", needs["sharded"]),
+        ("streaming", needs["sharded"] - 1),
+    ):
+        free = 2 * math.ceil(usable / 0.9)
+        monkeypatch.setattr(machine, "free_memory", lambda device, free=free: free)
+        found = forecast(planned, data, Two(0, 2))
+        assert (found.engine, found.free) == (name, free // 2)
