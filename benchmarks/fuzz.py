@@ -4,6 +4,7 @@ Needs atheris (`pip install atheris`), which is no dependency of the project.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -225,7 +226,7 @@ def _report(rows: list[dict[str, Any]]) -> str:
     lines += [
         "",
         f"Python {machine['python']}, {told}; {machine['system']}, {machine['processor']}, "
-        f"{machine['cores']} cores.",
+        f"{machine['cores']} cores, niceness {os.nice(0)}.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -16,6 +16,7 @@ from mergekit.merge_methods import merge_state_dicts
 
 from somf_mergekit import MaskSet, RecipeError, register
 from somf_mergekit.answers import answered_prompts, encoded_answers, prompts_alone
+from somf_mergekit.groups import are_equal, is_finite
 from somf_mergekit.masks import MASKS_FILE, write_masks, write_packed_masks
 from somf_mergekit.preferences import encoded_pairs, preference_pairs
 from somf_mergekit.rows import dataset_rows
@@ -346,3 +347,15 @@ def expected(models, masks, fusion):
         for name, weight in (("one", 0.5), ("two", 0.25))
     )
     return (base.double() + change * p / p.mean()).to(base.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_is_looked_at(dtype):
+    whole = torch.tensor([1.0, -2.0]).to(dtype)
+    broken = torch.tensor([1.0, math.nan]).to(dtype)
+    assert is_finite(whole)
+    assert not is_finite(broken)
+    assert are_equal(whole, whole.clone())
+    assert not are_equal(whole, whole.neg())
+    # As with other types, what is no number equals nothing.
+    assert not are_equal(broken, broken.clone())
