@@ -289,7 +289,7 @@ def written_mask(folder, family, values):
 COLLAPSED = {
     "model.layers.0.mlp.up_proj.weight": 0.99,
     "model.layers.1.mlp.up_proj.weight": 0.01,
-    "model.layers.0.mlp.down_proj.weight": 0.3,
+    "model.layers.0.mlp.down_proj.weight": 0.45,
     "model.layers.1.mlp.down_proj.weight": 0.8,
 }
 
