@@ -23,6 +23,7 @@ from .fusions import OwnMethod, fused, fusion_specs
 from .groups import is_finite, is_shared_buffer, not_finite
 from .masks import MaskSet, masks_path
 from .report.vectors import recorded
+from .sums import show_task_vectors
 from .weights import fused_masked
 
 # Where the planner writes under which name a tensor's mask is kept: that of the base's tensor,
@@ -80,12 +81,14 @@ class SomfMethod(OwnMethod):
             return base
         factor = _factor(group, masks, parameters)
         vectors = recorded(masks.path)
-        if vectors is not None:
-            vectors.add(group, parameters[MASK_TENSOR] or name, factor)
+        kept_as = None if factor is None else str(parameters[MASK_TENSOR] or name)
+        watch = None if vectors is None else vectors.watch(group, kept_as)
         if factor is None:
+            if watch is not None:
+                show_task_vectors(group, torch.ones((), device=base.device), watch)
             result = fused(group, parameters).to(base.dtype)
         else:
-            result = fused_masked(group, factor, parameters)
+            result = fused_masked(group, factor, parameters, watch)
         if not is_finite(result):
             if is_shared_buffer(group):
                 return base

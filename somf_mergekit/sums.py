@@ -4,7 +4,7 @@ What a and c are is mergekit's to say; it is asked once a tensor. Entry by entry
 here, in pieces that fit the processor's cache, with no float32 copies of whole tensors.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any
@@ -15,6 +15,9 @@ from torch import Tensor
 
 from .fusions import fused
 from .pieces import row_blocks
+
+# Is shown task vectors, (models, rows, ...), and the rows' factor; may write over the former.
+Watch = Callable[[Tensor, Tensor], object]
 
 # Weights that add up to 1 do so up to float32's rounding.
 _ROUNDING = 1e-6
@@ -40,23 +43,27 @@ class WeightedSum:
             base: these rows of the base's tensor, float32.
             rows: of the group's tensors.
         """
-        found = torch.zeros_like(base)
-        for entry, share in zip(group.non_base, self.of_task_vectors, strict=True):
-            found.add_(entry.tensor[rows].float() - base, alpha=share)
-        return found
+        return self._combined((e.tensor[rows].float() - base for e in group.non_base), base)
 
-    def masked(self, group: TensorGroup, factor: Tensor) -> Tensor:
+    def masked(self, group: TensorGroup, factor: Tensor, watch: Watch | None = None) -> Tensor:
         """Return a base + D * factor, computed in float32, in the base's shape and dtype.
 
         Args:
             group: base and fine-tuned models.
             factor: see ``masking.mask_factor``; broadcasts to the weight.
+            watch: is shown the task vectors while they are there; changes no bit of the result.
         """
         stored = group.base.tensor
         result, factor = torch.empty_like(stored), factor.expand(stored.shape)
         for rows in row_blocks(stored):
             base = stored[rows].float()
-            difference = self.differences(group, base, rows).mul_(factor[rows])
+            if watch is None:
+                difference = self.differences(group, base, rows)
+            else:
+                vectors = task_vectors(group, base, rows)
+                difference = self._combined(vectors, base)
+                watch(vectors, factor[rows])
+            difference.mul_(factor[rows])
             result[rows] = difference.add_(base, alpha=self.of_base)
         return result
 
@@ -67,6 +74,40 @@ class WeightedSum:
         for rows in row_blocks(stored):
             result[rows] = self.differences(group, stored[rows].float(), rows)
         return result
+
+    def _combined(self, vectors: Iterable[Tensor], base: Tensor) -> Tensor:
+        found = torch.zeros_like(base)
+        for vector, share in zip(vectors, self.of_task_vectors, strict=True):
+            found.add_(vector, alpha=share)
+        return found
+
+
+def task_vectors(group: TensorGroup, base: Tensor, rows: slice | EllipsisType) -> Tensor:
+    """Return the task vectors of some rows, a new float32 tensor of (models, rows, ...).
+
+    Args:
+        group: base and fine-tuned models.
+        base: these rows of the base's tensor, float32.
+        rows: of the group's tensors.
+    """
+    found = torch.empty(len(group.non_base), *base.shape, device=base.device)
+    for vector, entry in zip(found, group.non_base, strict=True):
+        torch.sub(entry.tensor[rows].float(), base, out=vector)
+    return found
+
+
+def show_task_vectors(group: TensorGroup, factor: Tensor, watch: Watch) -> None:
+    """Show a group's task vectors piece by piece.
+
+    Args:
+        group: base and fine-tuned models.
+        factor: see ``masking.mask_factor``; broadcasts to the weight.
+        watch: see ``Watch``.
+    """
+    stored = group.base.tensor
+    factor = factor.expand(stored.shape)
+    for rows in row_blocks(stored):
+        watch(task_vectors(group, stored[rows].float(), rows), factor[rows])
 
 
 def weighted_sum(group: TensorGroup, values: Mapping[str, Any]) -> WeightedSum:

@@ -20,7 +20,7 @@ from .fusions import (
 from .granularity import Layout
 from .pieces import row_blocks
 from .shards import Shard
-from .sums import weighted_sum
+from .sums import Watch, show_task_vectors, weighted_sum
 
 # Puts a tensor where an engine has it: on a device, or in a file.
 Keep = Callable[[Tensor], Tensor]
@@ -136,14 +136,19 @@ def merged_weight(group: TensorGroup, values: dict[str, Any]) -> MergedWeight:
     return LinearWeight(start, fused_differences(group, values))
 
 
-def fused_masked(group: TensorGroup, factor: Tensor, values: dict[str, Any]) -> Tensor:
+def fused_masked(
+    group: TensorGroup, factor: Tensor, values: dict[str, Any], watch: Watch | None = None
+) -> Tensor:
     """Return the fusion of the masked models, computed in float32, in the base's dtype.
 
     Args:
         group: with a base; tensors in the weight's shape.
         factor: see ``masking.mask_factor``; broadcasts to the weight.
         values: as in ``fusions.fused``.
+        watch: is shown the task vectors, see ``sums.Watch``.
     """
     if values["fusion"] in SUMS:
-        return weighted_sum(group, values).masked(group, factor)
+        return weighted_sum(group, values).masked(group, factor, watch)
+    if watch is not None:
+        show_task_vectors(group, factor, watch)
     return fused(masked_group(group, factor), values).to(group.base.tensor.dtype)

@@ -18,6 +18,7 @@ from somf_mergekit.report.card import with_section
 from somf_mergekit.report.curve import curve_rows
 from somf_mergekit.report.names import kind_of, layer_of
 from somf_mergekit.report.vectors import TaskVectors, TensorRecord
+from somf_mergekit.sums import show_task_vectors
 
 MODELS = ("math", "code")
 
@@ -288,7 +289,7 @@ def written_mask(folder, family, values):
 COLLAPSED = {
     "model.layers.0.mlp.up_proj.weight": 0.99,
     "model.layers.1.mlp.up_proj.weight": 0.01,
-    "model.layers.0.mlp.down_proj.weight": 0.3,
+    "model.layers.0.mlp.down_proj.weight": 0.45,
     "model.layers.1.mlp.down_proj.weight": 0.8,
 }
 
@@ -363,6 +364,20 @@ def test_what_is_told_is_chosen_on_the_machine(reported, family, tmp_path, monke
     told = {"none": [], "text": ["report.json", "report.md"]}[extent]
     assert sorted(reports) == told
     assert ("## Safety" in (tmp_path / "out/README.md").read_text()) is bool(told)
+
+
+def test_the_written_tensors_are_the_same_with_and_without_a_report(
+    reported, family, tmp_path, monkeypatch
+):
+    for fusion in ("task_arithmetic", "linear", "ties"):
+        recipe = recipe_of(family, mask=str(reported.somf), fusion=fusion)
+        recipe["dtype"] = "bfloat16"
+        written = []
+        for extent in ("none", "text"):
+            monkeypatch.setenv("SOMF_REPORT", extent)
+            merge(recipe, tmp_path / f"{fusion}-{extent}")
+            written.append((tmp_path / f"{fusion}-{extent}/model.safetensors").read_bytes())
+        assert written[0] == written[1]
 
 
 def test_an_unknown_extent_is_refused_before_anything_is_read(
@@ -442,8 +457,7 @@ def test_a_part_that_fails_leaves_the_merge_and_the_other_parts(
 
 
 def test_task_vectors_that_fail_leave_the_merge(reported, family, tmp_path, monkeypatch):
-    place = "somf_mergekit.report.vectors.inner_products"
-    monkeypatch.setattr(place, fail(RuntimeError("out of memory")))
+    monkeypatch.setattr(TensorRecord, "add", fail(RuntimeError("out of memory")))
     output = merge(recipe_of(family, mask=str(reported.somf)), tmp_path / "out")
     assert output.count("lacks the norms of some task vectors: ") == 1
     report = report_of(tmp_path / "out/somf")
@@ -504,7 +518,8 @@ def test_a_buffer_of_infinities_has_no_task_vector():
     for name, start in (("buffer", float("-inf")), ("weight", 1.0)):
         base = torch.full((2, 3), start)
         entries = [TensorEntry("base", base, True), TensorEntry("x", base + 2, False)]
-        vectors.add(TensorGroup(tuple(entries), TensorMetadata(name=name)), name, None)
+        group = TensorGroup(tuple(entries), TensorMetadata(name=name))
+        show_task_vectors(group, torch.ones(()), vectors.watch(group, None))
     assert vectors.failure is None
     *_, total = vectors.kinds()
     assert total.before.norms == pytest.approx([24**0.5])

@@ -1,8 +1,8 @@
 """Norms of task vectors and cosines between them, before and after masking.
 
 They are taken while mergekit merges, one tensor group at a time, for its weights are in memory
-then: a pass of its own would read every model again. Of each tensor a few inner products are kept;
-they are taken in pieces that fit the processor's cache, and cost about what the merged sum does.
+then: a pass of its own would read every model again. Sums are shown the very pieces that they add
+up, which are in the processor's cache. Of each tensor a few inner products are kept.
 """
 
 import math
@@ -14,7 +14,7 @@ import torch
 from mergekit.merge_methods.base import TensorGroup
 from torch import Tensor
 
-from ..pieces import row_blocks
+from ..sums import Watch
 from .names import grouped, natural
 
 
@@ -25,15 +25,43 @@ class TensorRecord:
     Attributes:
         kept_as: the name under which its mask is kept; None where it has none.
         models: the fine-tuned ones.
-        before: inner products of their task vectors, (models, models), float64 on the CPU; None
-            where they could not be taken, or the tensor is a buffer of infinities.
+        before: inner products of their task vectors, (models, models), float64; None before any
+            are known.
         after: the same of the masked task vectors.
+        broken: whether some are missing.
     """
 
     kept_as: str | None
     models: tuple[str, ...]
     before: Tensor | None = None
     after: Tensor | None = None
+    broken: bool = False
+
+    def add(self, vectors: Tensor, factor: Tensor) -> None:
+        """Add a piece: its products are summed in float32, the pieces' sums in float64.
+
+        Args:
+            vectors: task vectors, (models, rows, ...); written over.
+            factor: of these rows, see ``masking.mask_factor``.
+        """
+        flat = vectors.view(len(vectors), -1)
+        before = (flat @ flat.T).double()
+        self.before = before if self.before is None else self.before + before
+        if self.kept_as is None:
+            self.after = self.before
+            return
+        vectors.mul_(factor)
+        after = (flat @ flat.T).double()
+        self.after = after if self.after is None else self.after + after
+
+    def products(self) -> tuple[Tensor, Tensor] | None:
+        """Return ``before`` and ``after`` on the CPU.
+
+        None where they could not be taken, or the tensor is a buffer of infinities.
+        """
+        if self.before is None or self.after is None or self.broken:
+            return None
+        return (self.before.cpu(), self.after.cpu()) if self.before.isfinite().all() else None
 
 
 class Gram:
@@ -86,24 +114,28 @@ class TaskVectors:
     tensors: dict[str, TensorRecord] = field(default_factory=dict)
     failure: str | None = None
 
-    def add(self, group: TensorGroup, kept_as: str, factor: Tensor | None) -> None:
-        """Record a group that is being merged. Never fails: a merge is worth more than its report.
+    def watch(self, group: TensorGroup, kept_as: str | None) -> Watch:
+        """Record a group that is being merged, and return what is to be shown its task vectors.
+
+        That never fails: a merge is worth more than its report.
 
         Args:
             group: base and fine-tuned models.
-            kept_as: the name under which the group's mask is kept, where it has one.
-            factor: see ``masking.mask_factor``; broadcasts to the weight; None without a mask.
+            kept_as: the name under which the group's mask is kept; None without one.
         """
-        models = tuple(str(entry.id) for entry in group.non_base)
-        record = TensorRecord(kept_as if factor is not None else None, models)
+        record = TensorRecord(kept_as, tuple(str(entry.id) for entry in group.non_base))
         # Executors for several GPUs merge in several threads: each writes keys of its own.
-        self.tensors[str(group.metadata.name)] = record
-        try:
-            before, after = inner_products(group, factor)
-            if before.isfinite().all():
-                record.before, record.after = before, after
-        except (RuntimeError, MemoryError) as error:
-            self.failure = f"{group.metadata.name}: {str(error).splitlines()[0]}"
+        name = str(group.metadata.name)
+        self.tensors[name] = record
+
+        def shown(vectors: Tensor, factor: Tensor) -> None:
+            try:
+                record.add(vectors, factor)
+            except (RuntimeError, MemoryError) as error:
+                record.broken = True
+                self.failure = f"{name}: {str(error).splitlines()[0]}"
+
+        return shown
 
     @property
     def models(self) -> list[str]:
@@ -122,10 +154,11 @@ class TaskVectors:
         sums = torch.zeros(2, len(models), len(models), dtype=torch.float64)
         for name in names:
             record = self.tensors[name]
-            if record.before is None or record.after is None:
+            products = record.products()
+            if products is None:
                 continue
             places = torch.tensor([models.index(model) for model in record.models])
-            for total, own in zip(sums, (record.before, record.after), strict=True):
+            for total, own in zip(sums, products, strict=True):
                 total[places[:, None], places] += own
         return VectorSummary(label, Gram(sums[0]), Gram(sums[1]))
 
@@ -134,32 +167,6 @@ class TaskVectors:
         kinds = grouped(self.tensors, "kind")
         rows = [self.summary(label, names) for label, names in kinds.items()]
         return [*rows, self.summary("all", list(self.tensors))]
-
-
-def inner_products(group: TensorGroup, factor: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the inner products of task vectors before and after masking, float64 on the CPU.
-
-    Products of a piece are summed in float32, the pieces' sums in float64.
-
-    Args:
-        group: base and fine-tuned models.
-        factor: see ``masking.mask_factor``; broadcasts to the weight; None without a mask.
-    """
-    base, models = group.base.tensor, group.non_base
-    before = torch.zeros(len(models), len(models), dtype=torch.float64, device=base.device)
-    after = before if factor is None else torch.zeros_like(before)
-    spread = None if factor is None else factor.expand(base.shape)
-    for rows in row_blocks(base):
-        start = base[rows].float()
-        vectors = torch.empty(len(models), *start.shape, device=base.device)
-        for vector, entry in zip(vectors, models, strict=True):
-            torch.sub(entry.tensor[rows], start, out=vector)
-        flat = vectors.view(len(models), -1)
-        before += flat @ flat.T
-        if spread is not None:
-            vectors *= spread[rows]
-            after += flat @ flat.T
-    return before.cpu(), after.cpu()
 
 
 _RECORDING: dict[str, TaskVectors] = {}
