@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,9 @@ import yaml
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods import merge_tensors
 from repair_formulas import REFERENCE
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from somf_mergekit import MaskSet, recipe
+from somf_mergekit.masks import write_masks
 from somf_mergekit.repairs.catalogue import REPAIRS
 
 ROOT = Path(__file__).parent.parent
@@ -130,16 +130,22 @@ def run_as_told(example):
 
 def overwrite_mask(folder):
     """Put random probabilities in a learned mask's place: few steps leave it near its start."""
-    file = folder / "masks.safetensors"
-    with safe_open(file, framework="pt") as handle:
-        header = handle.metadata()
+    masks = MaskSet.open(folder)
     draw = torch.Generator().manual_seed(0)
-    codes = {
-        name: torch.randint(0, 256, mask.shape, generator=draw).to(torch.uint8)
-        for name, mask in load_file(file).items()
+    probabilities = {
+        name: (torch.randint(0, 256, masks.entries(name).shape, generator=draw) + 0.5) / 256
+        for name in masks.stored_names()
     }
-    save_file(codes, file, metadata=header)
-    return MaskSet.open(folder)
+    header = masks.header
+    shutil.rmtree(folder)
+    return write_masks(
+        folder,
+        probabilities,
+        aliases=header["aliases"],
+        repeats=header["repeats"],
+        provenance=masks.provenance,
+        history=[],
+    )
 
 
 def model_tensors(name):

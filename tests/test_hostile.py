@@ -356,6 +356,6 @@ def test_float8_is_looked_at(dtype):
     assert is_finite(whole)
     assert not is_finite(broken)
     assert are_equal(whole, whole.clone())
-    assert not are_equal(whole, whole.neg())
+    assert not are_equal(whole, (-whole.float()).to(dtype))
     # As with other types, what is no number equals nothing.
     assert not are_equal(broken, broken.clone())
