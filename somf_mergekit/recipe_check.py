@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import yaml
-from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods.base import ParameterScope, ParameterSpec
@@ -16,6 +15,7 @@ from pydantic import ValidationError
 from .errors import RecipeError, raise_together
 from .fusion_check import count_problem, name_problem
 from .fusions import known_fusions
+from .model_check import configuration_problems, weight_problems
 from .recipe import METHOD_NAME, parameters
 from .recipe_blocks import model_blocks, parameter_blocks
 from .repairs.catalogue import REPAIRS
@@ -81,9 +81,12 @@ def check_recipe(
         problems += text_problems(content, MergeConfiguration)
     problems += OWN_METHODS[config.merge_method](config)
     LoaderCache().setup(options=options)
-    for model in sorted(config.referenced_models(), key=str):
-        problems += _model_problems(model, options)
-    raise_together(problems, WRONG_RECIPE)
+    models = sorted(config.referenced_models(), key=str)
+    for look in (configuration_problems, weight_problems):
+        # No weights are opened for a recipe that is wrong as its text tells.
+        for model in models:
+            problems += look(model, options)
+        raise_together(problems, WRONG_RECIPE)
 
 
 def check_writable(folder: str) -> None:
@@ -185,64 +188,6 @@ def _their_problems(
         except (ValidationError, ValueError):
             kind = getattr(spec.value_type, "__name__", str(spec.value_type))
             yield f"{where}: {leaf!r} is not what {fusion} takes ({kind})"
-
-
-def _model_problems(model: ModelReference, options: MergeOptions) -> list[str]:
-    try:
-        config = model.config(trust_remote_code=options.trust_remote_code)
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return [f"model {model}: its configuration can't be read: {reason}"]
-    if getattr(config, "quantization_config", None):
-        return [
-            f"model {model}: it is quantized, and mergekit would take what is stored for the "
-            "weights themselves, without their scales; give it in bfloat16 or float32"
-        ]
-    if model.lora and not options.lora_merge_cache:
-        return [f"model {model}: an adapter needs mergekit's option --lora-merge-cache DIR"]
-    kept = _kept_adapter(model, options)
-    if model.lora and not os.path.isdir(kept):
-        # mergekit will put it into its base.
-        return []
-    hint = f"; if {kept} was left unfinished, remove it" if kept else ""
-    try:
-        index = LoaderCache().get(model).index
-    except Exception as error:  # a damaged checkpoint has many of its own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return [f"model {model}: its weights can't be opened: {reason}{hint}"]
-    files = {os.path.join(index.base_path, file) for file in index.tensor_paths.values()}
-    if kept and _changed(_files_in(model.lora.path, model.model.path)) > _changed(files):
-        return [
-            f"model {model}: the adapter or its base was changed after mergekit put them together "
-            f"in {kept}, which it would take: remove that folder"
-        ]
-    return []
-
-
-def _kept_adapter(model: ModelReference, options: MergeOptions) -> str:
-    """Return where mergekit keeps an adapter with its base, once it has put them together."""
-    if not model.lora:
-        return ""
-    # As ModelReference.merged names it.
-    name = f"{model.model._unique_id()}_{model.lora._unique_id()}"
-    return os.path.join(options.lora_merge_cache, name)
-
-
-def _files_in(*folders: str) -> list[str]:
-    """Return the weight files in those of the folders that are on this machine."""
-    ends = (".safetensors", ".bin")
-    return [
-        os.path.join(folder, name)
-        for folder in folders
-        if os.path.isdir(folder)
-        for name in os.listdir(folder)
-        if name.endswith(ends)
-    ]
-
-
-def _changed(files: Collection[str]) -> float:
-    """Return when the last of the files was changed."""
-    return max((os.stat(file).st_mtime for file in files if os.path.exists(file)), default=0.0)
 
 
 # What says what is wrong with a recipe of each merge method of this package.

@@ -335,6 +335,7 @@ def test_all_mistakes_are_told_together(unread, family):
     del recipe["base_model"]
     message = unread(recipe)
     # What is missing is not told while a role is not known.
+    assert "6 problems" in message
     assert "nlsr needs one beside base_model" not in message
     for said in (
         "chat_templat: unknown key (did you mean 'chat_template'?)",
