@@ -153,7 +153,7 @@ def _artifact_target(work: Path) -> Callable[[bytes], None]:
 def _sample_artifact(folder: Path) -> Any:
     import torch
 
-    from somf_mergekit.masks import write_masks
+    from somf_mergekit.mask_files import write_masks
 
     draw = torch.Generator().manual_seed(0)
     return write_masks(

@@ -167,7 +167,8 @@ def _pack() -> click.Command:
     @click.argument("mask", type=click.Path())
     @click.argument("folder", type=click.Path(file_okay=False))
     def command(mask: str, folder: str) -> None:
-        from .masks import MaskSet, write_packed_masks
+        from .mask_files import write_packed_masks
+        from .masks import MaskSet
 
         if os.path.isdir(folder) and os.listdir(folder):
             raise RecipeError(f"folder {folder} is not empty: name a new one")

@@ -8,32 +8,24 @@ Nothing in an artifact is ever unpickled, and no name in it becomes a path. Chec
 see ``mask_header``; somf.json has those of the other files.
 """
 
-import contextlib
-import json
 import math
 import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .digests import file_digest
 from .errors import RecipeError
 from .granularity import Layout
 from .mask_header import (
-    FORMAT,
     checked_header,
     damaged,
     header_digest,
     json_content,
     tensor_digest,
-    with_digest,
 )
 from .masking import mask_factor, mask_from_probabilities
 from .pieces import pieces
@@ -41,16 +33,16 @@ from .pieces import pieces
 MASKS_FILE = "masks.safetensors"
 PROVENANCE_FILE = "somf.json"
 HISTORY_FILE = "training.jsonl"
-_LEVELS = 256
-_HEADER_KEY = "somf"
+LEVELS = 256
+HEADER_KEY = "somf"
 # In somf.json: the checksums of the other files, and of itself.
-_CHECKSUMS_KEY = "checksums"
+CHECKSUMS_KEY = "checksums"
 _MOST_BYTES = 1 << 26
 
 
 def encoded_probability(probability: Tensor) -> Tensor:
     """Return probabilities as uint8 codes in the same shape, on the CPU."""
-    codes = torch.ceil(probability.float() * _LEVELS).sub_(1).clamp_(0, _LEVELS - 1)
+    codes = torch.ceil(probability.float() * LEVELS).sub_(1).clamp_(0, LEVELS - 1)
     return codes.to("cpu", torch.uint8)
 
 
@@ -59,7 +51,7 @@ def decoded_probability(codes: Tensor) -> Tensor:
     found = torch.empty(codes.shape)
     flat, flat_codes = found.view(-1), codes.reshape(-1)
     for part in pieces(len(flat)):
-        flat[part].copy_(flat_codes[part]).add_(0.5).div_(_LEVELS)
+        flat[part].copy_(flat_codes[part]).add_(0.5).div_(LEVELS)
     return found
 
 
@@ -74,7 +66,7 @@ class MaskSet:
         self.path = path
         try:
             self._file = safe_open(path, framework="pt")
-            stored = (self._file.metadata() or {}).get(_HEADER_KEY)
+            stored = (self._file.metadata() or {}).get(HEADER_KEY)
             parts = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
             shapes = {name: tuple(part.get_shape()) for name, part in parts.items()}
             types = {name: part.get_dtype() for name, part in parts.items()}
@@ -152,13 +144,14 @@ class MaskSet:
 
         Raises:
             KeyError: ``name`` has no mask.
+            RecipeError: the file is damaged.
         """
         stored = self._stored_name(name)
-        codes = self._file.get_tensor(stored)
+        codes = self._checked_codes(stored)
         if stored not in self._packed:
             # Counted as the bytes they are: much faster than as floats.
-            return torch.bincount(codes.flatten(), minlength=_LEVELS)
-        counts = torch.zeros(_LEVELS, dtype=torch.long)
+            return torch.bincount(codes.flatten(), minlength=LEVELS)
+        counts = torch.zeros(LEVELS, dtype=torch.long)
         kept = int(np.unpackbits(codes.numpy()).sum())
         counts[-1], counts[0] = kept, math.prod(self._packed[stored]) - kept
         return counts
@@ -166,8 +159,8 @@ class MaskSet:
     def levels(self) -> Tensor:
         """Return the probabilities that entries can have, (256,), float64, ascending."""
         if self._packed:
-            return torch.linspace(0, 1, _LEVELS, dtype=torch.float64)
-        return (torch.arange(_LEVELS, dtype=torch.float64) + 0.5) / _LEVELS
+            return torch.linspace(0, 1, LEVELS, dtype=torch.float64)
+        return (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS
 
     def probabilities(self, name: str) -> Tensor:
         """Return the probabilities, float32, in a shape that broadcasts to the weight.
@@ -259,121 +252,6 @@ class MaskSet:
         return stored
 
 
-def write_masks(
-    folder: str | os.PathLike[str],
-    probabilities: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
-    *,
-    aliases: Mapping[str, str],
-    provenance: Mapping[str, Any],
-    history: list[dict[str, Any]],
-    repeats: Mapping[str, tuple[int, int]] | None = None,
-) -> MaskSet:
-    """Write an artifact and return it opened.
-
-    The files are made beside ``folder`` and put in place at the end: a folder with this name is
-    complete.
-
-    Args:
-        folder: must not exist, or be empty.
-        probabilities: float32 in [0, 1] per tensor name; as pairs, one is needed at a time.
-        aliases: further names of stored tensors (tied weights).
-        provenance: JSON-able; stored in ``somf.json`` and in the header of the masks.
-        history: one JSON-able row per optimiser step.
-        repeats: for tensors whose entries cover several places of an axis: axis and how many.
-    """
-    header = {
-        "provenance": provenance,
-        "aliases": dict(aliases),
-        "repeats": {name: list(repeat) for name, repeat in (repeats or {}).items()},
-    }
-    pairs = probabilities.items() if isinstance(probabilities, Mapping) else probabilities
-    with _new_artifact(folder, provenance) as work:
-        _save(work, {name: encoded_probability(value) for name, value in pairs}, header)
-        with open(os.path.join(work, HISTORY_FILE), "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in history)
-    return MaskSet.open(folder)
-
-
-def write_packed_masks(folder: str | os.PathLike[str], masks: MaskSet) -> MaskSet:
-    """Write the binary masks of an artifact with a bit an entry, and return them opened.
-
-    Args:
-        folder: must not exist, or be empty.
-        masks: learned ones; what is told with them stays.
-
-    Raises:
-        RecipeError: these are damaged.
-    """
-    stored = {}
-    packed = {}
-    for name in masks.stored_names():
-        entries = masks.entries(name)
-        packed[name] = list(entries.shape)
-        bits = np.packbits((entries > 0.5).view(-1).numpy())
-        stored[name] = torch.from_numpy(bits)
-    header = {**masks.header, "packed": packed}
-    with _new_artifact(folder, masks.provenance) as work:
-        _save(work, stored, header)
-        history = os.path.join(os.path.dirname(masks.path), HISTORY_FILE)
-        if os.path.exists(history):
-            shutil.copyfile(history, os.path.join(work, HISTORY_FILE))
-    return MaskSet.open(folder)
-
-
-def _save(folder: str, tensors: dict[str, Tensor], header: Mapping[str, Any]) -> None:
-    digests = {name: tensor_digest(codes) for name, codes in tensors.items()}
-    content = with_digest({**header, "format": FORMAT, "digests": digests})
-    save_file(
-        tensors,
-        os.path.join(folder, MASKS_FILE),
-        # One key: safetensors writes several in an order that differs from run to run.
-        metadata={_HEADER_KEY: json.dumps(content, sort_keys=True)},
-    )
-
-
-def keep_masks(
-    folder: str | os.PathLike[str], masks: MaskSet, provenance: Mapping[str, Any]
-) -> MaskSet:
-    """Write an artifact with masks that were learned elsewhere, and return it opened.
-
-    The header of the masks goes on telling where they come from.
-
-    Args:
-        folder: must not exist, or be empty.
-        masks: the learned ones.
-        provenance: of their use; JSON-able, stored in ``somf.json``.
-    """
-    with _new_artifact(folder, provenance) as work:
-        place = os.path.join(work, MASKS_FILE)
-        try:
-            os.link(os.path.realpath(masks.path), place)
-        except OSError:
-            shutil.copyfile(masks.path, place)
-    return MaskSet.open(folder)
-
-
-@contextlib.contextmanager
-def _new_artifact(folder: str | os.PathLike[str], provenance: Mapping[str, Any]) -> Iterator[str]:
-    """Give a folder to fill, which becomes ``folder`` when it is complete."""
-    target = os.path.abspath(folder)
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    work = tempfile.mkdtemp(prefix=".somf-", dir=os.path.dirname(target))
-    os.chmod(work, 0o755)
-    try:
-        yield work
-        checksums = {MASKS_FILE: header_digest(MaskSet(os.path.join(work, MASKS_FILE)).header)}
-        history = os.path.join(work, HISTORY_FILE)
-        if os.path.exists(history):
-            checksums[HISTORY_FILE] = file_digest(history)
-        told = with_digest({**provenance, _CHECKSUMS_KEY: checksums})
-        with open(os.path.join(work, PROVENANCE_FILE), "w", encoding="utf-8") as file:
-            json.dump(told, file, indent=2, sort_keys=True)
-            file.write("\n")
-        os.replace(work, target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
 def told_checksums(folder: str) -> dict[str, str] | None:
     """Return the checksums that an artifact's ``somf.json`` has, by file; None where it is missing.
 
@@ -394,11 +272,11 @@ def told_checksums(folder: str) -> dict[str, str] | None:
     content = json_content(text, what)
     if not isinstance(content, dict):
         raise damaged(what, "it is no JSON object")
-    told = content.get(_CHECKSUMS_KEY, {})
+    told = content.get(CHECKSUMS_KEY, {})
     if told and content.get("digest") != header_digest(content):
         raise damaged(what, "it has another checksum than when written")
     if not isinstance(told, dict) or not all(isinstance(value, str) for value in told.values()):
-        raise damaged(what, f"{_CHECKSUMS_KEY} are not texts by file")
+        raise damaged(what, f"{CHECKSUMS_KEY} are not texts by file")
     return told
 
 

@@ -20,7 +20,8 @@ from .learner.mapped import MappedFiles
 from .learner.model import LearningModel, Placement, learning_model
 from .learner.passes import LearningProblem
 from .learner.streaming import StreamingEngine, StreamingImpossible
-from .masks import HISTORY_FILE, MASKS_FILE, MaskSet, keep_masks, write_masks
+from .mask_files import keep_masks, write_masks
+from .masks import HISTORY_FILE, MASKS_FILE, MaskSet
 from .phases import LEARNING, phase
 from .plan import PlannedMerge
 from .processes import ALONE, Processes, is_first, own_device, processes

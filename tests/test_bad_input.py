@@ -134,18 +134,22 @@ def test_unreadable_safety_data_and_wrong_shapes_are_told_together(
     assert "32x32 in the base" in message
 
 
+def given_or_learned(given, family_recipe, folder):
+    """A recipe that is given a mask learned before, or one that learns its own."""
+    if not given:
+        return family_recipe()
+    learned = tiny.write_recipe(folder / "first.yml", family_recipe(max_steps=0))
+    assert tiny.invoke("mergekit-somf", "learn", learned, folder / "mask").exit_code == 0
+    return family_recipe(safety_dataset=None, mask=str(folder / "mask"))
+
+
 @pytest.mark.parametrize("given", [False, True], ids=["learning", "mask given"])
 def test_another_vocabulary(refused, family_recipe, family, tmp_path, given):
     tokenizer = tiny.tiny_tokenizer(extra_tokens=["<x>", "<y>"])
     tokenizer.add_tokens(["<z>"])
     model = tiny.tiny_llama(1, len(tokenizer))
     tiny.save_model(model, tokenizer, tmp_path / "longer")
-    parameters = {}
-    if given:
-        learned = tiny.write_recipe(tmp_path / "first.yml", family_recipe(max_steps=0))
-        assert tiny.invoke("mergekit-somf", "learn", learned, tmp_path / "mask").exit_code == 0
-        parameters = {"safety_dataset": None, "mask": str(tmp_path / "mask")}
-    recipe = family_recipe(**parameters)
+    recipe = given_or_learned(given, family_recipe, tmp_path)
     recipe["models"][0]["model"] = str(tmp_path / "longer")
     message = refused(recipe)
     base = len(tiny.tiny_tokenizer())
@@ -218,12 +222,7 @@ def index_that_is_none(model):
 def test_damaged_checkpoints(refused, family_recipe, family, tmp_path, damage, said, given):
     shutil.copytree(family / "math", tmp_path / "broken")
     damage(tmp_path / "broken")
-    parameters = {}
-    if given:
-        learned = tiny.write_recipe(tmp_path / "first.yml", family_recipe(max_steps=0))
-        assert tiny.invoke("mergekit-somf", "learn", learned, tmp_path / "mask").exit_code == 0
-        parameters = {"safety_dataset": None, "mask": str(tmp_path / "mask")}
-    recipe = family_recipe(**parameters)
+    recipe = given_or_learned(given, family_recipe, tmp_path)
     recipe["models"][0]["model"] = str(tmp_path / "broken")
     message = refused(recipe)
     assert f"model {tmp_path / 'broken'}: " in message
@@ -275,12 +274,7 @@ def test_weights_that_are_not_finite(refused, family_recipe, family, tmp_path, v
     tensors = tiny.tensors_of(tmp_path / "broken")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
     save_file(tensors, tmp_path / "broken/model.safetensors", metadata={"format": "pt"})
-    parameters = {}
-    if given:
-        learned = tiny.write_recipe(tmp_path / "first.yml", family_recipe(max_steps=0))
-        assert tiny.invoke("mergekit-somf", "learn", learned, tmp_path / "mask").exit_code == 0
-        parameters = {"safety_dataset": None, "mask": str(tmp_path / "mask")}
-    recipe = family_recipe(**parameters)
+    recipe = given_or_learned(given, family_recipe, tmp_path)
     recipe["models"][0]["model"] = str(tmp_path / "broken")
     # A given mask is put beside the merge before mergekit reads the first weight.
     message = refused(recipe, further=["somf"] if given else [])

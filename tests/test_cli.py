@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from somf_mergekit import MaskSet, recipe
-from somf_mergekit.masks import write_masks
+from somf_mergekit.mask_files import write_masks
 from somf_mergekit.report import MaskCensus, kind_of, layer_of
 
 ROOT = Path(__file__).parent.parent

@@ -16,7 +16,7 @@ from mergekit.merge_methods import merge_tensors
 from repair_formulas import REFERENCE
 
 from somf_mergekit import MaskSet, recipe
-from somf_mergekit.masks import write_masks
+from somf_mergekit.mask_files import write_masks
 from somf_mergekit.repairs.catalogue import REPAIRS
 
 ROOT = Path(__file__).parent.parent

@@ -13,7 +13,7 @@ from mergekit.merge_methods import TensorEntry, TensorGroup, TensorMetadata, mer
 from PIL import Image
 
 from somf_mergekit import MaskSet
-from somf_mergekit.masks import write_masks
+from somf_mergekit.mask_files import write_masks
 from somf_mergekit.report.card import with_section
 from somf_mergekit.report.curve import curve_rows
 from somf_mergekit.report.names import kind_of, layer_of
