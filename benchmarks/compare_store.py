@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from somf_mergekit.files import write_whole
+
 
 def read_json(file: Path) -> dict[str, Any]:
     """Return what a file holds, {} where there is none."""
@@ -19,9 +21,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Write a file that appears, or changes, only when it is complete."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, file)
+    write_whole(file, json.dumps(content, indent=1) + "\n")
 
 
 def removed(folder: Path) -> None:

@@ -1,7 +1,6 @@
 """What is measured of a model: refusals, preferences, skills; results kept per model content."""
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,6 +12,7 @@ import torch
 from somf_mergekit.dialogue import user_prompt
 from somf_mergekit.evaluate import answer_loss, greedy_answers, is_refusal, preference_accuracy
 from somf_mergekit.evaluate.models import content_digest
+from somf_mergekit.files import write_whole
 from somf_mergekit.preferences import encoded_pairs, preference_pairs
 from somf_mergekit.rows import dataset_rows
 
@@ -57,9 +57,7 @@ def measured(folder: Path, work: Path, data: Path | None, measuring: Measuring) 
         found[name] = MEASURES[name](subject)
         results = read_results(work)
         results.setdefault(key, new)["measures"] = found
-        unfinished = work / "results.json.partial"
-        unfinished.write_text(json.dumps(results, indent=1) + "\n")
-        os.replace(unfinished, work / "results.json")
+        write_whole(work / "results.json", json.dumps(results, indent=1) + "\n")
     return dict(found)
 
 

@@ -1,4 +1,4 @@
-"""Checksums of files, remembered for those that have not changed since."""
+"""Checksums of JSON and of files, remembered for those that have not changed since."""
 
 import contextlib
 import hashlib
@@ -26,6 +26,11 @@ def file_digest(path: str | os.PathLike[str]) -> str:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def json_digest(value: Any) -> str:
+    """Return the SHA-256 of what JSON makes of a value: the same whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def file_digests(paths: list[str]) -> list[str]:

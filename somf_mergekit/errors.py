@@ -40,3 +40,8 @@ def raise_together(problems: Iterable[str], heading: str) -> None:
         raise RecipeError(f"{heading}: {found[0]}")
     lines = "\n".join(f"  - {problem}" for problem in found)
     raise RecipeError(f"{heading}: {len(found)} problems\n{lines}")
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says first, its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, reduce
 from typing import Any
 
@@ -41,7 +41,30 @@ _RANDOMLY_DROPPED = ("dare_linear", "dare_ties")
 
 
 class OwnMethod(GroupMergeMethod):
-    """A merge method of this package: it takes models of its own kind, and fuses no masked ones."""
+    """A merge method of this package: it takes models of its own kind, and fuses no masked ones.
+
+    Attributes:
+        takes: which models, in words that an error begins with.
+    """
+
+    takes: str
+
+    def validate_inputs(
+        self,
+        input_ids: Sequence[Hashable],
+        base_id: Hashable | None = None,
+        *,
+        group_name: str | None = None,
+    ) -> None:
+        """Check the models of a merge.
+
+        Raises:
+            RecipeError: they are too few or too many, or the base is not among them.
+        """
+        try:
+            super().validate_inputs(input_ids, base_id, group_name=group_name)
+        except ValueError as error:
+            raise RecipeError(f"{self.takes}: {error}") from error
 
 
 def known_fusions() -> dict[str, MergeMethod]:

@@ -4,7 +4,6 @@ An artifact may come from a stranger, or through a bad disk. Checksums find acci
 a file can make its checksums too, so that nothing in a header is believed without a look at it.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
 from torch import Tensor
 
+from .digests import json_digest
 from .errors import RecipeError
 from .granularity import Layout
 
@@ -136,7 +136,7 @@ def tensor_digest(codes: Tensor) -> str:
 def header_digest(content: Mapping[str, Any]) -> str:
     """Return the SHA-256 of JSON's content, without the key under which a digest is kept."""
     rest = {key: value for key, value in content.items() if key != _DIGEST_KEY}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return json_digest(rest)
 
 
 def with_digest(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The merge method: mask every task vector with one learned mask, then let mergekit fuse them."""
 
 import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -38,27 +38,12 @@ class SomfMethod(OwnMethod):
     given, in ``merge_state_dicts`` and ``merge_tensors`` alike.
     """
 
+    takes = "somf needs base_model among the models"
+
     @property
     def spec(self) -> MergeMethodSpec:
         """Our parameters with those of every fusion that is registered by now."""
         return _spec(fusion_specs())
-
-    def validate_inputs(
-        self,
-        input_ids: Sequence[Hashable],
-        base_id: Hashable | None = None,
-        *,
-        group_name: str | None = None,
-    ) -> None:
-        """Check the models of a merge.
-
-        Raises:
-            RecipeError: the base is missing.
-        """
-        try:
-            super().validate_inputs(input_ids, base_id, group_name=group_name)
-        except ValueError as error:
-            raise RecipeError(f"somf needs base_model among the models: {error}") from error
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         """Return the merged tensor, in the base tensor's dtype.

@@ -7,14 +7,15 @@ from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
+from .errors import first_line
+
 
 def configuration_problems(model: ModelReference, options: MergeOptions) -> list[str]:
     """Return a sentence where a model can't be merged as far as its configuration tells."""
     try:
         config = model.config(trust_remote_code=options.trust_remote_code)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return [f"model {model}: its configuration can't be read: {reason}"]
+        return [f"model {model}: its configuration can't be read: {first_line(error)}"]
     if getattr(config, "quantization_config", None):
         return [
             f"model {model}: it is quantized, and mergekit would take what is stored for the "
@@ -38,8 +39,7 @@ def weight_problems(model: ModelReference, options: MergeOptions) -> list[str]:
     try:
         index = LoaderCache().get(model).index
     except Exception as error:  # a damaged checkpoint has many of its own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return [f"model {model}: its weights can't be opened: {reason}{hint}"]
+        return [f"model {model}: its weights can't be opened: {first_line(error)}{hint}"]
     files = {os.path.join(index.base_path, file) for file in index.tensor_paths.values()}
     if kept and _changed(_files_in(model.lora.path, model.model.path)) > _changed(files):
         return [

@@ -1,6 +1,5 @@
 """What decides a learned mask, and what is told with it."""
 
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from typing import Any
 
 from mergekit.io.tasks import LoaderCache
 
-from .digests import file_digest
+from .digests import file_digest, json_digest
 from .inputs import SafetyData
 from .learner.tensors import MaskedTensor
 from .masks import MaskSet
@@ -50,13 +49,13 @@ def learning_fingerprint(planned: PlannedMerge, data: SafetyData) -> dict[str, A
     settings = planned.settings.model_dump(exclude=set(_USE_ONLY))
     return {
         "models": [content_fingerprint(model) for model in planned.models],
-        "model configuration": _digest(_configuration(planned)),
-        "tokenizer": _digest(_tokens(planned)),
-        "chat template": _digest(planned.tokenizer.chat_template),
-        "data": _digest([[p.prompt, p.chosen, p.rejected] for p in data.pairs]),
-        "utility data": _digest([[e.prompt, e.answer] for e in data.utility]),
+        "model configuration": json_digest(_configuration(planned)),
+        "tokenizer": json_digest(_tokens(planned)),
+        "chat template": json_digest(planned.tokenizer.chat_template),
+        "data": json_digest([[p.prompt, p.chosen, p.rejected] for p in data.pairs]),
+        "utility data": json_digest([[e.prompt, e.answer] for e in data.utility]),
         "settings": {k: v for k, v in settings.items() if k not in _STAND_INS},
-        "parameters of the tensors": _digest([_resolved(planned, *t) for t in planned.tensors]),
+        "parameters of the tensors": json_digest([_resolved(planned, *t) for t in planned.tensors]),
         "dtype": planned.config.dtype or "as stored",
         "versions": versions(),
     }
@@ -199,7 +198,3 @@ def differences(
             parts = sorted(k for k in {*value, *old} if value.get(k) != old.get(k))
         found.append(key + f" ({', '.join(parts)})" * bool(parts))
     return found
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

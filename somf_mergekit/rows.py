@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import RecipeError
+from .errors import RecipeError, first_line
 
 FILE_FORMATS = {
     ".jsonl": "json",
@@ -66,7 +66,7 @@ def dataset_rows(source: str, split: str = "train", config: str | None = None) -
         raise
     except Exception as error:
         raise RecipeError(
-            f"dataset {source} (split {split}) can't be read: {_first_line(error)}. Expected a hub "
+            f"dataset {source} (split {split}) can't be read: {first_line(error)}. Expected a hub "
             f"id, a folder, or a file of {', '.join(FILE_FORMATS)}."
         ) from error
 
@@ -93,7 +93,3 @@ def rows_of_prompts(rows: Any, source: str, *columns: str) -> Iterator[tuple[str
 def _looks_like_path(source: str) -> bool:
     extension = os.path.splitext(source)[1].lower()
     return extension in FILE_FORMATS or source[:1] in "./~" or source.count("/") > 1
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -8,7 +8,7 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
 from . import machine, recipe
-from .errors import RecipeError
+from .errors import RecipeError, first_line
 from .masks import MaskSet
 from .recipe_check import OWN_METHODS, read_recipe
 from .sources import content_fingerprint
@@ -17,7 +17,6 @@ from .verify_tensors import (
     UNCHECKED,
     WRONG,
     Check,
-    first_line,
     in_a_line,
     tensor_checks,
 )

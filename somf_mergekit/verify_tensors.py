@@ -13,7 +13,7 @@ from mergekit.io import LazyTensorLoader, ShardedTensorIndex
 from mergekit.options import MergeOptions
 from torch import Tensor
 
-from .errors import RecipeError
+from .errors import RecipeError, first_line
 from .groups import are_equal
 from .masks import MaskSet
 from .plan import PlannedMerge
@@ -163,8 +163,3 @@ def _spread(names: list[str], count: int) -> list[str]:
 def in_a_line(subject: str, verdict: str, told: str) -> Check:
     """Return a check whose words, of several lines perhaps, are brought into one."""
     return Check(subject, verdict, " ".join(told.split()))
-
-
-def first_line(error: BaseException) -> str:
-    """Return what an error says first."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

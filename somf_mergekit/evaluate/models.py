@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import RecipeError
+from ..errors import RecipeError, first_line
 from .settings import EvaluationSettings, NamedModel
 
 # What of a model's folder decides its answers.
@@ -78,7 +78,7 @@ def found_model(
         config = AutoConfig.from_pretrained(folder, **options)
         AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:
-        raise RecipeError(f"model {model.source} can't be loaded: {_first_line(error)}") from error
+        raise RecipeError(f"model {model.source} can't be loaded: {first_line(error)}") from error
     made_for = " ".join(config.architectures or [])
     classifies = "ForSequenceClassification" in made_for
     if classifies and not may_classify:
@@ -147,7 +147,7 @@ class ModelsInMemory:
                 trust_remote_code=remote,
             )
         except Exception as error:
-            reason = _first_line(error)
+            reason = first_line(error)
             raise RecipeError(f"model {subject.source} can't be loaded: {reason}") from error
         tokenizer = AutoTokenizer.from_pretrained(subject.folder, trust_remote_code=remote)
         return model.to(self._settings.place).eval(), tokenizer
@@ -165,8 +165,7 @@ def _folder(source: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=[*_CONTENT, "*.json", "*.py"]))
     except Exception as error:
         raise RecipeError(
-            f"model {source}: no such folder, and it can't be had from the hub: "
-            f"{_first_line(error)}"
+            f"model {source}: no such folder, and it can't be had from the hub: {first_line(error)}"
         ) from error
 
 
@@ -182,7 +181,3 @@ def _free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

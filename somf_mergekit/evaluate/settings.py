@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import first_line
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -81,8 +83,7 @@ class EvaluationSettings:
         try:
             torch.empty(0, device=self.place)
         except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            found.append(f"device {self.place!r} can't be used: {reason}")
+            found.append(f"device {self.place!r} can't be used: {first_line(error)}")
         return found
 
 

@@ -2,13 +2,13 @@
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ..files import write_whole
 from ..tables import aligned_table
 from .evaluation import Estimate, Evaluation, Row
 from .harness import harness_interval
@@ -26,9 +26,7 @@ def write_evaluation(evaluation: Evaluation, folder: str | Path) -> str:
     text = markdown(evaluation)
     content = json.dumps(as_json(evaluation), indent=1, allow_nan=False, ensure_ascii=False)
     for name, whole in ((JSON_FILE, content + "\n"), (TABLE_FILE, text)):
-        partial = Path(folder) / f"{name}.partial"
-        partial.write_text(whole, encoding="utf-8")
-        os.replace(partial, Path(folder) / name)
+        write_whole(Path(folder) / name, whole)
     return text
 
 

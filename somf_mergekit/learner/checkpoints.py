@@ -4,7 +4,6 @@ There is no other state: noise is a function of the seed, data come in a fixed o
 optimiser keeps nothing.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -17,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..digests import json_digest
 from ..errors import RecipeError
 from ..processes import Processes
 from .interruption import LearningInterrupted, StopRequests
@@ -78,10 +78,8 @@ class Checkpoints:
         """
         self.stop = StopRequests()
         self._folder, self._fingerprint = folder, dict(fingerprint)
-        told = json.dumps(self._fingerprint, sort_keys=True).encode()
-        key = hashlib.sha256(told).hexdigest()[:12]
-        self._name = re.compile(rf"^step-(\d+)-{key}\.safetensors$")
-        self._key = key
+        self._key = json_digest(self._fingerprint)[:12]
+        self._name = re.compile(rf"^step-(\d+)-{self._key}\.safetensors$")
         self._tensors, self._together = tensors, together
         self._seconds = seconds
         self._written = time.monotonic()

@@ -74,22 +74,6 @@ class _SafeMerge(_Settings):
     )
 
 
-class _Lox(_Settings):
-    alpha: float = Field(
-        1.0,
-        ge=0,
-        le=100,
-        json_schema_extra=_PER_TENSOR,
-        description="How much of the safety vector's principal part is added. To be tuned.",
-    )
-    rank: int = Field(
-        8,
-        ge=1,
-        json_schema_extra=_PER_TENSOR,
-        description="How many singular directions the principal part has. To be tuned.",
-    )
-
-
 class _Lssf(_Settings):
     alpha: float = Field(
         1.0,
@@ -97,6 +81,15 @@ class _Lssf(_Settings):
         le=100,
         json_schema_extra=_PER_TENSOR,
         description="How much of the safety vector's principal part is added. To be tuned.",
+    )
+
+
+class _Lox(_Lssf):
+    rank: int = Field(
+        8,
+        ge=1,
+        json_schema_extra=_PER_TENSOR,
+        description="How many singular directions the principal part has. To be tuned.",
     )
 
 

@@ -1,6 +1,6 @@
 """The repairs as merge methods, on mergekit's public interface alone."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 from mergekit.merge_methods import registry
@@ -25,6 +25,10 @@ class RepairMethod(OwnMethod):
 
     def __init__(self, repair: Repair):
         self.repair = repair
+        self.takes = (
+            f"{repair.name} takes base_model (the aligned model) and beside it one model each that "
+            f"is {' and '.join(repair.needs)}"
+        )
         self.spec = MergeMethodSpec(
             name=repair.name,
             pretty_name=repair.pretty_name,
@@ -45,26 +49,6 @@ class RepairMethod(OwnMethod):
                 max_non_base=len(repair.needs),
             ),
         )
-
-    def validate_inputs(
-        self,
-        input_ids: Sequence[Hashable],
-        base_id: Hashable | None = None,
-        *,
-        group_name: str | None = None,
-    ) -> None:
-        """Check how many models there are.
-
-        Raises:
-            RecipeError: they are too few or too many, or the base is not among them.
-        """
-        try:
-            super().validate_inputs(input_ids, base_id, group_name=group_name)
-        except ValueError as error:
-            raise RecipeError(
-                f"{self.repair.name} takes base_model (the aligned model) and beside it one model "
-                f"each that is {' and '.join(self.repair.needs)}: {error}"
-            ) from error
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         """Return the repaired tensor, computed in float32, in the base tensor's dtype.

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from ..evaluate.table import value_table
+from ..files import write_whole
 from .content import Report
 from .text import learned_from, mask_line, opening
 from .writer import TABLE_FILE
@@ -27,12 +28,7 @@ def write_section(report: Report, folder: Path, out: Path) -> None:
     inside = Path(os.path.relpath(folder, out))
     linked = None if inside.parts[:1] == ("..",) else (inside / TABLE_FILE).as_posix()
     text = with_section(card.read_text(encoding="utf-8"), section(report, linked))
-    partial = out / f"{CARD}.partial"
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, card)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(card, text)
 
 
 def section(report: Report, linked: str | None) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from .. import machine
+from ..errors import first_line
 from ..masks import MaskSet, masks_path
 from ..phases import phase, timed
 from ..plan import PlannedMerge
@@ -43,8 +44,7 @@ class Attempts:
         try:
             yield
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self.tell(f"{what}: {reason}")
+            self.tell(f"{what}: {first_line(error)}")
 
     def tell(self, failure: str) -> None:
         """Tell and keep a failure."""

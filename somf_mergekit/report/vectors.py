@@ -14,6 +14,7 @@ import torch
 from mergekit.merge_methods.base import TensorGroup
 from torch import Tensor
 
+from ..errors import first_line
 from ..sums import Watch
 from .names import grouped, natural
 
@@ -133,7 +134,7 @@ class TaskVectors:
                 record.add(vectors, factor)
             except (RuntimeError, MemoryError) as error:
                 record.broken = True
-                self.failure = f"{name}: {str(error).splitlines()[0]}"
+                self.failure = f"{name}: {first_line(error)}"
 
         return shown
 

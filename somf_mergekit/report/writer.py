@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+from ..files import write_whole
 from .content import Report, report_json
 from .text import markdown
 
@@ -19,12 +20,7 @@ def write_report(report: Report, folder: Path) -> None:
     content = json.dumps(report_json(report), indent=1, allow_nan=False, ensure_ascii=False)
     figure = FIGURE_FILE if report.has_figure else None
     for name, whole in ((JSON_FILE, content + "\n"), (TABLE_FILE, markdown(report, figure))):
-        partial = folder / f"{name}.partial"
-        try:
-            partial.write_text(whole, encoding="utf-8")
-            os.replace(partial, folder / name)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(folder / name, whole)
 
 
 def write_figure_of(report: Report, folder: Path) -> None:
