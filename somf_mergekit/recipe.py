@@ -190,7 +190,7 @@ def parameters() -> list[Parameter]:
 
 
 def parameter_table() -> str:
-    """Return the parameters as a markdown table, as the README shows it."""
+    """Return the parameters as a markdown table, as docs/recipe.md shows it."""
     head = ["| parameter | type | default | meaning |", "|---|---|---|---|"]
     return "\n".join([*head, *table_rows(parameters())])
 

@@ -62,7 +62,7 @@ ARCHITECTURES = {
 
 # Names of a checkpoint that transformers changes when it loads it.
 LOADED_AS = {"embed_out.weight": "lm_head.weight"}
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs/recipe.md"
 
 
 def saved_family(architecture, folder):
@@ -290,8 +290,8 @@ def test_models_without_heads_have_no_head_width():
     assert weight_storage(transformers.MambaConfig()) == Storage(0)
 
 
-def test_the_readme_lists_what_is_tested():
-    section = README.read_text(encoding="utf-8").split("## Architectures")[1].split("\n## ")[0]
+def test_the_documentation_lists_what_is_tested():
+    section = PAGE.read_text(encoding="utf-8").split("## Architectures")[1].split("\n## ")[0]
     rows = re.findall(r"^\| ([^|]+) \| yes", section, flags=re.MULTILINE)
     assert rows == list(ARCHITECTURES)
     assert len(re.findall(r"^\|", section, flags=re.MULTILINE)) == len(rows) + 2

@@ -165,5 +165,5 @@ def test_inspect_prints_tables_and_writes_a_png(masks, tmp_path):
     assert other.exists()
 
 
-def test_readme_shows_the_parameters_as_they_are():
-    assert recipe.parameter_table() in (ROOT / "README.md").read_text()
+def test_documentation_shows_the_parameters_as_they_are():
+    assert recipe.parameter_table() in (ROOT / "docs/recipe.md").read_text()

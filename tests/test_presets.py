@@ -11,7 +11,7 @@ from somf_mergekit import recipe
 from somf_mergekit.planner import planned_merge
 from somf_mergekit.recipe_check import read_recipe
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs/recipe.md"
 PAPER = {
     "temperature": 0.5,
     "init_logit": 0.0,
@@ -84,8 +84,8 @@ def test_an_unknown_preset_is_refused(family_recipe, tmp_path, preset):
     assert not (tmp_path / "out").exists()
 
 
-def test_readme_shows_the_preset_as_it_is():
-    section = README.read_text().split("## The published hyper-parameters", 1)[1].split("\n## ")[0]
+def test_documentation_shows_the_preset_as_it_is():
+    section = PAGE.read_text().split("## The published hyper-parameters", 1)[1].split("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)` \| (\S+) \| (\S+) \|$", section, re.M)
     defaults = {parameter.name: parameter.default_text for parameter in recipe.parameters()}
     assert rows == [

@@ -201,8 +201,8 @@ def test_cosine_of_rows_and_of_all():
     assert cosine(first, torch.zeros(3, 2)).item() == 0
 
 
-def test_readme_has_the_parameters_of_every_repair():
-    text = (Path(__file__).parent.parent / "README.md").read_text()
+def test_documentation_has_the_parameters_of_every_repair():
+    text = (Path(__file__).parent.parent / "docs/repairs.md").read_text()
     assert repair_table() in text
     for repair in REPAIRS.values():
         assert f"| `{repair.name}` |" in text

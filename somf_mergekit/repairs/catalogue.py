@@ -180,7 +180,7 @@ REPAIRS = {
 
 
 def repair_table() -> str:
-    """Return the parameters of all repairs as a markdown table, as the README shows it."""
+    """Return the parameters of all repairs as a markdown table, as docs/repairs.md shows it."""
     head = ["| method | parameter | type | default | meaning |", "|---|---|---|---|---|"]
     (shared,) = table_rows(parameters_of(_Settings))
     rows = [f"| all, of a model {shared}"]
