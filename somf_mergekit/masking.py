@@ -30,7 +30,7 @@ def concrete_sample(logits: Tensor, key: int, temperature: float) -> Tensor:
     """
     sample = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
     flat, entries = sample.view(-1), logits.reshape(-1)
-    for part in pieces(len(flat)):
+    for part in pieces(len(flat), flat.device):
         flat[part] = concrete_piece(entries[part], key, part.start, temperature)
     return sample
 

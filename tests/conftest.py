@@ -6,6 +6,8 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 # A figure takes longer than a tiny merge: only tests of reports ask for one.
 os.environ.setdefault("SOMF_REPORT", "text")
+# Triton's kernels run on its interpreter, without a GPU; it reads this when it is imported.
+os.environ["TRITON_INTERPRET"] = "1"
 
 import hypothesis
 import pytest

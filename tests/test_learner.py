@@ -13,6 +13,7 @@ from somf_mergekit import masking, noise, pieces
 from somf_mergekit.answers import EncodedAnswer
 from somf_mergekit.granularity import Storage, mask_layout
 from somf_mergekit.learner import engine, entrywise, loop, passes
+from somf_mergekit.learner.draws import Draw
 from somf_mergekit.learner.logprobs import answer_log_probs, output_head, token_batch
 from somf_mergekit.learner.tensors import Content, FixedTensor, MaskedTensor, State
 from somf_mergekit.preferences import EncodedPair
@@ -314,10 +315,7 @@ def test_gradients_are_those_of_the_formula_in_bfloat16_too(rescale):
     draw = torch.Generator().manual_seed(0)
     start, fused, gradient, logits = (torch.randn(70, 9, generator=draw) for _ in range(4))
     key = noise.noise_key(seed=0, step=0, name="w")
-
-    def drawn(part):
-        return masking.concrete_piece(logits.view(-1)[part], key, part.start, 0.5)
-
+    drawn = Draw(logits.view(-1), key, 0, 0.5)
     sample = masking.concrete_sample(logits, key, 0.5)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         merged = LinearWeight(start, fused.to(dtype))
@@ -328,9 +326,7 @@ def test_gradients_are_those_of_the_formula_in_bfloat16_too(rescale):
         torch.testing.assert_close(weight.float(), expected, rtol=tolerance, atol=tolerance)
         found = torch.full((630,), torch.nan)
         kept = gradient.to(dtype, copy=True)
-        for part, piece in entrywise.logit_gradients(
-            weight, kept, merged, drawn, 0.5, rescale, shard
-        ):
+        for part, piece in entrywise.logit_gradients(weight, kept, merged, drawn, rescale, shard):
             found[part] = piece
         expected = masking.logit_gradient(gradient * fused, sample, 0.5, rescale)
         torch.testing.assert_close(found.view(70, 9), expected, rtol=tolerance, atol=tolerance)

@@ -1,10 +1,11 @@
 """A weight whose mask has an entry for each of its entries, where the fusion is linear.
 
 Both passes over it go through pieces that fit the processor's cache. Noise and mask are computed
-there and not stored, and nothing as large as the weight is allocated.
+there and not stored, and nothing as large as the weight is allocated. On a GPU, kernels of our own
+do the same, where they can be used.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -13,9 +14,8 @@ from ..masking import mask_scale
 from ..pieces import pieces
 from ..shards import Shard
 from ..weights import LinearWeight
-
-# Gives the mask, float32 (count,), of a part of the flattened tensor.
-Draw = Callable[[slice], Tensor]
+from .draws import Draw
+from .triton_check import kernels_for
 
 
 def write_masked(
@@ -30,16 +30,20 @@ def write_masked(
         rescale: see ``masking.mask_scale``; the mean is the whole mask's.
         shard: the rows that are kept.
     """
+    kernels = kernels_for(weight.device)
+    if kernels:
+        kernels.write_masked(weight, merged, draw, rescale, shard)
+        return
     flat, fused, start = weight.view(-1), merged.fused.view(-1), merged.start.reshape(-1)
-    parts = pieces(len(flat))
+    parts = pieces(len(flat), flat.device)
     if rescale == "none":
         for part in parts:
-            flat[part] = draw(part).mul_(fused[part]).add_(start[part])
+            flat[part] = draw.part(part).mul_(fused[part]).add_(start[part])
         return
     # The mean is known after a pass: until then the mask is kept where the weight goes.
     total = torch.zeros((), device=flat.device)
     for part in parts:
-        mask = draw(part)
+        mask = draw.part(part)
         total += mask.sum()
         flat[part] = mask
     scale = mask_scale(float(shard.add_up(total)) / shard.entries, rescale)
@@ -52,7 +56,6 @@ def logit_gradients(
     gradient: Tensor,
     merged: LinearWeight,
     draw: Draw,
-    temperature: float,
     rescale: str,
     shard: Shard,
 ) -> Iterator[tuple[slice, Tensor]]:
@@ -63,21 +66,24 @@ def logit_gradients(
         gradient: dL/dW in the weight's shape, complete; its storage is used likewise.
         merged: the weight as a function of the mask.
         draw: the sample that the weight was written with.
-        temperature: of the sample.
         rescale: see ``masking.mask_scale``.
         shard: the rows that are kept; sums are over the whole weight.
     """
+    kernels = kernels_for(weight.device)
+    if kernels:
+        yield from kernels.logit_gradients(gradient, merged, draw, rescale, shard)
+        return
     slopes, products = weight.view(-1), gradient.reshape(-1)
     fused = merged.fused.view(-1)
-    parts = pieces(len(slopes))
+    parts = pieces(len(slopes), slopes.device)
     # sum(G m) and sum(m), which every entry's gradient depends on.
     weighted, total = (torch.zeros((), device=slopes.device) for _ in range(2))
     for part in parts:
-        mask = draw(part)
+        mask = draw.part(part)
         product = products[part].float().mul_(fused[part])
         slope = torch.addcmul(mask, mask, mask, value=-1)
         if rescale == "none":
-            yield part, product.mul_(slope).div_(temperature)
+            yield part, product.mul_(slope).div_(draw.temperature)
             continue
         weighted += torch.dot(product, mask)
         total += mask.sum()
@@ -89,4 +95,4 @@ def logit_gradients(
     common = float(weighted) * scale * scale / shard.entries
     for part in parts:
         own = products[part].float().mul_(scale)
-        yield part, own.sub_(slopes[part], alpha=common).div_(temperature)
+        yield part, own.sub_(slopes[part], alpha=common).div_(draw.temperature)

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from ..granularity import Layout
-from ..masking import concrete_piece, logit_gradient, mask_factor
+from ..masking import logit_gradient, mask_factor
 from ..noise import noise_key
 from ..pieces import pieces
 from ..shards import Shard
 from ..weights import LinearWeight, MergedWeight
-from .entrywise import Draw, logit_gradients, write_masked
+from .draws import Draw
+from .entrywise import logit_gradients, write_masked
 from .optimizer import LogitOptimizer
 
 
@@ -115,7 +116,7 @@ class MaskedTensor:
             case Content.UNMASKED:
                 self.merged.write(own, torch.ones((), device=own.device))
             case Content.SOFT:
-                self._write(lambda part: torch.sigmoid(entries[part]))
+                self._write(self._drawn(entries, None))
             case Content.SAMPLE:
                 self._write(self._sample(state.step))
             case Content.UNTRAINED_SAMPLE:
@@ -159,7 +160,6 @@ class MaskedTensor:
                 gradient,
                 self.merged,
                 draw,
-                self.temperature,
                 self.rescale,
                 self.shard,
             )
@@ -187,10 +187,10 @@ class MaskedTensor:
         key = noise_key(seed=self.seed, step=step, name=self.name)
         return self._drawn(self.logits.view(-1), key)
 
-    def _drawn(self, entries: Tensor, key: int) -> Draw:
+    def _drawn(self, entries: Tensor, key: int | None) -> Draw:
         first = self.shard.first_entry if self._is_entrywise else 0
-        return lambda part: concrete_piece(entries[part], key, first + part.start, self.temperature)
+        return Draw(entries, key, first, self.temperature)
 
     def _whole(self, draw: Draw) -> Tensor:
-        parts = pieces(self.logits.numel())
-        return torch.cat([draw(part) for part in parts]).view(self.layout.shape)
+        parts = pieces(self.logits.numel(), self.logits.device)
+        return torch.cat([draw.part(part) for part in parts]).view(self.layout.shape)

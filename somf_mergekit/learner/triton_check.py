@@ -1,0 +1,66 @@
+"""Whether the Triton kernels can be used: where not, torch does the same, slower."""
+
+from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import click
+import torch
+
+from ..errors import first_line
+from ..masking import concrete_sample, logit_gradient, mask_factor
+from ..noise import noise_key, uniform_noise
+from ..shards import Shard
+from ..weights import LinearWeight
+from .draws import Draw
+
+# Of the tensor they are tried on: several programs, the last one not full.
+_ENTRIES = 2051
+_TEMPERATURE = 0.5
+_TOLERANCE = 1e-4
+
+
+def kernels_for(device: torch.device) -> Any:
+    """Return the module ``kernels`` where it works on a device, None where torch is to be used."""
+    if device.type != "cuda" or not find_spec("triton"):
+        return None
+    return _tried(device)
+
+
+@lru_cache(maxsize=8)
+def _tried(device: torch.device) -> Any:
+    # Triton compiles on first use, and needs a C compiler and a device that it knows.
+    try:
+        kernels = import_module(".kernels", __package__)
+        error = largest_error(kernels, device)
+    except Exception as failure:
+        reason = first_line(failure)
+    else:
+        if error < _TOLERANCE:
+            return kernels
+        reason = f"it computes something else, by {error:.1e}"
+    click.echo(
+        f"somf: Triton can't be used on {device} ({reason}): torch computes the masks, which takes "
+        "longer.",
+        err=True,
+    )
+    return None
+
+
+def largest_error(kernels: Any, device: torch.device) -> float:
+    """Return how far the kernels are from the formulas of ``masking`` on a small tensor."""
+    values = uniform_noise(1, 4 * _ENTRIES, device=device).view(4, _ENTRIES).sub(0.5)
+    start, fused, gradient, logits = values
+    merged, shard = LinearWeight(start, fused), Shard((_ENTRIES,))
+    key = noise_key(seed=0, step=0, name="")
+    draw, weight = Draw(logits, key, 0, _TEMPERATURE), torch.empty_like(start)
+    kernels.write_masked(weight, merged, draw, "mean", shard)
+    found = torch.cat(
+        [part for _, part in kernels.logit_gradients(gradient, merged, draw, "mean", shard)]
+    )
+    sample = concrete_sample(logits, key, _TEMPERATURE)
+    expected = start + fused * mask_factor(sample, "mean")
+    expected_gradient = logit_gradient(gradient * fused, sample, _TEMPERATURE, "mean")
+    errors = (weight - expected, found - expected_gradient)
+    return max(float(error.abs().max()) for error in errors)
