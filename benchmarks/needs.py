@@ -24,27 +24,37 @@ _GIB = 1 << 30
 def main(batch_size: int, micro_batch: int, max_length: int) -> None:
     """Print the table: bfloat16, a linear fusion of any number of models, granularity weight."""
     somf_mergekit.register()
-    from somf_mergekit.forecast import engine_needs
+    from somf_mergekit.forecast import Need, engine_needs
     from somf_mergekit.machine import RESIDENT, STREAMING
 
-    click.echo("| model | resident, memory | streaming, memory | streaming, disk |")
-    click.echo("|---|---|---|---|")
+    click.echo(
+        "| model | resident, memory | streaming on CPU, memory | and disk "
+        "| streaming on GPU, its memory | and the host's |"
+    )
+    click.echo("|---|---|---|---|---|---|")
     for label, shape in SHAPES.items():
         config, tensors = _model(shape)
-        needs = engine_needs(
-            config,
-            tensors,
-            computed=2,
-            stored=2,
-            step_tokens=2 * max_length * batch_size,
-            pair_tokens=2 * max_length,
+        on_cpu, on_gpu = (
+            engine_needs(
+                config,
+                tensors,
+                computed=2,
+                stored=2,
+                step_tokens=2 * max_length * batch_size,
+                pair_tokens=2 * max_length,
+                on_cpu=is_cpu,
+            )
+            for is_cpu in (True, False)
         )
-        memory = {
-            name: (need.kept + micro_batch * need.pair) / _GIB for name, need in needs.items()
-        }
+
+        def memory(need: Need) -> str:
+            return f"{(need.kept + micro_batch * need.pair) / _GIB:.1f} GiB"
+
+        streaming, streaming_on_gpu = on_cpu[STREAMING], on_gpu[STREAMING]
         click.echo(
-            f"| {label} | {memory[RESIDENT]:.0f} GiB | {memory[STREAMING]:.1f} GiB "
-            f"| {needs[STREAMING].disk / _GIB:.0f} GiB |"
+            f"| {label} | {memory(on_cpu[RESIDENT])} | {memory(streaming)} "
+            f"| {streaming.disk / _GIB:.0f} GiB | {memory(streaming_on_gpu)} "
+            f"| {streaming_on_gpu.host / _GIB:.0f} GiB |"
         )
 
 

@@ -38,6 +38,8 @@ class Forecast:
         memory: bytes of a process, with those of activations.
         free: bytes that each process can have.
         disk: bytes of files while learning.
+        host: bytes of the host's memory that a process keeps for its GPU.
+        free_host: bytes of it that each process can have.
     """
 
     tensors: int
@@ -49,11 +51,15 @@ class Forecast:
     memory: int
     free: int
     disk: int
+    host: int
+    free_host: int
 
     @property
     def told(self) -> str:
         """The engine and its need in a line."""
         told = f"{self.engine}: needs about {_gib(self.memory)} of {_gib(self.free)} GiB free"
+        if self.host:
+            told += f", and {_gib(self.host)} of {_gib(self.free_host)} GiB beside the GPU"
         return told + (f", and {_gib(self.disk)} GiB of disk" if self.disk else "")
 
 
@@ -69,7 +75,9 @@ def forecast(planned: PlannedMerge, data: SafetyData, together: Processes = ALON
         RecipeError: no engine fits in what is free, or the one asked for can't run.
     """
     settings, device = planned.settings, own_device(planned.options.device)
+    on_cpu, is_alone = device == "cpu", together.count == 1
     free = min(together.gathered([machine.free_memory(device)]))
+    free_host = free if on_cpu else min(together.gathered([machine.free_memory("cpu")]))
     autocast = machine.autocast_type(device)
     stored = 2 if planned.config.dtype in ("float16", "bfloat16") else 4
     tensors = planned_tensors(planned)
@@ -81,21 +89,23 @@ def forecast(planned: PlannedMerge, data: SafetyData, together: Processes = ALON
         step_tokens=2 * settings.max_length * settings.batch_size,
         pair_tokens=2 * settings.max_length,
         processes=together.count,
+        on_cpu=on_cpu,
     )
     usable = int(_USABLE_SHARE * free)
     chosen = machine.machine_setting("engine")
-    on_cpu, is_alone = device == "cpu", together.count == 1
-    if chosen == STREAMING and not on_cpu:
-        raise RecipeError(f"the streaming engine runs on the CPU, not on {device}")
     if chosen == SHARDED and is_alone:
         raise RecipeError(
             "the sharded engine needs several processes, as `torchrun ... -m somf_mergekit learn "
             "recipe.yml DIR` starts them"
         )
-    possible = [RESIDENT, *[SHARDED] * (not is_alone), *[STREAMING] * on_cpu]
-    fitting = [name for name in possible if needs[name].least <= usable]
+    possible = [RESIDENT, *[SHARDED] * (not is_alone), STREAMING]
+    usable_host = int(_USABLE_SHARE * free_host)
+    fitting = [
+        name for name in possible if needs[name].least <= usable and needs[name].host <= usable_host
+    ]
     if not chosen and not fitting:
-        raise RecipeError(_does_not_fit({name: needs[name].least for name in possible}, free))
+        told = {name: needs[name] for name in possible}
+        raise RecipeError(_does_not_fit(told, free, free_host))
     engine = chosen or fitting[0]
     need = needs[engine]
     # At most half of what is free: larger micro-batches save little time.
@@ -117,6 +127,8 @@ def forecast(planned: PlannedMerge, data: SafetyData, together: Processes = ALON
         memory=need.kept + micro_batch * need.pair,
         free=free,
         disk=need.disk,
+        host=need.host,
+        free_host=free_host,
     )
 
 
@@ -128,11 +140,13 @@ class Need:
         kept: in memory throughout.
         pair: for the activations of each pair that goes through the model at once.
         disk: in files while learning.
+        host: in the host's memory, where the rest is on a GPU.
     """
 
     kept: int
     pair: int
-    disk: int
+    disk: int = 0
+    host: int = 0
 
     @property
     def least(self) -> int:
@@ -149,6 +163,7 @@ def engine_needs(
     step_tokens: int,
     pair_tokens: int,
     processes: int = 1,
+    on_cpu: bool = True,
 ) -> dict[str, Need]:
     """Return what each engine needs in each process.
 
@@ -160,11 +175,13 @@ def engine_needs(
         step_tokens: of all sequences of an optimiser step.
         pair_tokens: of a pair's two sequences.
         processes: that learn together.
+        on_cpu: whether the model learns there, not on a GPU.
     """
     text = config.get_text_config()
     storage = weight_storage(config)
-    resident = outside = files = shards = 0
+    resident = outside = stores = shards = visitor = 0
     layers: Counter[str] = Counter()
+    brought: Counter[str] = Counter()
     for name, tensor in tensors.items():
         size = math.prod(tensor.shape)
         # Embeddings stay float32 under autocast.
@@ -177,30 +194,43 @@ def engine_needs(
             layout = mask_layout(tensor.granularity, name, tensor.shape, storage)
             kept += _LOGIT_BYTES * math.prod(layout.shape)
         resident += in_model + kept
-        files += kept
+        stores += kept
         shards += kept // processes if linear else kept
         layer = _LAYER.match(name)
         if layer:
             layers[layer[1]] += in_model
+            brought[layer[1]] += kept
         else:
             outside += in_model
+            visitor = max(visitor, kept)
     # Between layers the hidden states of a process' share of a step are kept, in float32.
     states = 4 * step_tokens * text.hidden_size * text.num_hidden_layers // processes
     pair = pair_tokens * machine.activation_bytes(config)
     by_layer = outside + max(layers.values(), default=0) + states
     pair_in_layer = pair // text.num_hidden_layers
+    if on_cpu:
+        streaming = Need(by_layer, pair_in_layer, disk=stores)
+    else:
+        # Two layers, and one tensor outside of layers, are on the GPU with what they are made of.
+        on_gpu = by_layer + 2 * max(brought.values(), default=0) + visitor
+        streaming = Need(on_gpu, pair_in_layer, host=stores)
     return {
-        RESIDENT: Need(resident, pair, 0),
-        SHARDED: Need(by_layer + shards, pair_in_layer, 0),
-        STREAMING: Need(by_layer, pair_in_layer, files),
+        RESIDENT: Need(resident, pair),
+        SHARDED: Need(by_layer + shards, pair_in_layer),
+        STREAMING: streaming,
     }
 
 
-def _does_not_fit(needs: dict[str, int], free: int) -> str:
-    told = ", ".join(f"{name} needs about {_gib(need)} GiB" for name, need in needs.items())
+def _does_not_fit(needs: dict[str, Need], free: int, free_host: int) -> str:
+    told = ", ".join(
+        f"{name} needs about {_gib(need.least)} GiB"
+        + (f" and {_gib(need.host)} GiB beside the GPU" if need.host else "")
+        for name, need in needs.items()
+    )
+    beside = f", {_gib(free_host)} GiB beside the GPU" * any(n.host for n in needs.values())
     return (
-        f"learning this mask does not fit in memory: {told}, {_gib(free)} GiB are free. What "
-        "helps: a coarser granularity, fewer masked tensors (include, exclude), a smaller "
+        f"learning this mask does not fit in memory: {told}, {_gib(free)} GiB are free{beside}. "
+        "What helps: a coarser granularity, fewer masked tensors (include, exclude), a smaller "
         "max_length or batch_size, or a mask learned elsewhere (mask). --engine (SOMF_ENGINE) "
         "tries one all the same."
     )

@@ -46,8 +46,8 @@ OPTIONS = (
     MachineOption(
         "engine",
         "resident: all weights in memory; streaming: one layer's at a time, the rest in files "
-        "beside the output; sharded: one layer's at a time, the rest divided among the processes "
-        "that learn. Found from the free memory.",
+        "beside the output or, for a GPU, in the host's memory; sharded: one layer's at a time, "
+        "the rest divided among the processes that learn. Found from the free memory.",
         click.Choice(ENGINES),
     ),
     MachineOption(

@@ -2,6 +2,7 @@
 
 import collections
 import os
+from contextlib import ExitStack
 from typing import Any
 
 import click
@@ -19,6 +20,7 @@ from .learner.loop import StepReport, learn_logits, step_count
 from .learner.mapped import MappedFiles
 from .learner.model import LearningModel, Placement, learning_model
 from .learner.passes import LearningProblem
+from .learner.pinned import PinnedMemory
 from .learner.streaming import StreamingEngine, StreamingImpossible
 from .mask_files import keep_masks, write_masks
 from .masks import HISTORY_FILE, MASKS_FILE, MaskSet
@@ -75,11 +77,11 @@ def _learned_mask(
     # All have looked at the folder before the first one writes there.
     together = processes(own_device(planned.options.device))
     together.wait()
-    with learning_folder(folder, together) as place:
+    with learning_folder(folder, together) as place, ExitStack() as ending:
         if data.dropped:
             _say(planned, f"somf: rows of the safety dataset left out: {data.dropped}")
         with phase("reading task vectors"):
-            learning, problem, ways = _learning(planned, folder, data, together)
+            learning, problem, ways = _learning(planned, folder, data, together, ending)
         checkpoints = Checkpoints(
             place,
             fingerprint,
@@ -146,23 +148,28 @@ def _written(
 
 
 def _learning(
-    planned: PlannedMerge, folder: str, data: SafetyData, together: Processes
+    planned: PlannedMerge,
+    folder: str,
+    data: SafetyData,
+    together: Processes,
+    ending: ExitStack,
 ) -> tuple[LearningModel, LearningProblem, dict[str, Any]]:
     """Return the model that learns, what it learns from, and how: on the engine that fits.
 
     How a mask is learned changes its last digits alone. It is told with it, and decides nothing.
+    What must be given back when learning ends is for ``ending``.
     """
     expected = forecast(planned, data, together)
     _say(planned, f"somf: {expected.told}")
     chosen = expected.engine
     device = own_device(planned.options.device)
-    # The files go beside the mask: where that goes, there is a disk with room for models.
-    beside = os.path.dirname(os.path.abspath(folder))
-    os.makedirs(beside, exist_ok=True)
+    store = _store(device, folder) if chosen == machine.STREAMING else None
+    if store:
+        ending.enter_context(store)
     placement = Placement(
         device=device,
         autocast=machine.autocast_type(device),
-        files=MappedFiles(beside) if chosen == machine.STREAMING else None,
+        store=store,
         keepers=together if chosen == machine.SHARDED else ALONE,
     )
     learning = learning_model(
@@ -198,6 +205,16 @@ def _learning(
         "micro_batch": expected.micro_batch,
     }
     return learning, problem, ways
+
+
+def _store(device: str, folder: str) -> MappedFiles | PinnedMemory:
+    """Return where the streaming engine keeps what it brings layer by layer."""
+    if torch.device(device).type != "cpu":
+        return PinnedMemory()
+    # The files go beside the mask: where that goes, there is a disk with room for models.
+    beside = os.path.dirname(os.path.abspath(folder))
+    os.makedirs(beside, exist_ok=True)
+    return MappedFiles(beside)
 
 
 def _make_room(folder: str) -> None:

@@ -44,10 +44,10 @@ class MergedWeight(Protocol):
             shard: the rows that are kept.
         """
 
-    def kept(self, keep: Keep, dtype: torch.dtype) -> "MergedWeight":
+    def kept(self, keep: Keep, dtype: torch.dtype | None = None) -> "MergedWeight":
         """Return the same with its tensors put where ``keep`` puts them.
 
-        A task vector that is kept as one is in ``dtype``.
+        A task vector that is kept as one is in ``dtype``, where that is given.
         """
 
 
@@ -82,9 +82,9 @@ class LinearWeight:
             part += product.sum_to_size(part.shape)
         return layout.collected(shard.add_up(spread))
 
-    def kept(self, keep: Keep, dtype: torch.dtype) -> "LinearWeight":
+    def kept(self, keep: Keep, dtype: torch.dtype | None = None) -> "LinearWeight":
         """See MergedWeight."""
-        return LinearWeight(keep(self.start), keep(self.fused.to(dtype)))
+        return LinearWeight(keep(self.start), keep(self.fused.to(dtype) if dtype else self.fused))
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class FusedWeight:
         (gradient,) = torch.autograd.grad(weight, leaf, weight_gradient.float(), allow_unused=True)
         return torch.zeros_like(leaf) if gradient is None else gradient
 
-    def kept(self, keep: Keep, dtype: torch.dtype) -> "FusedWeight":
+    def kept(self, keep: Keep, dtype: torch.dtype | None = None) -> "FusedWeight":
         """See MergedWeight."""
         group = with_tensors(self.group, lambda entry: keep(entry.tensor))
         return FusedWeight(group, self.values)

@@ -42,12 +42,12 @@ def make_utility(count=6, seed=9):
 
 
 def make_problem(
-    micro_batch=4, fusion=None, autocast=None, runs=engine.ResidentEngine, **parameters
+    micro_batch=4, fusion=None, autocast=None, runs=engine.ResidentEngine, layers=2, **parameters
 ):
     """A tiny Llama, two random task vectors, and random pairs and utility examples."""
     values = {"safety_dataset": "x", "max_steps": 4, "batch_size": 4} | parameters
     settings = Settings(**values)
-    base = tiny.tiny_llama(0, VOCABULARY)
+    base = tiny.tiny_llama(0, VOCABULARY, layers=layers)
     others = {seed: tiny.perturbed(base, seed) for seed in (1, 2)}
     model = copy.deepcopy(base).eval().requires_grad_(False)
     masked = []

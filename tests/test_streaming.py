@@ -11,13 +11,14 @@ import torch
 from mergekit.options import MergeOptions
 from test_learner import TRAJECTORIES, VOCABULARY, make_problem, make_utility, trajectory
 
-from somf_mergekit import machine
+from somf_mergekit import machine, prepass
 from somf_mergekit.errors import RecipeError
 from somf_mergekit.forecast import forecast
 from somf_mergekit.inputs import checked_data
 from somf_mergekit.learner import engine, streaming
 from somf_mergekit.learner.logprobs import token_batch
 from somf_mergekit.learner.mapped import MappedFiles
+from somf_mergekit.learner.pinned import PinnedMemory
 from somf_mergekit.learner.tensors import Content, State
 from somf_mergekit.planner import planned_merge
 from somf_mergekit.recipe_check import read_recipe
@@ -144,15 +145,75 @@ def test_the_engine_is_chosen_by_what_is_free(monkeypatch, family_recipe, tmp_pa
         assert out.exists() == (name != "no")
 
 
-def test_streaming_on_a_gpu_is_refused(monkeypatch, family_recipe):
-    monkeypatch.setenv("SOMF_ENGINE", "streaming")
+def test_on_a_gpu_the_engine_is_chosen_by_both_memories(monkeypatch, family_recipe):
+    monkeypatch.setenv("SOMF_MICRO_BATCH_SIZE", "1")
     planned = planned_merge(read_recipe(family_recipe()), MergeOptions())
     data = checked_data(planned)
     planned = dataclasses.replace(planned, options=MergeOptions(device="cuda"))
-    monkeypatch.setattr(machine, "free_memory", lambda device: 1 << 40)
     monkeypatch.setattr(machine, "autocast_type", lambda device: torch.bfloat16)
-    with pytest.raises(RecipeError, match="runs on the CPU, not on cuda"):
+    free = {"cuda": 1 << 40, "cpu": 1 << 40}
+    monkeypatch.setattr(machine, "free_memory", lambda device: free[device])
+    needs = {}
+    for name in ("resident", "streaming"):
+        monkeypatch.setenv("SOMF_ENGINE", name)
+        needs[name] = forecast(planned, data)
+    monkeypatch.delenv("SOMF_ENGINE")
+    assert needs["streaming"].memory < needs["resident"].memory
+    assert (needs["resident"].host, needs["streaming"].disk) == (0, 0)
+    assert forecast(planned, data).engine == "resident"
+    free["cuda"] = needs["resident"].memory
+    chosen = forecast(planned, data)
+    assert chosen.engine == "streaming"
+    # A base and a task vector of two bytes or more, and a logit of four, for each entry.
+    assert chosen.host >= 8 * chosen.entries
+    assert chosen.told.endswith(" GiB beside the GPU")
+    free["cpu"] = chosen.host
+    with pytest.raises(
+        RecipeError, match=r"and 0\.0 GiB beside the GPU, .* are free, 0\.0 GiB beside"
+    ):
         forecast(planned, data)
+
+
+class FakeCuda:
+    """What pins memory, and lets it go again."""
+
+    def __init__(self, failing=0):
+        self.failing, self.pinned = failing, {}
+
+    def cudaHostRegister(self, address, size, flags):
+        if not self.failing:
+            self.pinned[address] = size
+        return self.failing
+
+    def cudaHostUnregister(self, address):
+        del self.pinned[address]
+
+
+def test_pinned_tensors_take_pages_of_their_own_until_they_are_given_back(monkeypatch):
+    cuda = FakeCuda()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
+    values = torch.arange(12, dtype=torch.bfloat16).view(3, 4)
+    with PinnedMemory() as memory:
+        kept = memory.kept(values)
+        assert torch.equal(kept, values)
+        room = memory.empty((5, 7), torch.float32)
+        assert not room.any()
+        assert memory.empty((0, 3), torch.float32).shape == (0, 3)
+        assert cuda.pinned == {kept.data_ptr(): 24, room.data_ptr(): 140}
+        assert all(address % resource.getpagesize() == 0 for address in cuda.pinned)
+    assert cuda.pinned == {}
+
+
+def test_memory_that_can_not_be_pinned_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: FakeCuda(failing=2))
+    with pytest.raises(RecipeError, match=r"could not pin 16 bytes .*CUDA error 2.*ulimit -l"):
+        PinnedMemory().empty((4,), torch.float32)
+
+
+def test_the_store_is_chosen_by_device(monkeypatch, tmp_path):
+    assert isinstance(prepass._store("cpu", str(tmp_path / "a/m")), MappedFiles)
+    assert isinstance(prepass._store("cuda:1", str(tmp_path / "b/m")), PinnedMemory)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_streaming_leaves_nothing_beside_the_mask(family_recipe, tmp_path):

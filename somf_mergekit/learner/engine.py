@@ -1,7 +1,7 @@
 """How the model's passes are run: where its weights are, and when the logits are updated."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -66,8 +66,14 @@ class Updates:
     Where several processes learn together, it is complete when all have added theirs.
     """
 
-    def __init__(self, tensors: Sequence[MaskedTensor], together: Processes):
-        self._tensors, self._together = tensors, together
+    def __init__(
+        self,
+        tensors: Sequence[MaskedTensor],
+        together: Processes,
+        at_hand: Callable[[MaskedTensor], AbstractContextManager[Any]] = nullcontext,
+    ):
+        """Take over tensors, and the context in which what one is made of can be computed with."""
+        self._tensors, self._together, self._at_hand = tensors, together, at_hand
         self._step, self._share = 0, 0.0
         self._are_last = False
         for tensor in tensors:
@@ -103,7 +109,8 @@ class Updates:
             self._update(tensor, tensor.weight.grad)
 
     def _update(self, tensor: MaskedTensor, gradient: Tensor) -> None:
-        tensor.update(gradient, self._step, self._share)
+        with self._at_hand(tensor):
+            tensor.update(gradient, self._step, self._share)
         tensor.weight.grad = None
 
 

@@ -21,6 +21,12 @@ class MappedFiles:
         """Take a folder that is there, on a disk with room, not in memory."""
         self._folder = folder
 
+    def __enter__(self) -> "MappedFiles":
+        return self
+
+    def __exit__(self, *ended: object) -> None:
+        """Nothing is left to do."""
+
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return a tensor of zeros in a file of its own.
 

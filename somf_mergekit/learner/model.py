@@ -16,6 +16,7 @@ from ..shards import Shard
 from ..sources import LoadedTensor
 from ..weights import LinearWeight
 from .mapped import MappedFiles
+from .pinned import PinnedMemory
 from .tensors import FixedTensor, MaskedTensor
 
 
@@ -27,13 +28,13 @@ class Placement:
         device: where the model is.
         autocast: type in which it computes; None for float32. Task vectors are kept in it, and the
             weights that autocast would turn into it for each use.
-        files: where what an engine brings layer by layer is kept; None for the device.
+        store: where what an engine brings layer by layer is kept; None for the device.
         keepers: the processes that keep each tensor together, rows of it each.
     """
 
     device: torch.device | str
     autocast: torch.dtype | None
-    files: MappedFiles | None = None
+    store: MappedFiles | PinnedMemory | None = None
     keepers: Processes = ALONE
 
     def shard(self, tensor: LoadedTensor) -> Shard:
@@ -48,14 +49,14 @@ class Placement:
         def kept(whole: Tensor) -> Tensor:
             # A view would keep the other rows too.
             own = whole if shard.is_whole else shard.own(whole).clone()
-            return self.files.kept(own) if self.files else own.to(self.device)
+            return self.store.kept(own) if self.store else own.to(self.device)
 
         return tensor.kept(kept, self.autocast or torch.float32)
 
     def logits(self, shape: tuple[int, ...]) -> Tensor:
         """Return room for logits."""
-        if self.files:
-            return self.files.empty(shape, torch.float32)
+        if self.store:
+            return self.store.empty(shape, torch.float32)
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
 

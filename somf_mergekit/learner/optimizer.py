@@ -9,21 +9,15 @@ from torch import Tensor
 EPS = 1e-8
 
 
-class LogitOptimizer:
-    """Moves a logit by about the learning rate against the sign of its gradient.
+def step_logits(logits: Tensor, gradients: Iterable[tuple[slice, Tensor]], rate: float) -> None:
+    """Move each logit by about the learning rate against the sign of its gradient.
 
     The step is rate g / (|g| + EPS): Adam without memory of earlier steps.
+
+    Args:
+        logits: flattened.
+        gradients: parts of the logits with their gradients, float32, which are lost.
+        rate: the learning rate of this step.
     """
-
-    def __init__(self, logits: Tensor):
-        self._logits = logits
-
-    def step(self, gradients: Iterable[tuple[slice, Tensor]], rate: float) -> None:
-        """Take one step.
-
-        Args:
-            gradients: parts of the flattened logits with their gradients, float32, which are lost.
-            rate: the learning rate of this step.
-        """
-        for part, gradient in gradients:
-            self._logits[part].sub_(gradient.div_(gradient.abs().add_(EPS)), alpha=rate)
+    for part, gradient in gradients:
+        logits[part].sub_(gradient.div_(gradient.abs().add_(EPS)), alpha=rate)

@@ -2,14 +2,16 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..processes import ALONE, Processes
+from .conveyor import Conveyor, LearnedTensor
 from .engine import Part, TokenLogProbs, Updates, agreed, autocast_to
 from .logprobs import TokenBatch, answer_token_log_probs, output_head, token_batch
 from .tensors import Content, FixedTensor, MaskedTensor, State
@@ -56,19 +58,22 @@ class StreamingEngine:
         self._model, self._autocast_type, self._together = model, autocast, together
         self._layers = layers_of(model)
         place = _layer_of_weights(model, self._layers)
-        weights: list[MaskedTensor | FixedTensor] = [*tensors, *fixed]
+        weights: list[LearnedTensor] = [*tensors, *fixed]
         self._of_layer = [
             [tensor for tensor in weights if place.get(id(tensor.weight)) == number]
             for number in range(len(self._layers))
         ]
         self._outer = [tensor for tensor in weights if id(tensor.weight) not in place]
+        self._conveyor = (
+            Conveyor(self._of_layer, self.device) if _are_elsewhere(weights, self.device) else None
+        )
         self._updates = [Updates(_masked(own), together) for own in self._of_layer]
-        self._outer_updates = Updates(_masked(self._outer), together)
+        changed = partial(self._at_hand, changes=True)
+        self._outer_updates = Updates(_masked(self._outer), together, changed)
         self._bytes = {id(t.weight): t.weight.untyped_storage().nbytes() for t in weights}
         for own in self._of_layer:
             self._free(own)
-        for tensor in self._outer:
-            tensor.write(State(Content.BASE))
+        self._write_outer(State(Content.BASE))
         self._probe = token_batch([([0], [0])], self.device)
         self._gives_tuples = self._probed()
         self._check_calls()
@@ -78,15 +83,14 @@ class StreamingEngine:
     @torch.no_grad()
     def evaluate(self, batches: Iterable[TokenBatch], state: State) -> Iterator[TokenLogProbs]:
         """See Engine."""
-        for tensor in self._outer:
-            tensor.write(state)
+        self._begin(state)
         groups = list(_groups(batches))
         # Where layers are brought by several processes, all of them bring each as often.
         most = max(self._together.gathered([len(groups)]))
         for group in [*groups, *[[]] * (most - len(groups))]:
             hidden, calls = self._entered(group)
             for number in range(len(self._layers)):
-                with self._loaded(number, state):
+                with self._loaded(number, state, self._after(number)):
                     hidden = self._through(number, hidden, calls)
             for batch, last in zip(group, hidden, strict=True):
                 yield self._log_probs(batch, last)
@@ -94,25 +98,26 @@ class StreamingEngine:
     def learn(self, parts: Sequence[Part], step: int, rate_share: float) -> None:
         """See Engine."""
         state = State(Content.SAMPLE, step)
-        for tensor in self._outer:
-            tensor.write(state)
+        self._begin(state)
         self._outer_updates.begin(step, rate_share)
         batches = [part.batch for part in parts]
         with torch.no_grad():
             first, calls = self._entered(batches)
             kept = [first]
             for number in range(len(self._layers)):
-                with self._loaded(number, state):
+                with self._loaded(number, state, self._after(number)):
                     kept.append(self._through(number, kept[-1], calls))
         with agreed(self._together, step, self.device):
             gradients = self._loss_gradients(parts, kept.pop())
         for number in reversed(range(len(self._layers))):
             self._updates[number].begin(step, rate_share)
-            with self._loaded(number, state):
+            with self._loaded(number, state, number - 1 if number else None, changes=True):
                 gradients = self._back_through(number, kept.pop(), calls, gradients)
                 self._updates[number].finish()
         self._into_embeddings(batches, gradients)
         self._outer_updates.finish()
+        if self._conveyor:
+            self._conveyor.settle()
 
     def _loss_gradients(self, parts: Sequence[Part], hidden: list[Tensor]) -> list[Tensor]:
         """Return the losses' gradients at the last layer's output, for each micro-batch."""
@@ -219,17 +224,40 @@ class StreamingEngine:
                 del layer.forward
 
     @contextmanager
-    def _loaded(self, number: int, state: State) -> Iterator[None]:
-        own = self._of_layer[number]
-        for tensor in own:
-            tensor.weight.untyped_storage().resize_(self._bytes[id(tensor.weight)])
-            tensor.write(state)
-        try:
-            yield
-        finally:
-            self._free(own)
+    def _loaded(
+        self, number: int, state: State, following: int | None = None, *, changes: bool = False
+    ) -> Iterator[None]:
+        """Let a layer have its weights, and what they are made of be where it is computed with."""
+        own, conveyor = self._of_layer[number], self._conveyor
+        with conveyor.arrived(number, following, changes=changes) if conveyor else nullcontext():
+            for tensor in own:
+                tensor.weight.untyped_storage().resize_(self._bytes[id(tensor.weight)])
+                tensor.write(state)
+            try:
+                yield
+            finally:
+                self._free(own)
 
-    def _free(self, tensors: Sequence[MaskedTensor | FixedTensor]) -> None:
+    def _after(self, number: int) -> int | None:
+        return number + 1 if number + 1 < len(self._layers) else None
+
+    def _begin(self, state: State) -> None:
+        if self._conveyor:
+            self._conveyor.forget()
+        self._write_outer(state)
+
+    def _write_outer(self, state: State) -> None:
+        for tensor in self._outer:
+            with self._at_hand(tensor, changes=False):
+                tensor.write(state)
+
+    def _at_hand(self, tensor: LearnedTensor, *, changes: bool) -> AbstractContextManager[None]:
+        """Return the context in which what an outer weight is made of can be computed with."""
+        if not self._conveyor:
+            return nullcontext()
+        return self._conveyor.visiting(tensor, changes=changes)
+
+    def _free(self, tensors: Sequence[LearnedTensor]) -> None:
         for tensor in tensors:
             tensor.weight.untyped_storage().resize_(0)
 
@@ -314,12 +342,17 @@ def _layer_of_weights(model: Any, layers: Sequence[nn.Module]) -> dict[int, int]
     return place
 
 
+def _are_elsewhere(weights: Iterable[LearnedTensor], device: torch.device) -> bool:
+    """Return whether what weights are made of is not where the model is."""
+    return any(tensor.base.device != device for tensor in weights)
+
+
 def _no_leaf(tensor: Tensor) -> Tensor:
     # Autocast would turn a leaf into its type once for all uses, and so add up gradients in it.
     return tensor.view_as(tensor)
 
 
-def _masked(tensors: Iterable[MaskedTensor | FixedTensor]) -> list[MaskedTensor]:
+def _masked(tensors: Iterable[LearnedTensor]) -> list[MaskedTensor]:
     return [tensor for tensor in tensors if isinstance(tensor, MaskedTensor)]
 
 

@@ -1,7 +1,7 @@
 """One weight under its mask: what is kept of it, and the two steps of learning."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 import torch
@@ -15,7 +15,7 @@ from ..shards import Shard
 from ..weights import LinearWeight, MergedWeight
 from .draws import Draw
 from .entrywise import logit_gradients, write_masked
-from .optimizer import LogitOptimizer
+from .optimizer import step_logits
 
 
 class Content(Enum):
@@ -100,10 +100,6 @@ class MaskedTensor:
     seed: int
     init_logit: float
     learning_rate: float
-    _optimizer: LogitOptimizer = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._optimizer = LogitOptimizer(self.logits.view(-1))
 
     @torch.no_grad()
     def write(self, state: State) -> None:
@@ -136,7 +132,8 @@ class MaskedTensor:
             step: whose sample the weight was written with.
             rate_share: of the learning rate at its peak, from 0 to 1.
         """
-        self._optimizer.step(self._gradients(gradient, step), rate_share * self.learning_rate)
+        rate = rate_share * self.learning_rate
+        step_logits(self.logits.view(-1), self._gradients(gradient, step), rate)
 
     def whole_logits(self) -> Tensor:
         """Return the logits of the whole mask; all processes that keep them together must ask."""

@@ -1,0 +1,139 @@
+"""The streaming engine where the model is on a GPU: what it is made of comes and goes.
+
+There is no GPU here: the device is the CPU too, but what is brought is copied all the same.
+"""
+
+import pytest
+import torch
+from test_learner import TRAJECTORIES, make_problem, trajectory
+
+from somf_mergekit.learner import conveyor, streaming
+from somf_mergekit.learner.loop import learn_logits
+from somf_mergekit.learner.streaming import StreamingEngine
+
+
+class LateStream:
+    """Copies what it was asked to when it must, and no earlier."""
+
+    def __init__(self, device, is_current=False):
+        self._waiting, self._done, self._asked = [], 0, 0
+        self._is_current = is_current
+
+    def do(self, copies):
+        assert not self._is_current
+        self._asked += 1
+        self._waiting.append(copies)
+
+    def now(self):
+        return self, self._asked
+
+    def wait(self, event):
+        if event is not None:
+            stream, asked = event
+            stream._catch_up(asked)
+
+    def finish(self):
+        self._catch_up(self._asked)
+
+    def _catch_up(self, asked):
+        while self._done < asked:
+            for there, own in self._waiting.pop(0):
+                there.copy_(own)
+            self._done += 1
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    monkeypatch.setattr(streaming, "_are_elsewhere", lambda weights, device: True)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_late"), [*((name, True) for name in TRAJECTORIES), ("defaults", False)]
+)
+def test_trajectory_is_that_of_the_engine_without(name, is_late, elsewhere, monkeypatch):
+    # More layers than slots.
+    changes = {"max_steps": 3, "micro_batch": 2, "layers": 4} | TRAJECTORIES[name]
+    with monkeypatch.context() as without:
+        without.setattr(streaming, "_are_elsewhere", lambda weights, device: False)
+        expected = trajectory(make_problem(runs=StreamingEngine, **changes))
+    if is_late:
+        monkeypatch.setattr(conveyor, "_Stream", LateStream)
+    problem = make_problem(runs=StreamingEngine, **changes)
+    assert problem.engine._conveyor
+    losses, logits = trajectory(problem)
+    assert losses == expected[0]
+    assert all(torch.equal(a, b) for a, b in zip(logits, expected[1], strict=True))
+
+
+def test_layers_are_computed_with_on_the_device_alone(elsewhere, monkeypatch):
+    problem = make_problem(runs=StreamingEngine, max_steps=2, layers=4)
+    engine = problem.engine
+    rooms = [slot.room for slot in engine._conveyor._slots]
+    seen = set()
+    real = StreamingEngine._called
+
+    def watched(self, number, *arguments):
+        for tensor in self._of_layer[number]:
+            for own in (tensor.base, tensor.merged.fused, tensor.logits):
+                places = [own.data_ptr() - room.data_ptr() for room in rooms]
+                inside = [
+                    0 <= place < room.nbytes for place, room in zip(places, rooms, strict=True)
+                ]
+                assert sum(inside) == 1
+                seen.add(inside.index(True))
+        return real(self, number, *arguments)
+
+    monkeypatch.setattr(StreamingEngine, "_called", watched)
+    homes = [(t.base, t.merged, t.logits) for t in problem.tensors]
+    trajectory(problem)
+    assert seen == {0, 1}
+    for tensor, home in zip(problem.tensors, homes, strict=True):
+        assert all(
+            a is b for a, b in zip((tensor.base, tensor.merged, tensor.logits), home, strict=True)
+        )
+
+
+def test_logits_set_from_outside_are_brought_anew(elsewhere):
+    def learned(sets):
+        problem = make_problem(runs=StreamingEngine, max_steps=1, layers=4)
+        if sets:
+            # As a checkpoint does, after the engine has looked at the model.
+            for tensor in problem.tensors:
+                tensor.set_logits(torch.full(tensor.layout.shape, 2.0))
+        reports = []
+        learn_logits(problem, reports.append, lambda done, total: None)
+        return reports[0].loss, [t.logits for t in problem.tensors]
+
+    first, second = learned(False), learned(True)
+    assert first[0] != second[0]
+    assert all((logits > 1.0).all() for logits in second[1])
+
+
+def test_a_layer_comes_while_the_one_before_is_computed_with(elsewhere, monkeypatch):
+    asked = []
+    real = conveyor._Slot.fill
+    problem = make_problem(runs=StreamingEngine, max_steps=1, layers=4)
+    engine = problem.engine
+
+    def noted(self, number, layer):
+        asked.append(("comes", number))
+        return real(self, number, layer)
+
+    monkeypatch.setattr(conveyor._Slot, "fill", noted)
+    called = StreamingEngine._called
+
+    def computed(self, number, *arguments):
+        asked.append(("computed", number))
+        return called(self, number, *arguments)
+
+    monkeypatch.setattr(StreamingEngine, "_called", computed)
+    engine._conveyor.forget()
+    learn_logits(problem, lambda report: None, lambda done, total: None)
+    last = len(engine._layers) - 1
+    for number in range(1, last + 1):
+        assert asked.index(("comes", number)) < asked.index(("computed", number - 1))
+    # Forward every layer comes once, and on the way back the last two are still there.
+    forward = [("comes", number) for number in range(last + 1)]
+    back = [("comes", number) for number in reversed(range(last - 1))]
+    comings = [event for event in asked if event[0] == "comes"]
+    assert comings[-len(forward + back) :] == forward + back
