@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from somf_mergekit import machine
+from somf_mergekit.learner.engine import autocast_to
 from somf_mergekit.learner.logprobs import answer_log_probs, output_head, token_batch
 from somf_mergekit.objectives import preference_losses
 from somf_mergekit.preferences import EncodedPair
@@ -27,7 +28,7 @@ def dpo_seconds(
     first, which is not in the seconds.
 
     Args:
-        model: of transformers, on the CPU; its dropout, if any, is switched off.
+        model: of transformers, on any device; its dropout, if any, is switched off.
         optimizer: of its weights.
         batches: of each step, the pairs that go through the model at once.
         before_step: called when the gradients of a step are there, with its number from 0.
@@ -35,16 +36,19 @@ def dpo_seconds(
     model.eval()
     head = output_head(model)
     with torch.no_grad():
-        reference = [[log_ratios(model, head, part) for part in batch] for batch in batches]
+        reference = [
+            [log_ratios(model, head, part, model.device) for part in batch] for batch in batches
+        ]
     seconds = []
     for step, (batch, fixed) in enumerate(zip(batches, reference, strict=True)):
         start = time.perf_counter()
         count = sum(map(len, batch))
         for part, known in zip(batch, fixed, strict=True):
-            dpo_backward(log_ratios(model, head, part) - known, count)
+            dpo_backward(log_ratios(model, head, part, model.device) - known, count)
         before_step(step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        wait_for(model.device)
         seconds.append(time.perf_counter() - start)
     return seconds
 
@@ -55,13 +59,18 @@ def micro_batches(pairs: Sequence[EncodedPair], size: int) -> list[list[EncodedP
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
-def log_ratios(model: Any, head: Any, pairs: Sequence[EncodedPair]) -> Tensor:
-    """Return log pi(y+) - log pi(y-) of each pair, (pairs,)."""
+def log_ratios(model: Any, head: Any, pairs: Sequence[EncodedPair], device: torch.device) -> Tensor:
+    """Return log pi(y+) - log pi(y-) of each pair, (pairs,), by a model on ``device``."""
     sequences = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
-    dtype = machine.autocast_type("cpu")
-    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-        sums, _ = answer_log_probs(model, head, token_batch(sequences))
+    with autocast_to(machine.autocast_type(str(device)), device):
+        sums, _ = answer_log_probs(model, head, token_batch(sequences, device))
     return sums[: len(pairs)] - sums[len(pairs) :]
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done what it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def dpo_backward(log_ratio: Tensor, count: int) -> None:

@@ -20,7 +20,7 @@ from somf_mergekit.processes import is_first
 from .memory import peak_memory
 from .real_data import pairs_of, write_pairs
 from .real_table import circumstances
-from .speed_models import BASE, SHAPES, SPECIALISTS, WEIGHT, make_models
+from .speed_models import BASE, SHAPES, WEIGHT, make_models, specialists_of
 
 WAYS = {
     "plain_dpo": "plain DPO, all weights by AdamW",
@@ -50,6 +50,12 @@ UNTIMED_STEPS = 1
 @click.option("--batch-size", default=16, show_default=True, help="Pairs a step.")
 @click.option("--micro-batch", default=4, show_default=True, help="Pairs at once.")
 @click.option("--max-length", default=128, show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="Of torch, as cuda.")
+@click.option(
+    "--gpu-memory",
+    type=click.FloatRange(min=0, min_open=True),
+    help="GiB of the GPU's memory that a process may take.  [default: all]",
+)
 @click.option(
     "--way",
     "ways",
@@ -68,14 +74,15 @@ def main(model: str, data: Path | None, work: Path, child: str | None, **options
     """
     folder = work.resolve() / f"speed-{Path(model).name}"
     if child:
-        found = json.dumps(_measured_here(child, folder, options))
+        found = json.dumps(_measured_here(child, folder, options, model))
         if is_first():
             click.echo(found)
         return
     pairs = pairs_of(data)[: options["steps"] * options["batch_size"] * 2]
     folder.mkdir(parents=True, exist_ok=True)
     write_pairs(folder / "pairs.jsonl", pairs)
-    make_models(folder, model, [pair.messages[-1]["content"] + pair.chosen for pair in pairs])
+    texts = [pair.messages[-1]["content"] + pair.chosen for pair in pairs]
+    make_models(folder, model, texts, options["device"])
     rows: dict[str, dict[str, Any]] = {}
     ways = options.pop("ways")
     for name in (way for way in WAYS if way in ways):
@@ -114,7 +121,9 @@ def _in_a_process(name: str, model: str, work: Path, options: dict[str, Any]) ->
     command += ["--work", str(work), "--steps", str(options["steps"])]
     command += ["--batch-size", str(options["batch_size"])]
     command += ["--micro-batch", str(options["micro_batch"])]
-    command += ["--max-length", str(options["max_length"])]
+    command += ["--max-length", str(options["max_length"]), "--device", options["device"]]
+    if options["gpu_memory"]:
+        command += ["--gpu-memory", str(options["gpu_memory"])]
     # What is compared is merging.
     env = {**os.environ, "SOMF_REPORT": "none"}
     ended = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
@@ -124,13 +133,19 @@ def _in_a_process(name: str, model: str, work: Path, options: dict[str, Any]) ->
     return dict(json.loads(ended.stdout.strip().splitlines()[-1]))
 
 
-def _measured_here(name: str, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+def _measured_here(name: str, folder: Path, options: dict[str, Any], model: str) -> dict[str, Any]:
+    import torch
+
+    is_on_gpu = options["device"] != "cpu"
+    if options["gpu_memory"]:
+        total = torch.cuda.get_device_properties(options["device"]).total_memory
+        torch.cuda.set_per_process_memory_fraction(options["gpu_memory"] * 2**30 / total)
     if name in MERGES:
-        return _merge(name, folder)
+        return _merge(name, folder, model, options["device"])
     mask_seconds: list[float] = []
     with peak_memory() as memory:
         if name in ENGINES:
-            seconds, mask_seconds = _ours(name, folder, options)
+            seconds, mask_seconds = _ours(name, folder, options, model)
         else:
             seconds = _other(name, folder, options)
     found = {
@@ -138,7 +153,10 @@ def _measured_here(name: str, folder: Path, options: dict[str, Any]) -> dict[str
         "all_seconds": seconds,
         "peak_bytes": memory["peak"],
     }
-    if mask_seconds:
+    if is_on_gpu:
+        found["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
+    # A GPU does its work later than it is asked to.
+    if mask_seconds and not is_on_gpu:
         found["mask_seconds"] = median(mask_seconds[UNTIMED_STEPS:] or mask_seconds)
     return found
 
@@ -153,12 +171,17 @@ def _other(name: str, folder: Path, options: dict[str, Any]) -> list[float]:
         batch_size=options["batch_size"],
         micro_batch=options["micro_batch"],
         max_length=options["max_length"],
+        device=options["device"],
     )
     return {"plain_dpo": speed_ways.plain_dpo, "naive": speed_ways.naive}[name](work)
 
 
-def _ours(engine: str, folder: Path, options: dict[str, Any]) -> tuple[list[float], list[float]]:
+def _ours(
+    engine: str, folder: Path, options: dict[str, Any], model: str
+) -> tuple[list[float], list[float]]:
     """Return the seconds of each step, and of its work on masks."""
+    from mergekit.options import MergeOptions
+
     from somf_mergekit import learn
     from somf_mergekit.learner import passes, tensors
 
@@ -189,6 +212,7 @@ def _ours(engine: str, folder: Path, options: dict[str, Any]) -> tuple[list[floa
     passes.Passes.learn = counted(passes.Passes.learn)  # type: ignore[method-assign]
     content = _recipe(
         folder,
+        model,
         "somf",
         safety_dataset=str(folder / "pairs.jsonl"),
         max_steps=options["steps"],
@@ -197,15 +221,15 @@ def _ours(engine: str, folder: Path, options: dict[str, Any]) -> tuple[list[floa
         # A new mask each time, the same in all processes: one that is there would be used again.
         seed=os.getppid() if engine == SHARDED else time.time_ns() % 2**31,
     )
-    learn(content, folder / "mask")
+    learn(content, folder / "mask", MergeOptions(device=options["device"]))
     rows = (folder / "mask" / "training.jsonl").read_text().splitlines()
     return [json.loads(row)["seconds"] for row in rows], spent
 
 
-def _merge(name: str, folder: Path) -> dict[str, Any]:
+def _merge(name: str, folder: Path, model: str, device: str) -> dict[str, Any]:
     given = {"mask": str(folder / "mask")} if name == "somf" else {}
     recipe = folder / f"{name}.yml"
-    recipe.write_text(yaml.safe_dump(_recipe(folder, name, **given)))
+    recipe.write_text(yaml.safe_dump(_recipe(folder, model, name, **given)))
     from mergekit.config import MergeConfiguration
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
@@ -213,16 +237,17 @@ def _merge(name: str, folder: Path) -> dict[str, Any]:
     config = MergeConfiguration.model_validate(yaml.safe_load(recipe.read_text()))
     start = time.perf_counter()
     with peak_memory() as memory:
-        run_merge(config, str(folder / f"merged-{name}"), MergeOptions(quiet=True))
+        run_merge(config, str(folder / f"merged-{name}"), MergeOptions(quiet=True, device=device))
     return {"seconds": time.perf_counter() - start, "peak_bytes": memory["peak"]}
 
 
-def _recipe(folder: Path, method: str, **parameters: Any) -> dict[str, Any]:
+def _recipe(folder: Path, model: str, method: str, **parameters: Any) -> dict[str, Any]:
     return {
         "merge_method": method,
         "base_model": str(folder / BASE),
         "models": [
-            {"model": str(folder / name), "parameters": {"weight": WEIGHT}} for name in SPECIALISTS
+            {"model": str(folder / name), "parameters": {"weight": WEIGHT}}
+            for name in specialists_of(model)
         ],
         **({"parameters": parameters} if parameters else {}),
         "dtype": "bfloat16",
@@ -244,6 +269,14 @@ def _import_seconds() -> dict[str, float]:
     return {name: median(values) for name, values in found.items()}
 
 
+def _gpu(device: str) -> dict[str, str]:
+    if device == "cpu":
+        return {}
+    import torch
+
+    return {"gpu": torch.cuda.get_device_name(device)}
+
+
 def _weight_count(folder: Path) -> int:
     count = 0
     for file in folder.glob("*.safetensors"):
@@ -256,10 +289,14 @@ def _weight_count(folder: Path) -> int:
 def _write(
     rows: dict[str, dict[str, Any]], weights: int, model: str, options: dict[str, Any]
 ) -> str:
-    name = f"speed-{Path(model).name}"
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in options.items() if k != "out"}
+    name = f"speed-{Path(model).name}" + "-gpu" * (options["device"] != "cpu")
+    # Records of before know no other device.
+    left_out = ("out", "device", "gpu_memory") if options["device"] == "cpu" else ("out",)
+    settings = {
+        k: str(v) if isinstance(v, Path) else v for k, v in options.items() if k not in left_out
+    }
     record = {"model": Path(model).name, "weights": weights, "settings": settings}
-    record |= circumstances()
+    record |= circumstances() | _gpu(options["device"])
     place = options["out"] / f"{name}.json"
     earlier = json.loads(place.read_text()) if place.exists() else {}
     known = earlier.pop("results", {})
@@ -289,13 +326,16 @@ def _table(rows: dict[str, dict[str, Any]], labels: dict[str, str], unit: str, w
         f"| | seconds {unit} | ratio | mask work | peak memory, GiB | ratio | bytes a weight |",
         "|---|---|---|---|---|---|---|",
     ]
+    on_gpu = any("peak_gpu_bytes" in row for row in rows.values())
+    if on_gpu:
+        lines = [lines[0] + " of the GPU, GiB |", lines[1] + "---|"]
     known = next((rows[name] for name in labels if "seconds" in rows.get(name, {})), {})
     for name, label in labels.items():
         row = rows.get(name)
         if not row:
             continue
         if "failed" in row:
-            lines.append(f"| {label} | {row['failed']} | | | | | |")
+            lines.append(f"| {label} | {row['failed']} | | | | | |" + " |" * on_gpu)
             continue
         seconds, memory = row["seconds"], row["peak_bytes"]
         ratios = [
@@ -306,6 +346,7 @@ def _table(rows: dict[str, dict[str, Any]], labels: dict[str, str], unit: str, w
         lines.append(
             f"| {label} | {seconds:.2f} | {ratios[0]} | {share} | {memory / 2**30:.2f} "
             f"| {ratios[1]} | {memory / weights:.1f} |"
+            + (f" {row['peak_gpu_bytes'] / 2**30:.2f} |" if "peak_gpu_bytes" in row else "")
         )
     return "\n".join(lines)
 

@@ -26,46 +26,68 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 4,
     },
+    # With one specialist: two models of 16 GB each.
+    "llama-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128_256,
+    },
 }
 VOCABULARY = 32_000
+_LARGE = "llama-8b"
 # Of a specialist's change, against a weight's usual 0.02.
 CHANGE = 1e-3
 
 
-def make_models(folder: Path, source: str, texts: list[str]) -> None:
-    """Save a base and two specialists, random changes of it, in bfloat16.
+def specialists_of(source: str) -> tuple[str, ...]:
+    """Return the names of the specialists that are merged."""
+    return SPECIALISTS[:1] if source == _LARGE else SPECIALISTS
+
+
+def make_models(folder: Path, source: str, texts: list[str], device: str = "cpu") -> None:
+    """Save a base and its specialists, random changes of it, in bfloat16.
 
     Args:
         folder: gets a folder of each.
         source: a key of SHAPES, or what ``load_published`` takes.
         texts: a shape's tokenizer is made of them.
+        device: of torch, where random weights are drawn.
     """
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"source": Path(source).name, "change": CHANGE}
-    names = (BASE, *SPECIALISTS)
+    names = (BASE, *specialists_of(source))
     if all(is_made(folder / name, {**settings, "seed": seed}) for seed, name in enumerate(names)):
         return
     model, tokenizer = (
-        _random(SHAPES[source], texts) if source in SHAPES else load_published(source)
+        _random(SHAPES[source], texts, device) if source in SHAPES else load_published(source)
     )
-    model = model.to(torch.bfloat16)
+    model = model.to(device, torch.bfloat16)
     kept = {name: weight.clone() for name, weight in model.named_parameters()}
     for seed, name in enumerate(names):
-        draw = torch.Generator().manual_seed(seed)
+        draw = torch.Generator(device).manual_seed(seed)
         with torch.no_grad():
             for key, weight in model.named_parameters():
-                change = torch.randn(weight.shape, generator=draw) * CHANGE
+                change = torch.randn(weight.shape, generator=draw, device=device) * CHANGE
                 weight.copy_(kept[key] if name == BASE else kept[key] + change)
         if not (folder / name).exists():
             save_whole(model, tokenizer, folder / name, {**settings, "seed": seed})
 
 
-def _random(shape: dict[str, Any], texts: list[str]) -> tuple[Any, Any]:
+def _random(shape: dict[str, Any], texts: list[str], device: str) -> tuple[Any, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=2048, **shape)
-    return LlamaForCausalLM(config), _tokenizer(texts)
+    size = {"vocab_size": VOCABULARY, **shape}
+    config = LlamaConfig(max_position_embeddings=2048, dtype=torch.bfloat16, **size)
+    with torch.device(device):
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    tokenizer = _tokenizer(texts)
+    # Every row of the embeddings has a token: else they would be cut.
+    tokenizer.add_tokens([f"<extra-{n}>" for n in range(size["vocab_size"] - VOCABULARY)])
+    return model, tokenizer
 
 
 def _tokenizer(texts: list[str]) -> Any:

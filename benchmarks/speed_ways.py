@@ -13,7 +13,7 @@ from somf_mergekit.learner.logprobs import output_head
 from somf_mergekit.preferences import EncodedPair, encoded_pairs, preference_pairs
 from somf_mergekit.rows import dataset_rows
 
-from .plain_dpo import dpo_backward, dpo_seconds, log_ratios, micro_batches
+from .plain_dpo import dpo_backward, dpo_seconds, log_ratios, micro_batches, wait_for
 from .real_training import load_saved
 from .speed_models import BASE, SPECIALISTS, WEIGHT
 
@@ -31,6 +31,7 @@ class Work:
         batch_size: pairs a step.
         micro_batch: pairs that go through the model at once.
         max_length: tokens of a prompt with an answer.
+        device: of torch.
     """
 
     folder: Path
@@ -39,12 +40,13 @@ class Work:
     batch_size: int
     micro_batch: int
     max_length: int
+    device: str = "cpu"
 
 
 def plain_dpo(work: Work) -> list[float]:
     """Return the seconds of each step of DPO that trains all weights with AdamW."""
     model, tokenizer = load_saved(work.folder / BASE)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    optimizer = torch.optim.AdamW(model.to(work.device).parameters(), lr=1e-6)
     return dpo_seconds(model, optimizer, list(_batches(work, tokenizer)))
 
 
@@ -54,6 +56,7 @@ def naive(work: Work) -> list[float]:
     A RelaxedBernoulli over all weights, its sample and the merged weights in the graph, every
     task vector kept, and a second masked model, drawn anew each time, as the reference.
     """
+    device = torch.device(work.device)
     masked, reference = (_NaiveModel(work, seed) for seed in (0, 1))
     _, tokenizer = load_saved(work.folder / BASE)
     optimizer = torch.optim.AdamW(masked.logits, lr=0.01)
@@ -65,11 +68,14 @@ def naive(work: Work) -> list[float]:
         for part in batch:
             with torch.no_grad():
                 reference.draw()
-                fixed = log_ratios(reference.model, reference.head, part)
+                fixed = log_ratios(reference.model, reference.head, part, device)
             masked.draw()
-            dpo_backward(log_ratios(masked.model, masked.head, part) - fixed, work.batch_size)
+            dpo_backward(
+                log_ratios(masked.model, masked.head, part, device) - fixed, work.batch_size
+            )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        wait_for(device)
         seconds.append(time.perf_counter() - start)
     return seconds
 
@@ -79,10 +85,11 @@ class _NaiveModel:
 
     def __init__(self, work: Work, seed: int):
         torch.manual_seed(seed)
-        self.model, _ = load_saved(work.folder / BASE)
+        self.model = load_saved(work.folder / BASE)[0].to(work.device)
         self.model.eval().requires_grad_(False)
         self.head = output_head(self.model)
-        others = [load_saved(work.folder / name)[0] for name in SPECIALISTS]
+        saved = [work.folder / name for name in SPECIALISTS if (work.folder / name).exists()]
+        others = [load_saved(folder)[0].to(work.device) for folder in saved]
         theirs = [dict(other.named_parameters()) for other in others]
         places: dict[int, list[tuple[torch.nn.Module, str]]] = {}
         for module in self.model.modules():
@@ -103,7 +110,7 @@ class _NaiveModel:
 
     def draw(self) -> None:
         """Set all weights to the merge under a new sample."""
-        temperature = torch.tensor(TEMPERATURE)
+        temperature = torch.tensor(TEMPERATURE, device=self.parts[0][1].device)
         for where, base, deltas, logits in self.parts:
             mask = torch.distributions.RelaxedBernoulli(temperature, logits=logits).rsample()
             mask = mask / mask.mean()

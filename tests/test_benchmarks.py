@@ -144,14 +144,15 @@ def test_each_way_is_timed_and_tabulated(tmp_path, monkeypatch):
     write_pairs(folder / "pairs.jsonl", rows)
     make_models(folder, "tiny", [pair.chosen for pair in rows])
     options = {"steps": 2, "batch_size": 4, "micro_batch": 2, "max_length": 32}
+    options |= {"device": "cpu", "gpu_memory": None}
     found = {
-        name: speed._measured_here(name, folder, options)
+        name: speed._measured_here(name, folder, options, "tiny")
         for name in speed.WAYS
         if name != speed.SHARDED
     }
     shown = {**options, "batch_size": 4}
     found[speed.SHARDED] = speed._in_a_process(speed.SHARDED, "tiny", tmp_path, shown)
-    found |= {name: speed._measured_here(name, folder, options) for name in speed.MERGES}
+    found |= {name: speed._measured_here(name, folder, options, "tiny") for name in speed.MERGES}
     for name in speed.WAYS:
         assert len(found[name]["all_seconds"]) == 2
         assert found[name]["seconds"] == found[name]["all_seconds"][1] > 0
@@ -168,6 +169,7 @@ def test_each_way_is_timed_and_tabulated(tmp_path, monkeypatch):
         assert 0 < share < 1
         assert f"{name} engine | {row['seconds']:.2f} | {ratio:.2f} | {share:.0%} |" in text
     record = json.loads((tmp_path / "out/speed-tiny.json").read_text())
+    assert "device" not in record["settings"]
     assert record["results"]["naive"]["all_seconds"] == found["naive"]["all_seconds"]
     # Measured again alone, under the same circumstances or others.
     again = {"somf": {**found["somf"], "seconds": 1234.0}, "import": found["import"]}
@@ -178,13 +180,35 @@ def test_each_way_is_timed_and_tabulated(tmp_path, monkeypatch):
     assert "RelaxedBernoulli" not in text
 
 
+def test_what_a_gpu_took_is_tabulated_in_a_record_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    options = {"steps": 2, "batch_size": 4, "micro_batch": 2, "max_length": 32}
+    options |= {"device": "cuda", "gpu_memory": 24.0, "out": tmp_path}
+    row = {"seconds": 2.0, "peak_bytes": 2**30}
+    rows = {
+        "plain_dpo": {**row, "peak_gpu_bytes": 3 * 2**30},
+        "resident": {"failed": "exit code 1: no memory"},
+        "task_arithmetic": row,
+        "import": {"with": 2.0, "without": 1.0},
+    }
+    text = speed._write(rows, 2**28, "tiny", options)
+    assert "| bytes a weight | of the GPU, GiB |" in text
+    assert "| plain DPO, all weights by AdamW | 2.00 | 1.00 |  | 1.00 | 1.00 | 4.0 | 3.00 |" in text
+    assert "exit code 1: no memory | | | | | | |" in text
+    record = json.loads((tmp_path / "speed-tiny-gpu.json").read_text())
+    assert record["gpu"] == "a GPU"
+    assert record["settings"]["gpu_memory"] == 24.0
+
+
 def test_needs_of_known_shapes_are_tabulated():
     result = CliRunner().invoke(needs.main, ["--micro-batch", "1"])
     assert result.exit_code == 0, result.output
-    rows = [line.split("|")[1:5] for line in result.output.splitlines()[2:]]
+    rows = [line.split("|")[1:7] for line in result.output.splitlines()[2:]]
     assert len(rows) == len(needs.SHAPES)
     numbers = [[float(cell.split()[0]) for cell in row[1:]] for row in rows]
-    assert all(streaming < resident / 3 for resident, streaming, _ in numbers)
+    for resident, streaming, disk, on_gpu, host in numbers:
+        assert streaming < on_gpu < resident / 3
+        assert disk == host
     assert numbers == sorted(numbers)
 
 
