@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -48,22 +48,40 @@ def learning_fingerprint(planned: PlannedMerge, data: SafetyData) -> dict[str, A
     """
     settings = planned.settings.model_dump(exclude=set(_USE_ONLY))
     return {
-        "models": [content_fingerprint(model) for model in planned.models],
-        "model configuration": json_digest(_configuration(planned)),
-        "tokenizer": json_digest(_tokens(planned)),
-        "chat template": json_digest(planned.tokenizer.chat_template),
+        **content_of_models(planned),
         "data": json_digest([[p.prompt, p.chosen, p.rejected] for p in data.pairs]),
         "utility data": json_digest([[e.prompt, e.answer] for e in data.utility]),
         "settings": {k: v for k, v in settings.items() if k not in _STAND_INS},
-        "parameters of the tensors": json_digest([_resolved(planned, *t) for t in planned.tensors]),
+        "parameters of the tensors": json_digest(resolved_tensors(planned, _USE_ONLY)),
         "dtype": planned.config.dtype or "as stored",
         "versions": versions(),
     }
 
 
-def _resolved(planned: PlannedMerge, weight: Any, task: Any) -> list[Any]:
+def content_of_models(planned: PlannedMerge) -> dict[str, Any]:
+    """Return what is in the files of a merge's models, as JSON.
+
+    Raises:
+        RecipeError: a model's files or tokenizer can't be read.
+    """
+    return {
+        "models": [content_fingerprint(model) for model in planned.models],
+        "model configuration": json_digest(_configuration(planned)),
+        "tokenizer": json_digest(_tokens(planned)),
+        "chat template": json_digest(planned.tokenizer.chat_template),
+    }
+
+
+def resolved_tensors(planned: PlannedMerge, left_out: Collection[str]) -> list[Any]:
+    """Return how mergekit makes each tensor, as JSON, but for the parameters ``left_out``."""
+    return [_resolved(planned, *tensor, left_out) for tensor in planned.tensors]
+
+
+def _resolved(
+    planned: PlannedMerge, weight: Any, task: Any, left_out: Collection[str]
+) -> list[Any]:
     """Return how mergekit makes a tensor: from which tensors, in which way."""
-    shared = {k: v for k, v in task.parameters.items() if k not in _USE_ONLY and v is not None}
+    shared = {k: v for k, v in task.parameters.items() if k not in left_out and v is not None}
     per_model = [
         sorted((k, v) for k, v in task.input_parameters.get(model, {}).items() if v is not None)
         for model in task.model_order
