@@ -77,6 +77,12 @@ def resolved_tensors(planned: PlannedMerge, left_out: Collection[str]) -> list[A
     return [_resolved(planned, *tensor, left_out) for tensor in planned.tensors]
 
 
+def resolved_learning(planned: PlannedMerge) -> list[Any]:
+    """Return what of a recipe decides its mask, as JSON, as far as the recipe itself tells."""
+    settings = planned.settings.model_dump(exclude={*_USE_ONLY, "preset"})
+    return [settings, resolved_tensors(planned, _USE_ONLY)]
+
+
 def _resolved(
     planned: PlannedMerge, weight: Any, task: Any, left_out: Collection[str]
 ) -> list[Any]:
