@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,12 @@ from typing import Any
 from mergekit.io.tasks import LoaderCache
 
 from .digests import file_digest, json_digest
+from .fusions import fusion_arguments
 from .inputs import SafetyData
 from .learner.tensors import MaskedTensor
 from .masks import MaskSet
 from .method import MASK_TENSOR
-from .plan import PlannedMerge, input_names
+from .plan import PlannedMerge, input_names, task_parameters
 from .recipe_blocks import plain
 from .sources import content_fingerprint
 
@@ -52,7 +53,7 @@ def learning_fingerprint(planned: PlannedMerge, data: SafetyData) -> dict[str, A
         "data": json_digest([[p.prompt, p.chosen, p.rejected] for p in data.pairs]),
         "utility data": json_digest([[e.prompt, e.answer] for e in data.utility]),
         "settings": {k: v for k, v in settings.items() if k not in _STAND_INS},
-        "parameters of the tensors": json_digest(resolved_tensors(planned, _USE_ONLY)),
+        "parameters of the tensors": json_digest([_resolved(planned, *t) for t in planned.tensors]),
         "dtype": planned.config.dtype or "as stored",
         "versions": versions(),
     }
@@ -72,29 +73,44 @@ def content_of_models(planned: PlannedMerge) -> dict[str, Any]:
     }
 
 
-def resolved_tensors(planned: PlannedMerge, left_out: Collection[str]) -> list[Any]:
-    """Return how mergekit makes each tensor, as JSON, but for the parameters ``left_out``."""
-    return [_resolved(planned, *tensor, left_out) for tensor in planned.tensors]
-
-
 def resolved_learning(planned: PlannedMerge) -> list[Any]:
     """Return what of a recipe decides its mask, as JSON, as far as the recipe itself tells."""
     settings = planned.settings.model_dump(exclude={*_USE_ONLY, "preset"})
-    return [settings, resolved_tensors(planned, _USE_ONLY)]
+    return [settings, [_resolved(planned, *tensor) for tensor in planned.tensors]]
 
 
-def _resolved(
-    planned: PlannedMerge, weight: Any, task: Any, left_out: Collection[str]
-) -> list[Any]:
+def resolved_merge(planned: PlannedMerge, applied: Sequence[str]) -> list[Any]:
+    """Return how each tensor is made, as JSON, equal for recipes that make it in the same way.
+
+    Args:
+        planned: the merge.
+        applied: those of somf's own parameters that count.
+    """
+    found = []
+    for weight, task in planned.tensors:
+        values = task_parameters(task)
+        models = [model for model in task.model_order if model != task.base_model]
+        own = [values[name] for name in applied]
+        arguments = fusion_arguments(values, models)
+        found.append([weight.name, own, arguments, _sources(planned, task)])
+    return found
+
+
+def _resolved(planned: PlannedMerge, weight: Any, task: Any) -> list[Any]:
     """Return how mergekit makes a tensor: from which tensors, in which way."""
-    shared = {k: v for k, v in task.parameters.items() if k not in left_out and v is not None}
+    shared = {k: v for k, v in task.parameters.items() if k not in _USE_ONLY and v is not None}
     per_model = [
         sorted((k, v) for k, v in task.input_parameters.get(model, {}).items() if v is not None)
         for model in task.model_order
     ]
-    numbers = [planned.models.index(model) for model in task.model_order]
-    taken = [numbers, input_names(task), type(task.gather_tensors).__name__]
+    taken = _sources(planned, task)
     return [weight.name, sorted(shared.items(), key=str), per_model, taken]
+
+
+def _sources(planned: PlannedMerge, task: Any) -> list[Any]:
+    """Return from which tensors of which models a tensor is made."""
+    numbers = [planned.models.index(model) for model in task.model_order]
+    return [numbers, input_names(task), type(task.gather_tensors).__name__]
 
 
 def _configuration(planned: PlannedMerge) -> list[Any]:

@@ -66,7 +66,8 @@ class Axes:
         if None in parts or None in gains:
             return None
         safety, *taken_off = [part for part in parts if part is not None]
-        return safety - sum(taken_off), -mean(gain for gain in gains if gain is not None)
+        # The base's gain is 0, not -0.
+        return safety - sum(taken_off), 0.0 - mean(gain for gain in gains if gain is not None)
 
 
 def axes_of(sets: EvaluationSets) -> Axes:

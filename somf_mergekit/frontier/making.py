@@ -16,20 +16,18 @@ from ..evaluate.sets import EvaluationSets
 from ..evaluate.settings import EvaluationSettings, NamedModel
 from ..evaluate.store import Store
 from ..masks import MaskSet
-from ..method import MASK_TENSOR
 from ..plan import PlannedMerge
 from ..planner import write_merge
 from ..progress import no_model_bars
-from ..provenance import content_of_models, resolved_tensors, versions
+from ..provenance import content_of_models, resolved_merge, versions
 from ..recipe_blocks import plain
 from ..report.record import unmasked_merge
 from .axes import found_measures
-from .over import KIND, MASK, TEMPERATURE
+from .over import FUSION, KIND, TEMPERATURE
 from .points import PLAIN, Point, with_mask
 
 MEASURED_FOLDER, KEPT_FOLDER, WORK_FOLDER = "measured", "merges", "merging"
-# Parameters that are no part of how a merge comes about: the mask is told by its content.
-_LEARNING_ONLY = ("granularity", "init_logit", "learning_rate", MASK, MASK_TENSOR)
+# Parameters of somf that say how a mask is applied.
 _MASKING = (KIND, TEMPERATURE, "mask_rescale", "include", "exclude")
 _ELSEWHERE = ("base_model", "models", "slices", "modules", "parameters")
 
@@ -66,10 +64,10 @@ class Making:
         if not self._content:
             # The same for all points of a frontier, whose models are the same.
             self._content = content_of_models(planned)
-        left_out = _LEARNING_ONLY + (_MASKING if point.kind == PLAIN else ())
+        applied = (FUSION, "seed", *(() if point.kind == PLAIN else _MASKING))
         said = {k: v for k, v in plain(planned.config).items() if k not in _ELSEWHERE}
         mask = None if point.kind == PLAIN else file_digests([masks.path])[0]
-        resolved = resolved_tensors(planned, left_out)
+        resolved = resolved_merge(planned, applied)
         return json_digest([self._content, said, resolved, mask, versions()])
 
     def of_point(self, point: Point, masks: MaskSet, key: str) -> dict[str, dict[str, Any]]:

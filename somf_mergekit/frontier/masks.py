@@ -103,11 +103,12 @@ def relearning_problem(wanted: Sequence[WantedMask], asked: str, out: Path) -> s
     if all(Path(mask.place) == out / OWN_FOLDER for mask in missing):
         return None
     steps = sum(step_count(m.planned.settings, len(m.data.pairs)) for m in missing)  # type: ignore
+    counted = f"{len(missing)} masks" if len(missing) > 1 else "1 mask"
     return (
-        f"{asked} decides how a mask is learned: {len(missing)} masks would have to be learned, "
-        f"{steps:,} optimiser steps together; {_expected_time(missing, out)}. Give --relearn to "
-        "learn them, each once into its own folder; sweep weight, mask_kind, mask_rescale or the "
-        "fusion's own parameters to use the one mask."
+        f"{asked} decides how a mask is learned: {counted} would have to be learned, {steps:,} "
+        f"optimiser steps; {_expected_time(missing, out)}. Give --relearn to learn each once, into "
+        "a folder of its own; sweep weight, mask_kind, mask_rescale or the fusion's own parameters "
+        "to use one mask for all."
     )
 
 
@@ -174,5 +175,5 @@ def _seconds_a_pair(out: Path) -> float | None:
 
 def _time_text(seconds: float) -> str:
     if seconds < 90:
-        return f"{seconds:.0f} seconds"
+        return f"{max(2, round(seconds))} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

@@ -1,5 +1,6 @@
 """A frontier as a picture: safety against skill."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from .over import WEIGHT
-from .points import BASE, PLAIN, RECIPE
+from .points import BASE, PLAIN
 from .result import Entry, Frontier, line_of_plain
 
 _GRAY = "0.45"
-_MARKERS = {BASE: "^", PLAIN: "o", RECIPE: "*"}
+_MARKERS, _OWN = {BASE: "^", PLAIN: "o"}, "*"
+# Where a number may stand beside its marker, nearest first, in pixels; and how far apart all are.
+_RADII, _ANGLES, _APART = range(16, 130, 8), [math.radians(a) for a in range(50, 410, 30)], 15
 # Inches, of which a legend's line takes the last.
-_SIZE, _LINE = (11.0, 6.0), 0.21
+_SIZE, _LINE, _DPI = (11.0, 6.0), 0.21, 120
 
 
 def write_plot(frontier: Frontier, file: Path) -> None:
@@ -25,7 +28,7 @@ def write_plot(frontier: Frontier, file: Path) -> None:
     """
     entries = [(number, entry) for number, entry in enumerate(frontier.entries) if entry.place]
     height = max(_SIZE[1], 1.5 + _LINE * (len(entries) + 3))
-    figure = Figure(figsize=(_SIZE[0], height), layout="constrained")
+    figure = Figure(figsize=(_SIZE[0], height), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     colours = _colours([entry for _, entry in entries])
@@ -37,7 +40,8 @@ def write_plot(frontier: Frontier, file: Path) -> None:
     axes.margins(0.08)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
-    figure.savefig(file, dpi=120)
+    _draw_numbers(axes, entries)
+    figure.savefig(file, dpi=_DPI)
 
 
 def _xy(entry: Entry) -> tuple[float, float]:
@@ -46,27 +50,44 @@ def _xy(entry: Entry) -> tuple[float, float]:
 
 
 def _draw_entry(axes: Any, number: int, entry: Entry, colours: Mapping[str, str]) -> None:
-    marked = entry.undominated
+    is_own = entry.is_own and entry.kind != PLAIN
     axes.plot(
         *_xy(entry),
         linestyle="none",
-        marker=_MARKERS.get(entry.kind, "s"),
-        markersize=11 if entry.kind == RECIPE else 7,
+        marker=_OWN if is_own else _MARKERS.get(entry.kind, "s"),
+        markersize=13 if is_own else 7,
         color=colours.get(_series(entry), _GRAY),
-        markeredgecolor="black" if marked else "none",
+        markeredgecolor="black" if entry.undominated else "none",
         markeredgewidth=1.5,
         label=f"{number}  {entry.label}",
         zorder=3,
     )
-    axes.annotate(
-        str(number),
-        _xy(entry),
-        textcoords="offset points",
-        xytext=(6, 5),
-        fontsize=9 if marked else 8,
-        fontweight="bold" if marked else "normal",
-        zorder=4,
-    )
+
+
+def _draw_numbers(axes: Any, entries: Sequence[tuple[int, Entry]]) -> None:
+    """Write each merge's number beside it, where no marker and no other number is."""
+    axes.figure.draw_without_rendering()
+    places = {number: axes.transData.transform(_xy(entry)) for number, entry in entries}
+    taken = [tuple(place) for place in places.values()]
+    for number, entry in entries:
+        x, y = places[number]
+        spots = [(x + r * math.cos(a), y + r * math.sin(a)) for r in _RADII for a in _ANGLES]
+        free = (s for s in spots if all(math.dist(s, other) >= _APART for other in taken))
+        spot = next(free, spots[0])
+        taken.append(spot)
+        axes.annotate(
+            str(number),
+            (x, y),
+            xycoords="figure pixels",
+            xytext=spot,
+            textcoords="figure pixels",
+            ha="center",
+            va="center",
+            fontsize=9 if entry.undominated else 8,
+            fontweight="bold" if entry.undominated else "normal",
+            arrowprops={"arrowstyle": "-", "color": _GRAY, "linewidth": 0.5, "shrinkB": 4},
+            zorder=4,
+        )
 
 
 def _draw_lines(axes: Any, frontier: Frontier) -> None:

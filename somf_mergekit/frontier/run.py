@@ -83,7 +83,7 @@ def frontier(
             axes=axes,
             entries=placed(entries, axes),
             failures=failures,
-            masks={label: mask.path for label, mask in masks.items()},
+            masks={label: _told_place(mask.path, folder) for label, mask in masks.items()},
             sets=_told(sets),
             settings=settings,
         )
@@ -142,6 +142,13 @@ def _told(sets: EvaluationSets) -> dict[str, tuple[str, int]]:
     used = {HARMFUL: sets.harmful, HARMLESS: sets.harmless, PAIRS: sets.pairs}
     used |= {skill.name: skill.examples for skill in sets.skills}
     return {name: (sets.told.get(name, ""), len(rows)) for name, rows in used.items() if rows}
+
+
+def _told_place(path: str, folder: Path) -> str:
+    """Return where a mask is, as seen from the frontier's folder where it is in that."""
+    place = Path(os.path.realpath(path))
+    real = folder.resolve()
+    return str(place.relative_to(real)) if place.is_relative_to(real) else str(place)
 
 
 @contextlib.contextmanager

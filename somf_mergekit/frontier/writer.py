@@ -131,8 +131,12 @@ def _circumstances(frontier: Frontier) -> Iterator[str]:
             yield f"weight: all weights of the recipe multiplied by {told}"
         else:
             yield f"{swept.name}: {told}"
-    if RECIPE_LABEL in frontier.masks:
-        yield "where nothing else is said, the mask was learned with the recipe's own values"
+    applied = [swept.name for swept in frontier.swept if not swept.relearns]
+    if applied and RECIPE_LABEL in frontier.masks:
+        yield (
+            f"masks were learned with the recipe's own {', '.join(applied)}, and applied with the "
+            "others too"
+        )
     yield from (f"mask of {label}: {path}" for label, path in frontier.masks.items())
     for name, (source, count) in frontier.sets.items():
         yield f"{name}: {count} examples" + f" of {source}" * bool(source)
