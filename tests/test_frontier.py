@@ -176,13 +176,13 @@ def test_points_are_what_merges_made_and_measured_one_by_one_are(chat, whole, tm
         plain = {**recipe_of(chat, weights), "merge_method": "task_arithmetic", "parameters": {}}
         folder = tmp_path / f"plain-{factor}"
         tiny.merged(plain, folder)
-        own = " (the recipe)" * (factor == 1)
+        own = " (as in the recipe)" * (factor == 1)
         expected[f"plain fusion, weight={factor:g}{own}"] = measured_alone(folder)
         for kind in KINDS:
             given = {"safety_dataset": None, "mask": str(out / "mask"), "mask_kind": kind}
             folder = tmp_path / f"{kind}-{factor}"
             tiny.merged(recipe_of(chat, weights, **given), folder)
-            own = " (the recipe)" * (factor == 1 and kind == "soft")
+            own = " (as in the recipe)" * (factor == 1 and kind == "soft")
             expected[f"weight={factor:g}, mask_kind={kind}{own}"] = measured_alone(folder)
     assert set(merges) == set(expected)
     places = {}
@@ -237,12 +237,10 @@ def test_files_of_a_frontier(whole):
 
 
 def test_what_was_measured_is_not_made_again(chat, whole, counted):
-    out, output, written = whole
-    again, found = made(recipe_of(chat), out, *OVER, *asked(chat), *MEASURING)
+    out, _, written = whole
+    _, found = made(recipe_of(chat), out, *OVER, *asked(chat), *MEASURING)
     assert counted == {"merges": 0, "masks": []}
     assert found == written
-    tables = [[row for row in t.splitlines() if row.startswith("|")] for t in (output, again)]
-    assert tables[0] == tables[1]
     wider = ("--over", "weight=0.5,1,2", "--over", "mask_kind=soft,binary")
     _, found = made(recipe_of(chat), out, *wider, *asked(chat), *MEASURING)
     # At the new weight: the plain fusion and both kinds.
@@ -250,7 +248,7 @@ def test_what_was_measured_is_not_made_again(chat, whole, counted):
     before, after = by_label(written), by_label(found)
     for label, merge in before.items():
         assert after[label]["measures"] == merge["measures"]
-    own = after["weight=1, mask_kind=soft (the recipe)"]
+    own = after["weight=1, mask_kind=soft (as in the recipe)"]
     assert after["weight=2, mask_kind=soft"]["skill"] != own["skill"]
 
 
@@ -364,7 +362,7 @@ def test_each_mask_is_learned_once_into_a_folder_of_its_own(chat, tmp_path, coun
         "learning_rate=0.5": "masks/learning_rate=0.5/masks.safetensors",
     }
     merges = by_label(written)
-    own = "learning_rate=1, weight=1 (the recipe)"
+    own = "learning_rate=1, weight=1 (as in the recipe)"
     assert merges[own]["mask"] == "the recipe"
     for factor in FACTORS:
         assert merges[f"learning_rate=0.5, weight={factor:g}"]["mask"] == "learning_rate=0.5"
@@ -376,6 +374,24 @@ def test_each_mask_is_learned_once_into_a_folder_of_its_own(chat, tmp_path, coun
     # All are there: nothing has to be learned, and nothing is asked for.
     made(recipe_of(chat), out, *arguments)
     assert counted["masks"] == ["mask", "learning_rate=0.5"]
+
+
+def test_every_weight_is_multiplied_whatever_its_form(chat, whole, tmp_path):
+    def weighted(factor):
+        recipe = recipe_of(chat, safety_dataset=None, mask=str(whole[0] / "mask"))
+        varied = [{"filter": "mlp", "value": [0.2 * factor, 0.6 * factor]}, {"value": 0}]
+        recipe["models"][0]["parameters"]["weight"] = varied
+        recipe["models"][1].pop("parameters")
+        recipe["parameters"]["weight"] = 0.3 * factor
+        return recipe
+
+    out = tmp_path / "out"
+    made(weighted(1), out, "--over", "weight=0.5,2", "--keep", *asked(chat), *MEASURING)
+    for factor in (0.5, 2):
+        (folder,) = (out / "merges").glob(f"weight={factor:g}-*")
+        kept = tiny.tensors_of(folder)
+        alone = tiny.merged(weighted(factor), tmp_path / f"alone-{factor}")
+        assert all(torch.equal(kept[name], alone[name]) for name in alone)
 
 
 def test_a_given_mask_serves_all_points(chat, whole, tmp_path, counted):
@@ -405,9 +421,9 @@ def test_masks_can_be_swept_in_python(chat, whole, tmp_path):
     # A recipe that leaves its mask to the sweep has the first; lambda is 1 where none is given.
     assert [entry.label for entry in found.entries] == [
         "aligned base",
-        "plain fusion, lambda=1 (the recipe)",
+        "plain fusion, lambda=1 (as in the recipe)",
         "plain fusion, lambda=0.5",
-        f"mask={mask}, lambda=1 (the recipe)",
+        f"mask={mask}, lambda=1 (as in the recipe)",
         f"mask={mask}, lambda=0.5",
     ]
     assert not found.failures

@@ -152,12 +152,18 @@ def _plans(points: Sequence[Point], options: MergeOptions) -> tuple[list[Planned
 
 
 def _weight_problems(point: Point, planned: PlannedMerge) -> Iterator[str]:
+    """Yield a sentence where a factor on the weights changes no tensor."""
     if WEIGHT not in point.values:
         return
+    found, tried = None, set()
     for _, task in planned.tensors:
         models = [model for model in task.model_order if model != task.base_model]
-        if models:
-            problem = weights_problem(task_parameters(task), models)
-            if problem:
-                yield f"--over weight: {problem}"
+        values = task_parameters(task)
+        if not models or repr(values) in tried:
+            continue
+        tried.add(repr(values))
+        found = weights_problem(values, models)
+        if not found:
             return
+    if found:
+        yield f"--over weight: {found}"

@@ -42,6 +42,18 @@ class WantedMask:
     planned: PlannedMerge | None = None
     data: SafetyData | None = None
 
+    @property
+    def steps(self) -> int:
+        """Optimiser steps that learn it."""
+        if self.planned is None or self.data is None:
+            return 0
+        return step_count(self.planned.settings, len(self.data.pairs))
+
+    @property
+    def pairs(self) -> int:
+        """Pairs that go through the model in all steps together."""
+        return 0 if self.planned is None else self.steps * self.planned.settings.batch_size
+
     def is_there(self) -> bool:
         """Whether nothing is left to learn."""
         if self.planned is None or self.data is None:
@@ -58,9 +70,9 @@ class WantedMask:
         Raises:
             RecipeError: it can't be learned.
         """
-        return (
-            MaskSet.open(self.place) if self.planned is None else mask_for(self.planned, self.place)
-        )
+        if self.planned is None:
+            return MaskSet.open(self.place)
+        return mask_for(self.planned, self.place)
 
 
 def wanted_masks(
@@ -102,7 +114,7 @@ def relearning_problem(wanted: Sequence[WantedMask], asked: str, out: Path) -> s
     missing = [mask for mask in wanted if not mask.is_there()]
     if all(Path(mask.place) == out / OWN_FOLDER for mask in missing):
         return None
-    steps = sum(step_count(m.planned.settings, len(m.data.pairs)) for m in missing)  # type: ignore
+    steps = sum(mask.steps for mask in missing)
     counted = f"{len(missing)} masks" if len(missing) > 1 else "1 mask"
     return (
         f"{asked} decides how a mask is learned: {counted} would have to be learned, {steps:,} "
@@ -154,10 +166,7 @@ def _expected_time(missing: Sequence[WantedMask], out: Path) -> str:
             "how long that takes isn't known yet: `mergekit-somf learn recipe.yml "
             f"{out / OWN_FOLDER}` learns the recipe's own and tells"
         )
-    seconds = sum(
-        record * m.planned.settings.batch_size * step_count(m.planned.settings, len(m.data.pairs))  # type: ignore
-        for m in missing
-    )
+    seconds = record * sum(mask.pairs for mask in missing)
     return f"about {_time_text(seconds)}, going by the steps of the masks that are in {out}"
 
 

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mergekit.config import MergeConfiguration
+from mergekit.merge_methods.base import MergeMethod
 from pydantic import TypeAdapter, ValidationError
 
 from ..declared import Parameter
@@ -115,6 +116,7 @@ def _classified(
     """Tell what asks for a mask of its own from what is applied; refuse what changes nothing."""
     given = config.parameters or {}
     has_mask = MASK in given or any(s.name == MASK for s in swept)
+    has_utility = "utility_dataset" in {*given, *(s.name for s in swept)}
     kinds = next((s.values for s in swept if s.name == KIND), (given.get(KIND, own[KIND].default),))
     applied = list(APPLIED)
     if kinds == ("sampled",):
@@ -129,16 +131,19 @@ def _classified(
                 f"--over {one.name}: decides how a mask is learned, and the recipe's is given "
                 "(parameters.mask): give safety_dataset instead"
             )
-        if one.name == "utility_weight" and "utility_dataset" not in given:
+        if one.name == "utility_weight" and not has_utility:
             problems.append(
                 "--over utility_weight: changes nothing without a utility term; give "
                 "parameters.utility_dataset"
             )
-        found.append(Swept(one.name, one.values, relearns, one.fuses))
+        found.append(replace(one, relearns=relearns))
     return found, problems
 
 
-def _fusions(over: Mapping[str, Sequence[Any]], config: MergeConfiguration, default: str) -> list:
+def _fusions(
+    over: Mapping[str, Sequence[Any]], config: MergeConfiguration, default: str
+) -> list[MergeMethod]:
+    """Return the fusions that points have, those that are known."""
     named = over.get(FUSION) or [(config.parameters or {}).get(FUSION, default)]
     known = known_fusions()
     return [known[str(name)] for name in named if str(name) in known]

@@ -7,7 +7,7 @@ from typing import Any
 from ..evaluate.settings import EvaluationSettings
 from .axes import Axes, Found
 from .over import Swept
-from .points import BASE, PLAIN, RECIPE, RECIPE_LABEL
+from .points import BASE, PLAIN, RECIPE
 from .undominated import undominated
 
 
@@ -38,7 +38,7 @@ class Entry:
     @property
     def label(self) -> str:
         """The model in words, and whether it is the recipe's own."""
-        return self.name + f" ({RECIPE_LABEL})" * (self.is_own and self.kind not in (RECIPE, BASE))
+        return self.name + " (as in the recipe)" * (self.is_own and self.kind not in (RECIPE, BASE))
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,19 @@ def placed(entries: Sequence[Entry], axes: Axes) -> list[Entry]:
 
 
 def line_of_plain(entries: Sequence[Entry], name: str) -> list[list[Entry]]:
-    """Return the plain fusions that differ in the parameter ``name`` alone, by its rising value."""
+    """Return the plain fusions that differ in a factor alone, by its rising value.
+
+    Args:
+        entries: of a frontier.
+        name: of the factor; the recipe as it is has 1.
+    """
     lines: dict[str, list[Entry]] = {}
     for entry in entries:
-        if entry.kind == PLAIN and name in entry.values:
+        if entry.kind == PLAIN:
             others = {k: v for k, v in entry.values.items() if k != name}
             lines.setdefault(repr(others), []).append(entry)
-    return [sorted(line, key=lambda entry: entry.values[name]) for line in lines.values()]
+    return [
+        sorted(line, key=lambda entry: entry.values.get(name, 1.0))
+        for line in lines.values()
+        if any(name in entry.values for entry in line)
+    ]

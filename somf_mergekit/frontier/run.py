@@ -87,7 +87,10 @@ def frontier(
             sets=_told(sets),
             settings=settings,
         )
-        write_frontier(found, folder)
+        try:
+            write_frontier(found, folder)
+        except OSError as error:
+            raise RecipeError(f"the frontier can't be written to {folder}: {error}") from error
     return found
 
 

@@ -7,7 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..evaluate.sets import PAIRS
+from ..evaluate.coherence import N_GRAM
+from ..evaluate.sets import HARMFUL, PAIRS
 from ..evaluate.store import ANSWERS
 from ..files import write_whole
 from ..tables import aligned_table
@@ -18,6 +19,9 @@ from .result import Entry, Frontier
 
 TABLE_FILE, JSON_FILE, FIGURE_FILE = "frontier.md", "frontier.json", "frontier.png"
 MARK, NOTHING = "*", "-"
+# Of the answers to harmful prompts: gibberish is no refusal.
+_REPEATED = f"repeated {N_GRAM}-grams"
+_SHARES = (REFUSALS, ACCURACY, _REPEATED)
 _PACKAGES = ("somf-mergekit", "mergekit", "torch", "transformers")
 
 
@@ -61,6 +65,8 @@ def value_table(frontier: Frontier) -> str:
     """Return all entries as a markdown table."""
     axes = frontier.axes
     columns = dict(axes.columns)
+    if axes.has_prompts:
+        columns[_REPEATED] = (HARMFUL, _REPEATED)
     if any(value(entry.found, PAIRS, ACCURACY) is not None for entry in frontier.entries):
         columns["preference accuracy"] = (PAIRS, ACCURACY)
         columns["preference margin"] = (PAIRS, "preference margin")
@@ -118,7 +124,7 @@ def _cell(entry: Entry, set_name: str, measure: str) -> str:
     found = value(entry.found, set_name, measure)
     if found is None:
         return NOTHING
-    return f"{100 * found:.1f} %" if measure in (REFUSALS, ACCURACY) else f"{found:.3f}"
+    return f"{100 * found:.1f} %" if measure in _SHARES else f"{found:.3f}"
 
 
 def _circumstances(frontier: Frontier) -> Iterator[str]:
