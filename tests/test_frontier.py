@@ -376,6 +376,28 @@ def test_each_mask_is_learned_once_into_a_folder_of_its_own(chat, tmp_path, coun
     assert counted["masks"] == ["mask", "learning_rate=0.5"]
 
 
+def test_a_mask_that_fails_takes_its_own_points_alone(chat, tmp_path, monkeypatch):
+    learn = frontier_masks.mask_for
+
+    def failing(planned, place):
+        if planned.settings.learning_rate == 0.5:
+            raise RecipeError("the loss became NaN")
+        return learn(planned, place)
+
+    monkeypatch.setattr(frontier_masks, "mask_for", failing)
+    over = ("--over", "learning_rate=0.5,1", "--relearn")
+    output, written = made(
+        recipe_of(chat), tmp_path / "out", *over, *asked(chat), *MEASURING, code=1
+    )
+    assert written["failures"] == {
+        "mask of learning_rate=0.5": "the loss became NaN",
+        "learning_rate=0.5": "its mask, learning_rate=0.5, could not be learned",
+    }
+    assert "mask of learning_rate=0.5: the loss became NaN" in output
+    labels = ["aligned base", "plain fusion (as in the recipe)"]
+    assert list(by_label(written)) == [*labels, "learning_rate=1 (as in the recipe)"]
+
+
 def test_every_weight_is_multiplied_whatever_its_form(chat, whole, tmp_path):
     def weighted(factor):
         recipe = recipe_of(chat, safety_dataset=None, mask=str(whole[0] / "mask"))

@@ -33,7 +33,6 @@ class Prepared:
     Attributes:
         swept: what is swept.
         base: the aligned base.
-        settings: how it is measured.
         points: its merges.
         plans: the plan of each.
         wanted: the mask of each, the same object where it is the same mask.
@@ -41,7 +40,6 @@ class Prepared:
 
     swept: list[Swept]
     base: NamedModel
-    settings: EvaluationSettings
     points: list[Point]
     plans: list[PlannedMerge]
     wanted: list[WantedMask]
@@ -133,7 +131,7 @@ def prepared(
     if asked and not relearn:
         refusal = relearning_problem(list({id(w): w for w in wanted}.values()), asked, out)
         raise_together([refusal] if refusal else [], IMPOSSIBLE)
-    return Prepared(swept, cast(NamedModel, base), settings, points, plans, wanted)
+    return Prepared(swept, cast(NamedModel, base), points, plans, wanted)
 
 
 def _plans(points: Sequence[Point], options: MergeOptions) -> tuple[list[PlannedMerge], list[str]]:
