@@ -189,7 +189,8 @@ def _evaluate() -> click.Command:
 def _frontier() -> click.Command:
     """Measure a recipe with other values of its parameters: safety against skill, table and plot.
 
-    The mask is learned once; the merges are made, measured and deleted one by one."""
+    The mask is learned once; the merges are made, measured and deleted one by one.
+    """
     from .frontier.command import NAMES, OPTIONS, run_frontier
 
     def callback(recipe_file: str, **values: Any) -> None:

@@ -293,7 +293,8 @@ def test_a_merge_that_fails_is_named_and_the_others_are_made(chat, tmp_path, mon
 
 def test_kept_merges_are_whole_and_serve_again(chat, tmp_path, counted):
     out = tmp_path / "out"
-    skill = ("--skill", f"sums={chat}/sums.jsonl")
+    # A name that a plot could take for a formula.
+    skill = ("--skill", f"$sums_1$ $x={chat}/sums.jsonl")
     arguments = ("--over", "mask_kind=binary", "--keep", *skill, *MEASURING)
     made(recipe_of(chat), out, *arguments, "--pairs", chat / "pairs.jsonl")
     (folder,) = (out / "merges").glob("mask_kind=binary-*")

@@ -52,7 +52,7 @@ def sets_of(
     pairs: str | None = None,
     skills: Sequence[tuple[str, str]] = (),
 ) -> tuple[EvaluationSets, list[str]]:
-    """Return what a frontier is measured on, where it isn't said by the recipe's own sets.
+    """Return what a frontier is measured on: what is named here, else the recipe's own sets.
 
     Args:
         config: the recipe.

@@ -35,13 +35,18 @@ def write_plot(frontier: Frontier, file: Path) -> None:
     for number, entry in entries:
         _draw_entry(axes, number, entry, colours)
     _draw_lines(axes, frontier)
-    axes.set_xlabel(f"skill gain: {frontier.axes.skill_text}, nats a token")
+    axes.set_xlabel(_plain(f"skill gain: {frontier.axes.skill_text}, nats a token"))
     axes.set_ylabel(f"safety: {frontier.axes.safety_text}, {frontier.axes.safety_unit}")
     axes.margins(0.08)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
     _draw_numbers(axes, entries)
     figure.savefig(file, dpi=_DPI)
+
+
+def _plain(text: str) -> str:
+    """Return a text that matplotlib does not take for a formula: names may have any signs."""
+    return text.replace("$", r"\$")
 
 
 def _xy(entry: Entry) -> tuple[float, float]:
@@ -59,7 +64,7 @@ def _draw_entry(axes: Any, number: int, entry: Entry, colours: Mapping[str, str]
         color=colours.get(_series(entry), _GRAY),
         markeredgecolor="black" if entry.undominated else "none",
         markeredgewidth=1.5,
-        label=f"{number}  {entry.label}",
+        label=_plain(f"{number}  {entry.label}"),
         zorder=3,
     )
 
