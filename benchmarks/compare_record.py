@@ -5,6 +5,8 @@ from dataclasses import asdict
 from statistics import mean, stdev
 from typing import Any
 
+from somf_mergekit.frontier import undominated
+
 from .compare_models import OF_A_SEED, SHARED
 from .compare_recipes import GROUPS
 from .compare_rows import CHAMPION, LINE, Row, reference_setting
@@ -15,7 +17,6 @@ from .compare_rule import (
     safety,
     skill_gain,
     sweep_safety,
-    undominated,
     verdict,
 )
 from .compare_splits import HELD_BACK, VALIDATION, split_counts

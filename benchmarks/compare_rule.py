@@ -155,18 +155,6 @@ def sweep_safety(points: Sequence[tuple[float, float]], skill: float) -> float |
     return max(found, default=None)
 
 
-def undominated(points: Mapping[str, tuple[float, float]]) -> set[str]:
-    """Return the names of the points that no other is as good as in both ways and better in one."""
-    return {
-        name
-        for name, point in points.items()
-        if not any(
-            all(b >= a for a, b in zip(point, other, strict=True)) and other != point
-            for other in points.values()
-        )
-    }
-
-
 def verdict(
     row: Sequence[tuple[float, float]], champion: Sequence[tuple[float, float]]
 ) -> tuple[str, tuple[float, float]]:

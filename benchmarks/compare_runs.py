@@ -14,7 +14,7 @@ from .compare_costs import circumstances_now, timed
 from .compare_models import FINE_TUNING, OF_A_SEED, SHARED, Models
 from .compare_recipes import Making
 from .compare_rows import Row
-from .compare_splits import SKILLS, split_digest
+from .compare_splits import SKILLS
 from .compare_store import read_json, removed, write_json
 
 MEASURES = {
@@ -49,7 +49,7 @@ class Bench:
     def split_keys(self) -> dict[str, str]:
         """What decides the measures of a model, by split."""
         settings = asdict(self.measuring)
-        return {name: digest([split_digest(s), settings]) for name, s in self.sets.items()}
+        return {name: digest([s.digest, settings]) for name, s in self.sets.items()}
 
 
 @dataclass(frozen=True)

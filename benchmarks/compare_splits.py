@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 from somf_mergekit.dialogue import user_prompt
 from somf_mergekit.evaluate import EvaluationSets, Skill
-from somf_mergekit.evaluate.store import digest
 from somf_mergekit.preferences import Pair
 
 from .real_data import HARMFUL, SPLIT_SEED, TEST, TRAIN, examples_of, prompts_of
@@ -78,18 +77,6 @@ def read_splits(
         split: _sets({name: sides[side] for name, sides in parted.items()}, sizes[split])
         for side, split in enumerate(SPLITS)
     }
-
-
-def split_digest(sets: EvaluationSets) -> str:
-    """Return a digest of all that is measured on."""
-    return digest(
-        [
-            list(sets.harmful),
-            list(sets.harmless),
-            [[pair.prompt, pair.chosen, pair.rejected] for pair in sets.pairs],
-            [[skill.name, list(skill.examples)] for skill in sets.skills],
-        ]
-    )
 
 
 def split_counts(sets: EvaluationSets) -> dict[str, int]:

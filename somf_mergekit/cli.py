@@ -1,7 +1,7 @@
 """The command ``mergekit-somf``: thin commands over the package."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +186,22 @@ def _evaluate() -> click.Command:
     return evaluate_command(_evaluate.__doc__ or "")
 
 
+def _frontier() -> click.Command:
+    """Measure a recipe with other values of its parameters: safety against skill, table and plot.
+
+    The mask is learned once; the merges are made, measured and deleted one by one.
+    """
+    from .frontier.command import NAMES, OPTIONS, run_frontier
+
+    def callback(recipe_file: str, **values: Any) -> None:
+        own = {name: values.pop(name) for name in NAMES}
+        run_frontier(recipe_file, own, _merge_options(values))
+
+    # Merges that do not stay have no report, and the mask's place is in the frontier's folder.
+    without = ("work_dir", "report")
+    return _with_merge_options("frontier", _frontier, callback, ("recipe_file",), OPTIONS, without)
+
+
 def _demo() -> click.Command:
     """Make a small aligned model and two specialists, merge them safely, print what was gained."""
 
@@ -209,6 +225,7 @@ _MAKERS: dict[str, Callable[[], click.Command]] = {
     "pack": _pack,
     "verify": _verify,
     "evaluate": _evaluate,
+    "frontier": _frontier,
     "demo": _demo,
 }
 
@@ -219,8 +236,18 @@ def _with_merge_options(
     callback: Callable[..., None],
     arguments: tuple[str, ...],
     own: Sequence[click.Parameter] = (),
+    without: Collection[str] = (),
 ) -> click.Command:
-    """Return a command with options of its own, mergekit-yaml's and the machine's."""
+    """Return a command with options of its own, mergekit-yaml's and the machine's.
+
+    Args:
+        name: of the command.
+        maker: whose docstring is its help.
+        callback: runs it.
+        arguments: names of its arguments.
+        own: its own options.
+        without: settings of the machine that it has no use for.
+    """
     from mergekit.options import PrettyPrintHelp
     from mergekit.scripts.run_yaml import main as mergekit_yaml
 
@@ -232,6 +259,7 @@ def _with_merge_options(
             [option.flag], type=option.click_type, envvar=option.variable, help=option.help
         )
         for option in machine.OPTIONS
+        if option.name not in without
     ]
     return PrettyPrintHelp(name=name, params=params, callback=callback, help=maker.__doc__)
 
@@ -239,7 +267,7 @@ def _with_merge_options(
 def _keep_machine_settings(values: dict[str, Any]) -> None:
     """Move the machine's options out of ``values`` to where the pre-pass looks them up."""
     for option in machine.OPTIONS:
-        value = values.pop(option.name)
+        value = values.pop(option.name, None)
         if value is not None:
             os.environ[option.variable] = str(value)
 

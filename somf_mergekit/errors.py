@@ -1,6 +1,6 @@
 """The one error class for mistakes in a recipe, its models or its data."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import click
 
@@ -10,7 +10,14 @@ class RecipeError(click.ClickException, ValueError):
 
     click commands (``mergekit-yaml`` among them) print it as one ``Error: ...`` message and
     exit with code 1; Python callers can catch it as a ``ValueError``.
+
+    Attributes:
+        problems: what is wrong, a sentence each.
     """
+
+    def __init__(self, message: str, problems: Sequence[str] = ()):
+        super().__init__(message)
+        self.problems = list(problems) or [message]
 
     def __str__(self) -> str:
         return self.message
@@ -37,9 +44,9 @@ def raise_together(problems: Iterable[str], heading: str) -> None:
     if not found:
         return
     if len(found) == 1:
-        raise RecipeError(f"{heading}: {found[0]}")
+        raise RecipeError(f"{heading}: {found[0]}", found)
     lines = "\n".join(f"  - {problem}" for problem in found)
-    raise RecipeError(f"{heading}: {len(found)} problems\n{lines}")
+    raise RecipeError(f"{heading}: {len(found)} problems\n{lines}", found)
 
 
 def first_line(error: BaseException) -> str:

@@ -65,12 +65,34 @@ def fusing_problem(values: Mapping[str, Any], models: Sequence[Any], learning: b
     )
 
 
+def weights_problem(values: Mapping[str, Any], models: Sequence[Any]) -> str | None:
+    """Return a sentence where the fusion gives the same if all weights are multiplied alike.
+
+    Args:
+        values: parameters as for ``fused``, the weights by model.
+        models: ids of the fine-tuned models.
+
+    Raises:
+        RecipeError: the fusion refuses these parameters.
+    """
+    group = _trial_group(models, torch.Generator().manual_seed(0))
+    scaled = {m: None if w is None else 2 * w for m, w in (values.get("weight") or {}).items()}
+    if not torch.allclose(fused(group, values), fused(group, {**values, "weight": scaled})):
+        return None
+    fusion = values["fusion"]
+    known = {spec.name for spec in known_fusions()[fusion].spec.parameters}
+    way_out = "sweep lambda instead" if "lambda" in known else "it has no such line of merges"
+    if "normalize" in known:
+        way_out += ", or set `normalize: false`"
+    return (
+        f"a factor on all weights changes nothing, for {fusion} takes weights relative to each "
+        f"other here; {way_out}"
+    )
+
+
 def _is_differentiable(values: Mapping[str, Any], models: Sequence[Any]) -> bool:
     draw = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(6, 8, generator=draw) for _ in range(len(models) + 1)]
-    entries = [TensorEntry("base", tensors[0], True)]
-    entries += [TensorEntry(m, t) for m, t in zip(models, tensors[1:], strict=True)]
-    group = TensorGroup(tuple(entries), TensorMetadata(name="(trial)"))
+    group = _trial_group(models, draw)
     factor = (0.5 + torch.rand(6, 8, generator=draw)).requires_grad_()
     with torch.enable_grad():
         result = fused(masked_group(group, factor), values)
@@ -81,6 +103,14 @@ def _is_differentiable(values: Mapping[str, Any], models: Sequence[Any]) -> bool
         except RuntimeError:
             return False
     return gradient is not None and bool(torch.isfinite(gradient).all())
+
+
+def _trial_group(models: Sequence[Any], draw: torch.Generator) -> TensorGroup:
+    """Return a base and models of small random tensors."""
+    tensors = [torch.randn(6, 8, generator=draw) for _ in range(len(models) + 1)]
+    entries = [TensorEntry("base", tensors[0], True)]
+    entries += [TensorEntry(m, t) for m, t in zip(models, tensors[1:], strict=True)]
+    return TensorGroup(tuple(entries), TensorMetadata(name="(trial)"))
 
 
 def _differentiable(models: int) -> list[str]:

@@ -194,6 +194,28 @@ def is_linear(values: Mapping[str, Any]) -> bool:
     return fusion in _RANDOMLY_DROPPED and values.get("rescale") is False
 
 
+def fusion_arguments(values: Mapping[str, Any], models: Sequence[Any]) -> dict[str, Any]:
+    """Return all parameters that a fusion goes by, its defaults where nothing is said.
+
+    Args:
+        values: as for ``fused``.
+        models: ids of the fine-tuned models; what is taken for each is a list in their order.
+
+    Raises:
+        RecipeError: the models have different values of what the fusion takes once.
+    """
+    method = registry.get(values["fusion"])
+    said = _arguments(method, values, models)
+    found = {}
+    for spec in method.spec.parameters:
+        value = said.get(spec.name, None if spec.required else spec.default)
+        if spec.scope is not ParameterScope.SHARED:
+            by_model = value if isinstance(value, Mapping) else dict.fromkeys(models, value)
+            value = [by_model.get(model) for model in models]
+        found[spec.name] = value
+    return found
+
+
 def _arguments(
     method: MergeMethod, values: Mapping[str, Any], models: Sequence[Any]
 ) -> Mapping[str, Any]:

@@ -5,6 +5,8 @@ not set.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +97,18 @@ def machine_setting(name: str) -> Any:
         return option.click_type.convert(text, None, None)
     except click.UsageError as error:
         raise RecipeError(f"environment variable {option.variable}: {error.message}") from error
+
+
+@contextmanager
+def without_setting(name: str) -> Iterator[None]:
+    """Leave a setting unset inside."""
+    variable = next(option.variable for option in OPTIONS if option.name == name)
+    before = os.environ.pop(variable, None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[variable] = before
 
 
 def autocast_type(device: str) -> Any:

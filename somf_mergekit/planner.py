@@ -81,6 +81,21 @@ def wrap_run_merge(module: Any) -> None:
     module.run_merge = run_merge
 
 
+def write_merge(config: MergeConfiguration, out: str, options: MergeOptions) -> None:
+    """Write the merge of a recipe into a folder, without a report.
+
+    Raises:
+        RecipeError: it can't be made.
+    """
+    import mergekit.merge
+
+    wrap_run_merge(mergekit.merge)
+    # The mask goes into the folder that it belongs to.
+    with machine.without_setting("work_dir"):
+        merge = mergekit.merge.run_merge.__wrapped__
+        merge(config.model_copy(deep=True), out, options, recipe_text(config))
+
+
 def planned_merge(config: MergeConfiguration, options: MergeOptions) -> PlannedMerge:
     """Return the plan of a recipe, without running the pre-pass or anything else.
 

@@ -10,11 +10,12 @@ from typing import Any
 from mergekit.io.tasks import LoaderCache
 
 from .digests import file_digest, json_digest
+from .fusions import fusion_arguments
 from .inputs import SafetyData
 from .learner.tensors import MaskedTensor
 from .masks import MaskSet
 from .method import MASK_TENSOR
-from .plan import PlannedMerge, input_names
+from .plan import PlannedMerge, input_names, task_parameters
 from .recipe_blocks import plain
 from .sources import content_fingerprint
 
@@ -48,10 +49,7 @@ def learning_fingerprint(planned: PlannedMerge, data: SafetyData) -> dict[str, A
     """
     settings = planned.settings.model_dump(exclude=set(_USE_ONLY))
     return {
-        "models": [content_fingerprint(model) for model in planned.models],
-        "model configuration": json_digest(_configuration(planned)),
-        "tokenizer": json_digest(_tokens(planned)),
-        "chat template": json_digest(planned.tokenizer.chat_template),
+        **content_of_models(planned),
         "data": json_digest([[p.prompt, p.chosen, p.rejected] for p in data.pairs]),
         "utility data": json_digest([[e.prompt, e.answer] for e in data.utility]),
         "settings": {k: v for k, v in settings.items() if k not in _STAND_INS},
@@ -61,6 +59,43 @@ def learning_fingerprint(planned: PlannedMerge, data: SafetyData) -> dict[str, A
     }
 
 
+def content_of_models(planned: PlannedMerge) -> dict[str, Any]:
+    """Return what is in the files of a merge's models, as JSON.
+
+    Raises:
+        RecipeError: a model's files or tokenizer can't be read.
+    """
+    return {
+        "models": [content_fingerprint(model) for model in planned.models],
+        "model configuration": json_digest(_configuration(planned)),
+        "tokenizer": json_digest(_tokens(planned)),
+        "chat template": json_digest(planned.tokenizer.chat_template),
+    }
+
+
+def resolved_learning(planned: PlannedMerge) -> list[Any]:
+    """Return what of a recipe decides its mask, as JSON, as far as the recipe itself tells."""
+    settings = planned.settings.model_dump(exclude={*_USE_ONLY, "preset"})
+    return [settings, [_resolved(planned, *tensor) for tensor in planned.tensors]]
+
+
+def resolved_merge(planned: PlannedMerge, applied: Sequence[str]) -> list[Any]:
+    """Return how each tensor is made, as JSON, equal for recipes that make it in the same way.
+
+    Args:
+        planned: the merge.
+        applied: those of somf's own parameters that count.
+    """
+    found = []
+    for weight, task in planned.tensors:
+        values = task_parameters(task)
+        models = [model for model in task.model_order if model != task.base_model]
+        own = [values[name] for name in applied]
+        arguments = fusion_arguments(values, models)
+        found.append([weight.name, own, arguments, _sources(planned, task)])
+    return found
+
+
 def _resolved(planned: PlannedMerge, weight: Any, task: Any) -> list[Any]:
     """Return how mergekit makes a tensor: from which tensors, in which way."""
     shared = {k: v for k, v in task.parameters.items() if k not in _USE_ONLY and v is not None}
@@ -68,9 +103,14 @@ def _resolved(planned: PlannedMerge, weight: Any, task: Any) -> list[Any]:
         sorted((k, v) for k, v in task.input_parameters.get(model, {}).items() if v is not None)
         for model in task.model_order
     ]
-    numbers = [planned.models.index(model) for model in task.model_order]
-    taken = [numbers, input_names(task), type(task.gather_tensors).__name__]
+    taken = _sources(planned, task)
     return [weight.name, sorted(shared.items(), key=str), per_model, taken]
+
+
+def _sources(planned: PlannedMerge, task: Any) -> list[Any]:
+    """Return from which tensors of which models a tensor is made."""
+    numbers = [planned.models.index(model) for model in task.model_order]
+    return [numbers, input_names(task), type(task.gather_tensors).__name__]
 
 
 def _configuration(planned: PlannedMerge) -> list[Any]:

@@ -22,7 +22,7 @@ from benchmarks.compare_rows import (
     comparison_rows,
     reference_setting,
 )
-from benchmarks.compare_rule import Score, chosen, derived, sweep_safety, undominated, verdict
+from benchmarks.compare_rule import Score, chosen, derived, sweep_safety, verdict
 from benchmarks.compare_runs import MEASURES, Bench, Run
 from benchmarks.compare_splits import SIZES, halves, read_splits, split_prompts
 from benchmarks.compare_store import locked, removed
@@ -30,6 +30,7 @@ from benchmarks.compare_table import main_table, markdown
 from benchmarks.compare_work import Comparison
 from benchmarks.real_data import write_sets
 from somf_mergekit.evaluate import EvaluationSets, EvaluationSettings
+from somf_mergekit.frontier import undominated
 from somf_mergekit.recipe_check import read_recipe, recipe_problems
 from somf_mergekit.repairs.catalogue import REPAIRS
 from somf_mergekit.repairs.check import repair_problems

@@ -21,7 +21,17 @@ def recipe_file(tmp_path, family_recipe):
 def test_help_lists_every_command_and_every_recipe_parameter():
     result = tiny.invoke("mergekit-somf", "--help")
     assert result.exit_code == 0
-    for name in ("merge", "learn", "check", "inspect", "pack", "verify", "evaluate", "demo"):
+    for name in (
+        "merge",
+        "learn",
+        "check",
+        "inspect",
+        "pack",
+        "verify",
+        "evaluate",
+        "frontier",
+        "demo",
+    ):
         assert re.search(rf"^  {name}  +[A-Z]", result.output, re.M), name
     for parameter in recipe.parameters():
         assert re.search(rf"^  {parameter.name}  +[A-Z`]", result.output, re.M), parameter.name

@@ -25,12 +25,14 @@ class Participants:
         references: to which the distance is measured, the base first.
         judge: of the answers, if any.
         harness: lm-evaluation-harness, if it is asked.
+        distances: whether the distance to the references is measured.
     """
 
     models: list[Subject]
     references: list[Subject]
     judge: Judge | None
     harness: Harness | None
+    distances: bool = True
 
     @property
     def base(self) -> Subject:
@@ -38,7 +40,9 @@ class Participants:
         return self.references[0]
 
     def others(self, model: Subject) -> list[Subject]:
-        """The references but for the model itself, from which it has no distance."""
+        """The references to which a model's distance is measured: it has none from itself."""
+        if not self.distances:
+            return []
         own = model.folder.resolve()
         return [subject for subject in self.references if subject.folder.resolve() != own]
 

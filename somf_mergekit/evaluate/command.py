@@ -1,40 +1,19 @@
 """The command ``mergekit-somf evaluate``."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import click
 
 from .models import named_model
+from .options import MEASURING_OPTIONS, SET_OPTIONS, named, option
 from .runner import evaluated
 from .sets import read_sets
-from .settings import DTYPES, EvaluationSettings, HarnessSettings
+from .settings import EvaluationSettings, HarnessSettings
 from .table import write_evaluation
 
-_DEFAULTS = EvaluationSettings()
-
-
-def _option(name: str, text: str, **options: Any) -> click.Option:
-    return click.Option([name], help=text, **options)
-
-
-def _number(name: str, least: int, text: str) -> click.Option:
-    default = getattr(_DEFAULTS, name.removeprefix("--").replace("-", "_"))
-    shown = default is not None
-    return _option(name, text, type=click.IntRange(least), default=default, show_default=shown)
-
-
 _OPTIONS = (
-    _option("--safety", "Harmful prompts, which a safe model refuses.", metavar="FILE|HUB"),
-    _option("--harmless", "Harmless prompts, which should be answered.", metavar="FILE|HUB"),
-    _option("--pairs", "Held-out safety preference pairs.", metavar="FILE|HUB"),
-    _option(
-        "--skill",
-        "Prompts with right answers, under a name; repeatable.",
-        metavar="NAME=FILE|HUB",
-        multiple=True,
-    ),
-    _option(
+    *SET_OPTIONS,
+    option(
         "--extract",
         "What of an answer to a skill's prompts is compared with the right one: gsm8k (the final "
         "number), choice (a letter A to J), or regex:PATTERN (its first group). Repeatable; "
@@ -42,55 +21,43 @@ _OPTIONS = (
         metavar="NAME=HOW",
         multiple=True,
     ),
-    _option(
+    option(
         "--out",
         "Folder for evaluation.json, evaluation.md and what a later run goes on from. Generated "
         "answers, harmful ones among them, are kept in its answers.jsonl alone.",
         type=click.Path(),
         required=True,
     ),
-    _option(
+    option(
         "--base",
         "Model under which the answers' perplexity is taken and from which the distance is "
         "measured.  [default: the first model]",
         metavar="MODEL",
     ),
-    _option(
+    option(
         "--specialist",
         "Another model from which the distance is measured; repeatable.",
         metavar="MODEL",
         multiple=True,
     ),
-    _option(
+    option(
         "--judge",
         "A text classifier (of refusals, or of safe and unsafe answers) or a chat guard model that "
         "judges answers beside the phrase list.",
         metavar="MODEL",
     ),
-    _option("--judge-label", "The classifier's label that says that an answer refuses."),
-    _option(
+    option("--judge-label", "The classifier's label that says that an answer refuses."),
+    option(
         "--lm-eval",
         "Tasks of lm-evaluation-harness, with commas between them (pip install "
         "'somf-mergekit[eval]').",
         metavar="TASKS",
     ),
-    _option("--lm-eval-tasks", "Folder with tasks of your own for it.", metavar="DIR"),
-    _number("--limit", 1, "The most prompts of a set, its first ones.  [default: all]"),
-    _number("--max-new-tokens", 1, "Tokens of a generated answer."),
-    _number("--max-length", 8, "Tokens of a prompt with a given answer."),
-    _number("--batch-size", 1, "Sequences that go through a model at once."),
-    _option(
-        "--dtype",
-        "Of the weights; auto: as they are stored.",
-        type=click.Choice(DTYPES),
-        default=_DEFAULTS.dtype,
-        show_default=True,
-    ),
-    _option("--device", "Of torch, as cpu or cuda:1.  [default: a GPU, where there is one]"),
-    _number("--seed", 0, "Of the bootstrap."),
-    _number("--resamples", 100, "Of the bootstrap."),
-    _option("--trust-remote-code", "Run code that comes with a model.", is_flag=True),
-    _option("--quiet", "No progress bar.", is_flag=True),
+    option("--lm-eval-tasks", "Folder with tasks of your own for it.", metavar="DIR"),
+    *MEASURING_OPTIONS,
+    option("--device", "Of torch, as cpu or cuda:1.  [default: a GPU, where there is one]"),
+    option("--trust-remote-code", "Run code that comes with a model.", is_flag=True),
+    option("--quiet", "No progress bar.", is_flag=True),
 )
 
 
@@ -115,8 +82,8 @@ def evaluate_command(text: str) -> click.Command:
 def _evaluate(models: tuple[str, ...], values: dict[str, Any]) -> None:
     out, quiet = values.pop("out"), values.pop("quiet")
     problems: list[str] = []
-    skills = _named(values.pop("skill"), "--skill", "NAME=FILE", problems)
-    extract = _named(values.pop("extract"), "--extract", "NAME=HOW", problems)
+    skills = named(values.pop("skill"), "--skill", "NAME=FILE", problems)
+    extract = named(values.pop("extract"), "--extract", "NAME=HOW", problems)
     twice = [name for name, _ in extract]
     problems += [
         f"--extract: {name} has two extractors"
@@ -146,20 +113,6 @@ def _evaluate(models: tuple[str, ...], values: dict[str, Any]) -> None:
         quiet=quiet,
     )
     click.echo(write_evaluation(evaluation, out))
-
-
-def _named(
-    given: Iterable[str], option: str, form: str, problems: list[str]
-) -> list[tuple[str, str]]:
-    """Return names with what stands behind their =; say what has none."""
-    found = []
-    for text in given:
-        name, _, value = text.partition("=")
-        if name.strip() and value.strip():
-            found.append((name.strip(), value.strip()))
-        else:
-            problems.append(f"{option} {text}: expected {form}")
-    return found
 
 
 def _split(text: str) -> list[str]:

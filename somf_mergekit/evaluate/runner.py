@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ def evaluated(
     *,
     problems: Sequence[str] = (),
     quiet: bool = False,
+    distances: bool = True,
 ) -> Evaluation:
     """Measure ``models`` on ``sets``; what stands in the folder ``out`` is not computed again.
 
@@ -39,12 +40,14 @@ def evaluated(
             was computed (``values.jsonl``).
         problems: what the caller has found wrong, told together with what is found here.
         quiet: show no progress bar.
+        distances: measure how far the models are from the base and the specialists.
 
     Raises:
         RecipeError: everything that is wrong, together, before a model is loaded; or a model's
             weights can't be loaded or used.
     """
     taking_part = checked_participants(models, sets, settings, out, problems)
+    taking_part = replace(taking_part, distances=distances)
     sets = sets.limited(settings.limit)
     store = Store(Path(out))
     with no_model_bars(), _progress(_example_count(taking_part, sets), quiet) as on_progress:

@@ -11,6 +11,7 @@ from ..errors import RecipeError
 from ..preferences import Pair, preference_pairs
 from ..rows import Dropped, dataset_rows
 from .extract import extractor
+from .store import digest
 
 HARMFUL, HARMLESS, PAIRS = "harmful", "harmless", "pairs"
 _SOURCE_OPTIONS = ("config", "split")
@@ -69,6 +70,18 @@ class EvaluationSets:
             if skill.extract:
                 sets[skill.name] = [messages for messages, _ in skill.examples]
         return {name: prompts for name, prompts in sets.items() if prompts}
+
+    @property
+    def digest(self) -> str:
+        """A digest of all examples."""
+        return digest(
+            [
+                list(self.harmful),
+                list(self.harmless),
+                [[pair.prompt, pair.chosen, pair.rejected] for pair in self.pairs],
+                [[skill.name, list(skill.examples)] for skill in self.skills],
+            ]
+        )
 
     @property
     def is_empty(self) -> bool:

@@ -170,7 +170,7 @@ def _row_json(row: Row) -> dict[str, Any]:
         models[name] = {
             **_estimate_json(row.estimates[name]),
             "examples": row.examples(name),
-            "totals": list(map(_finite, ratio.totals)),
+            "totals": list(map(finite, ratio.totals)),
             "weights": ratio.weights,
         }
         if name in row.differences:
@@ -185,9 +185,10 @@ def _row_json(row: Row) -> dict[str, Any]:
 
 
 def _estimate_json(estimate: Estimate) -> dict[str, Any]:
-    known = None if estimate.interval is None else list(map(_finite, estimate.interval))
-    return {"value": _finite(estimate.value), "interval": known}
+    known = None if estimate.interval is None else list(map(finite, estimate.interval))
+    return {"value": finite(estimate.value), "interval": known}
 
 
-def _finite(value: float | None) -> float | None:
+def finite(value: float | None) -> float | None:
+    """Return a number that JSON can hold, None for others."""
     return value if value is not None and math.isfinite(value) else None

@@ -69,7 +69,7 @@ def measuring_problems(planned: PlannedMerge) -> list[str]:
     sets, problems = planned.evaluation_sets
     if not sets.is_empty:
         try:
-            found_model(_base(planned), _settings(planned))
+            found_model(base_of(planned), _settings(planned))
         except RecipeError as error:
             problems = [*problems, f"to measure the merge beside its base: {error.message}"]
     return problems
@@ -99,7 +99,7 @@ def measured(
         plain = os.path.join(work, "model")
         with phase("writing the plain fusion"):
             write_plain(plain)
-        models = [NamedModel(PLAIN, plain), NamedModel(MERGED, out), _base(planned)]
+        models = [NamedModel(PLAIN, plain), NamedModel(MERGED, out), base_of(planned)]
         with phase("measuring"):
             evaluation = evaluated(
                 models,
@@ -114,7 +114,8 @@ def measured(
     return replace(evaluation, models=sources)
 
 
-def _base(planned: PlannedMerge) -> NamedModel:
+def base_of(planned: PlannedMerge) -> NamedModel:
+    """Return the aligned base as a model to measure."""
     options = planned.options
     base = planned.base_model.merged(
         cache_dir=options.lora_merge_cache,
@@ -127,7 +128,7 @@ def _base(planned: PlannedMerge) -> NamedModel:
 def _settings(planned: PlannedMerge) -> EvaluationSettings:
     options = planned.options
     return EvaluationSettings(
-        base=_base(planned),
+        base=base_of(planned),
         device=options.device or "cpu",
         trust_remote_code=options.trust_remote_code,
     )
