@@ -36,9 +36,13 @@ def register() -> None:
 
     Raises:
         ImportError: mergekit is missing.
+        RecipeError: the installed version lacks what we need of it.
     """
     import mergekit.merge
 
+    from .contracts import MERGING, check_contracts
+
+    check_contracts(MERGING)
     _adopt_methods()
     _adopt_plan()
     _adopt_merge(mergekit.merge)
@@ -95,18 +99,19 @@ def _carefully(action: Callable[..., None], *arguments: Any) -> None:
     try:
         action(*arguments)
     except Exception as error:
-        found = "unknown"
+        found, wanted = "unknown", "unknown"
         try:
-            from importlib.metadata import version
+            from .contracts import installed, supported
 
-            found = version("mergekit")
+            found, wanted = installed("mergekit"), supported("mergekit")
         except Exception:
             pass
         LOG.warning(
-            "somf-mergekit could not add its merge methods to mergekit %s: %s: %s",
+            "somf-mergekit could not add its merge methods to mergekit %s: %s: %s; supported is %s",
             found,
             type(error).__name__,
             error,
+            wanted,
         )
 
 

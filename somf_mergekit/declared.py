@@ -88,7 +88,7 @@ def _schema_text(schema: Mapping[str, Any]) -> str:
         return " or ".join(f"`{c}`" for c in schema.get("enum", [schema.get("const")]))
     name = {"integer": "a whole number", "number": "a number", "string": "text"}[schema["type"]]
     bounds = [
-        f"{sign} {schema[key]}"
+        f"{sign} {_number_text(schema[key])}"
         for key, sign in (
             ("exclusiveMinimum", ">"),
             ("minimum", ">="),
@@ -98,3 +98,8 @@ def _schema_text(schema: Mapping[str, Any]) -> str:
         if key in schema and abs(schema[key]) < 2**62
     ]
     return " ".join([name, " and ".join(bounds)]).strip()
+
+
+def _number_text(value: float) -> str:
+    # Older releases of pydantic write the bounds of a float as floats: 1.0.
+    return str(int(value) if value == int(value) else value)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .answers import EncodedAnswer, answered_prompts, encoded_answers, has_answers
+from .contracts import LEARNING, check_contracts
 from .errors import RecipeError, raise_together
 from .granularity import mask_layout, weight_storage
 from .headers import checkpoint_problems, planned_tensors
@@ -41,8 +42,9 @@ def checked_data(planned: PlannedMerge) -> SafetyData:
     """Return the safety data after checking it and the models against each other.
 
     Raises:
-        RecipeError: everything that is wrong, together.
+        RecipeError: everything that is wrong, together; or what learning needs is not installed.
     """
+    check_contracts(LEARNING)
     problems = checkpoint_problems(planned)
     impossible = learning_problem(planned)
     problems += [impossible] if impossible else []

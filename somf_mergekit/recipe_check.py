@@ -12,6 +12,7 @@ from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 from mergekit.options import MergeOptions
 from pydantic import ValidationError
 
+from .contracts import MERGING, check_contracts
 from .errors import RecipeError, raise_together
 from .fusion_check import count_problem, name_problem
 from .fusions import known_fusions
@@ -73,8 +74,9 @@ def check_recipe(
     """Check what a recipe of one of OWN_METHODS says, and that its models can be opened.
 
     Raises:
-        RecipeError: everything that is wrong, together.
+        RecipeError: everything that is wrong, together; or mergekit lacks what we need of it.
     """
+    check_contracts(MERGING)
     problems = []
     if config_source is not None:
         content = yaml.safe_load(config_source)

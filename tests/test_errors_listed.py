@@ -2,8 +2,8 @@
 
 Collected is every text of three words or more in the source, and every shorter one that is handed
 to an error class. An f-string is one text: its literal pieces with placeholders between. Left out
-are documentation and what MODULES, CALLS and TEXTS name: modules that write reports, calls that take
-labels, single texts. So a message is found however it is told (raised, yielded, put into a
+are documentation and what MODULES, CALLS and TEXTS name: modules that write reports, calls that
+take labels, single texts. So a message is found however it is told (raised, yielded, put into a
 list, kept in a variable first), and a new text that is no message has to be named here.
 
 Not seen are a message of one or two words that is not handed to an error class, how messages are
@@ -47,6 +47,7 @@ MODULES = {
 }
 # What is called with help, labels, names and patterns.
 CALLS = {
+    "Contract",
     "MachineOption",
     "_draw_nothing",
     "_number",
