@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO ?= demo-output
 BENCH ?=
 
-.PHONY: demo test test-hostile lint format bench bench-speed bench-safety bench-compare dist \
+.PHONY: demo test test-hostile test-versions lint format bench bench-speed bench-safety bench-compare dist \
 	check-dist clean
 
 demo: $(VENV)/ready
@@ -17,6 +17,11 @@ test: $(VENV)/ready
 # Thousands of examples for each property that `make test` tries with a few.
 test-hostile: $(VENV)/ready
 	HOSTILE_PROFILE=thousands $(BIN)/python -m pytest tests/test_hostile.py --hypothesis-show-statistics
+
+# The whole suite against the lowest and the highest supported versions, see docs/versions.md.
+test-versions: .venv-lowest/ready .venv-highest/ready
+	.venv-lowest/bin/python -m pytest
+	.venv-highest/bin/python -m pytest
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -54,10 +59,12 @@ check-dist: dist
 	done
 	rm -rf .venv-dist
 
-$(VENV)/ready: pyproject.toml constraints.txt somf_mergekit/torch_entry_point.py
-	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+$(VENV)/ready .venv-highest/ready: constraints.txt
+.venv-lowest/ready: constraints-lowest.txt
+$(VENV)/ready .venv-lowest/ready .venv-highest/ready: pyproject.toml somf_mergekit/torch_entry_point.py
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/pip install --quiet -c $(filter constraints%,$^) -e '.[dev]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-dist dist build demo-output
+	rm -rf $(VENV) .venv-lowest .venv-highest .venv-dist dist build demo-output

@@ -90,6 +90,16 @@ def cut_to_length(
     return prompt, [answer[: max_length - len(prompt)] for answer in answers]
 
 
+def check_words(tokenizer: Any) -> None:
+    """Check that a tokenizer knows words: without files, some transformers make an empty one.
+
+    Raises:
+        ValueError: all its tokens are special.
+    """
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise ValueError("its tokenizer knows no words")
+
+
 def _tokens(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 

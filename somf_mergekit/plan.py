@@ -12,6 +12,7 @@ from mergekit.io.tasks import GatherTensors
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 
+from .dialogue import check_words
 from .errors import RecipeError
 from .recipe import Settings, may_get_mask, recipe_settings
 
@@ -82,13 +83,15 @@ class PlannedMerge:
             return self.tokenizer_info.tokenizer
         base = self.base_model.model
         try:
-            return AutoTokenizer.from_pretrained(
+            tokenizer = AutoTokenizer.from_pretrained(
                 base.path,
                 revision=base.revision,
                 trust_remote_code=self.options.trust_remote_code,
             )
+            check_words(tokenizer)
         except (OSError, ValueError) as error:
             raise RecipeError(f"the base {base} has no tokenizer that loads: {error}") from error
+        return tokenizer
 
     @cached_property
     def evaluation_sets(self) -> "tuple[EvaluationSets, list[str]]":

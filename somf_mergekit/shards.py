@@ -67,7 +67,8 @@ class Shard:
             return
         own = weight[self.rows]
         if self._is_even and weight.is_contiguous():
-            _gather(weight, own.clone())
+            # Older releases of torch write in a thread where a leaf may not be written.
+            _gather(weight.detach(), own.clone())
             return
         whole = self._padded(weight)
         dealt = whole.new_zeros((self._dealt, *self.shape[1:]))

@@ -62,6 +62,9 @@ ARCHITECTURES = {
 
 # Names of a checkpoint that transformers changes when it loads it.
 LOADED_AS = {"embed_out.weight": "lm_head.weight"}
+if "embed_out.weight" in transformers.GPTNeoXForCausalLM._tied_weights_keys:
+    # Releases before the head was renamed.
+    LOADED_AS = {}
 PAGE = Path(__file__).parents[1] / "docs/recipe.md"
 
 

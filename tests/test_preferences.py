@@ -4,7 +4,13 @@ import tiny
 
 from somf_mergekit import RecipeError
 from somf_mergekit import preferences as prefs
-from somf_mergekit.dialogue import answer_ids, cut_to_length, prompt_ids, user_prompt
+from somf_mergekit.dialogue import (
+    answer_ids,
+    check_words,
+    cut_to_length,
+    prompt_ids,
+    user_prompt,
+)
 from somf_mergekit.rows import dataset_rows
 
 
@@ -210,3 +216,15 @@ def test_a_template_that_refuses_the_roles_is_named():
     tokenizer = tiny.tiny_tokenizer(chat_template="{{ raise_exception('no system role') }}")
     with pytest.raises(RecipeError, match="no system role"):
         prompt_ids(tokenizer, user_prompt("hi"))
+
+
+def test_a_tokenizer_that_is_made_of_nothing_is_refused():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    whole = tiny.tiny_tokenizer()
+    check_words(whole)
+    bare = Tokenizer(models.WordLevel({"<s>": 0, "<unk>": 1}, unk_token="<unk>"))
+    empty = PreTrainedTokenizerFast(tokenizer_object=bare, bos_token="<s>", unk_token="<unk>")
+    with pytest.raises(ValueError, match="knows no words"):
+        check_words(empty)

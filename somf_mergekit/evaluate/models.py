@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..dialogue import check_words
 from ..errors import RecipeError, first_line
 from .settings import EvaluationSettings, NamedModel
 
@@ -76,7 +77,7 @@ def found_model(
     options = {"trust_remote_code": settings.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(folder, **options)
-        AutoTokenizer.from_pretrained(folder, **options)
+        check_words(AutoTokenizer.from_pretrained(folder, **options))
     except Exception as error:
         raise RecipeError(f"model {model.source} can't be loaded: {first_line(error)}") from error
     made_for = " ".join(config.architectures or [])
