@@ -43,12 +43,14 @@ SPECIALIST = Training(steps=80, learning_rate=3e-4, seed=1)
 
 def load_published(source: str) -> tuple[Any, Any]:
     """Return model (float32) and tokenizer of a hub id, a folder, or a folder with a .gguf file."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     files = sorted(Path(source).glob("*.gguf")) if Path(source).is_dir() else []
     if not files:
         model = AutoModelForCausalLM.from_pretrained(source, dtype="float32")
         return model, AutoTokenizer.from_pretrained(source)
+    from transformers import GgufConfig
+
     model = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=files[0].name, quantization_config=GgufConfig(dequantize=True)
     ).float()
