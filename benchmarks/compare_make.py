@@ -100,6 +100,7 @@ def _trained(start: Path, folder: Path, source: Path, settings: dict[str, Any]) 
     """Train the model in ``start`` by DPO on the pairs and in the order that a mask learns from."""
     import torch
 
+    from somf_mergekit.held_out import held_out_split
     from somf_mergekit.learner.loop import batches, rate_share
     from somf_mergekit.preferences import encoded_pairs, preference_pairs, sampled
     from somf_mergekit.recipe import Settings
@@ -109,6 +110,7 @@ def _trained(start: Path, folder: Path, source: Path, settings: dict[str, Any]) 
     own = Settings(batch_size=settings["batch_size"], seed=settings["seed"])
     pairs = sampled(preference_pairs(dataset_rows(str(source)), str(source))[0], None, own.seed)
     encoded, _ = encoded_pairs(pairs, tokenizer, settings["max_length"], str(source))
+    encoded, _ = held_out_split(encoded, pairs, own.held_out_share)
     steps = settings["max_steps"]
     plan = [
         micro_batches([encoded[row] for row in rows], MICRO_BATCH)

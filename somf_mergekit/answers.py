@@ -1,7 +1,7 @@
 """Prompts, alone or with one answer each: for the utility term, for ``sft``, to be measured on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .dialogue import Message, encoded, user_prompt
@@ -41,10 +41,14 @@ KNOWN_PROMPTS = (
 
 @dataclass(frozen=True)
 class EncodedAnswer:
-    """Token ids of a prompt and its answer, ``max_length`` of them at most."""
+    """Token ids of a prompt and its answer, ``max_length`` of them at most.
+
+    ``row`` is the dataset's that they are from, counted from 0.
+    """
 
     prompt: list[int]
     answer: list[int]
+    row: int = field(default=0, compare=False)
 
 
 def has_answers(columns: Sequence[str]) -> bool:
@@ -54,6 +58,16 @@ def has_answers(columns: Sequence[str]) -> bool:
 
 def answered_prompts(rows: Any, source: str) -> tuple[list[tuple[list[Message], str]], Dropped]:
     """Return the prompts of ``rows`` with their answers, and how many were dropped and why.
+
+    Raises:
+        RecipeError: see ``answered_rows``.
+    """
+    found, dropped = answered_rows(rows, source)
+    return list(found.values()), dropped
+
+
+def answered_rows(rows: Any, source: str) -> tuple[dict[int, tuple[list[Message], str]], Dropped]:
+    """Return prompts with their answers by their row, and how many were dropped and why.
 
     Rows whose ``is_safe`` is false are dropped.
 
@@ -66,8 +80,8 @@ def answered_prompts(rows: Any, source: str) -> tuple[list[tuple[list[Message], 
             f"dataset {source}: prompts with answers not found. "
             f"Found: {', '.join(rows.column_names) or '(no columns)'}. Expected {KNOWN_ANSWERS}."
         )
-    found, dropped = [], Dropped()
-    for row in rows:
+    found, dropped = {}, Dropped()
+    for number, row in enumerate(rows):
         if _SAFE in row and not row[_SAFE]:
             dropped.add("not safe")
             continue
@@ -77,7 +91,7 @@ def answered_prompts(rows: Any, source: str) -> tuple[list[tuple[list[Message], 
         elif answer is None or not answer.strip():
             dropped.add("without an answer")
         else:
-            found.append((messages, answer))
+            found[number] = (messages, answer)
     if not found:
         why = f": {dropped}" if dropped.reasons else ": it has no rows"
         raise RecipeError(f"dataset {source} has no prompt with an answer{why}")
@@ -118,18 +132,25 @@ def prompts_alone(rows: Any, source: str) -> tuple[list[list[Message]], Dropped]
 
 
 def encoded_answers(
-    examples: Sequence[tuple[list[Message], str]], tokenizer: Any, max_length: int, source: str
+    examples: Sequence[tuple[list[Message], str]],
+    tokenizer: Any,
+    max_length: int,
+    source: str,
+    numbers: Sequence[int] | None = None,
 ) -> list[EncodedAnswer]:
     """Tokenise prompts and answers with the chat template and cut them to ``max_length`` tokens.
+
+    ``numbers`` are the examples' rows; their places where not given.
 
     Raises:
         RecipeError: nothing is left of any answer.
     """
     kept = []
-    for messages, text in examples:
+    numbers = range(len(examples)) if numbers is None else numbers
+    for number, (messages, text) in zip(numbers, examples, strict=True):
         prompt, (answer,) = encoded(tokenizer, messages, [text], max_length)
         if prompt and answer:
-            kept.append(EncodedAnswer(prompt, answer))
+            kept.append(EncodedAnswer(prompt, answer, number))
     if not kept:
         raise RecipeError(f"dataset {source}: no answer has a token the tokenizer knows")
     return kept

@@ -3,7 +3,7 @@
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from .dialogue import Message, encoded, user_prompt
@@ -22,11 +22,15 @@ _TURN_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 @dataclass(frozen=True)
 class Pair:
-    """One prompt with its safe (``chosen``) and its unsafe (``rejected``) answer."""
+    """One prompt with its safe (``chosen``) and its unsafe (``rejected``) answer.
+
+    ``row`` is the dataset's that it is from, counted from 0.
+    """
 
     prompt: tuple[tuple[str, str], ...]
     chosen: str
     rejected: str
+    row: int = field(default=0, compare=False)
 
     @property
     def messages(self) -> list[Message]:
@@ -38,12 +42,14 @@ class Pair:
 class EncodedPair:
     """Token ids of one pair; prompt plus either answer has at most ``max_length`` of them.
 
-    Where safe answers alone are learned from, ``rejected`` is empty.
+    Where safe answers alone are learned from, ``rejected`` is empty. ``row`` is the dataset's that
+    it is from, counted from 0.
     """
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
+    row: int = field(default=0, compare=False)
 
 
 def preference_pairs(rows: Any, source: str) -> tuple[list[Pair], Dropped]:
@@ -55,7 +61,7 @@ def preference_pairs(rows: Any, source: str) -> tuple[list[Pair], Dropped]:
     """
     read = _reader(list(rows.column_names), source)
     pairs, dropped = [], Dropped()
-    for row in rows:
+    for number, row in enumerate(rows):
         found = read(row)
         if isinstance(found, str):
             dropped.add(found)
@@ -64,7 +70,7 @@ def preference_pairs(rows: Any, source: str) -> tuple[list[Pair], Dropped]:
         elif found.chosen == found.rejected:
             dropped.add("with chosen equal to rejected")
         else:
-            pairs.append(found)
+            pairs.append(replace(found, row=number))
     if not pairs:
         why = f": {dropped}" if dropped.reasons else ": it has no rows"
         raise RecipeError(f"dataset {source} has no usable preference pair{why}")
@@ -96,7 +102,7 @@ def encoded_pairs(
         elif chosen == rejected:
             dropped.add(f"with equal answers in the first {max_length} tokens")
         else:
-            kept.append(EncodedPair(prompt, chosen, rejected))
+            kept.append(EncodedPair(prompt, chosen, rejected, pair.row))
     if not kept:
         raise RecipeError(
             f"dataset {source}: no pair is usable after tokenisation ({dropped}); "

@@ -10,6 +10,7 @@ import torch
 from . import machine
 from .errors import RecipeError
 from .forecast import forecast
+from .held_out import HeldOut
 from .inputs import SafetyData, checked_data, given_mask
 from .learner.checkpoints import Checkpoints, Progress
 from .learner.engine import LossNotFinite, ResidentEngine
@@ -22,6 +23,7 @@ from .learner.passes import LearningProblem
 from .learner.streaming import StreamingEngine, StreamingImpossible
 from .mask_files import keep_masks, write_masks
 from .masks import HISTORY_FILE, MASKS_FILE, MaskSet
+from .outcome import comparison, learned_line
 from .phases import LEARNING, phase
 from .plan import PlannedMerge
 from .processes import ALONE, Processes, is_first, own_device, processes
@@ -91,8 +93,10 @@ def _learned_mask(
         if progress.step:
             _say(planned, f"somf: going on after step {progress.step}, kept in {place}")
 
-        def artifact(named: str) -> MaskSet:
-            told = provenance(planned, data, fingerprint, progress.history, learning.masked)
+        def artifact(named: str, compared: HeldOut | str) -> MaskSet:
+            told = provenance(
+                planned, data, fingerprint, progress.history, learning.masked, compared
+            )
             told["learned_with"] = ways
             return _written(named, learning, together, told, progress.history)
 
@@ -102,7 +106,7 @@ def _learned_mask(
                 _learn_with_progress(problem, progress, checkpoints, quiet)
         except LossNotFinite as error:
             kept = together.of_first(_free_name(f"{folder}.last-good"))
-            artifact(kept)
+            artifact(kept, "learning was stopped")
             checkpoints.remove()
             steps = step_count(planned.settings, len(data.pairs))
             raise RecipeError(
@@ -110,11 +114,16 @@ def _learned_mask(
                 f"it was before is kept in {kept} ({MASKS_FILE}, {HISTORY_FILE}). Try a smaller "
                 "learning_rate, or another dtype."
             ) from error
+        compared: HeldOut | str = data.why_none or "nothing was learned"
+        if problem.held_out and progress.step:
+            with phase("held-out pairs"):
+                compared = comparison(planned, problem, quiet)
         if together.is_first:
             _make_room(folder)
         with phase("writing the mask"):
-            masks = artifact(folder)
+            masks = artifact(folder, compared)
         checkpoints.remove()
+    _say(planned, f"somf: {learned_line(masks, compared)}")
     return masks
 
 
@@ -189,6 +198,7 @@ def _learning(
         settings=planned.settings,
         micro_batch=expected.micro_batch,
         together=together,
+        held_out=data.held_out,
     )
     ways = {
         "engine": expected.engine,

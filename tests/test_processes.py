@@ -68,6 +68,7 @@ def test_several_processes_learn_what_one_learns(
         # The last batch of an epoch is smaller: some processes have no pair of it.
         batch_size=10,
         epochs=2,
+        held_out_share=0.5,
         **settings,
     )
     file = tiny.write_recipe(tmp_path / "recipe.yml", recipe)
@@ -84,6 +85,10 @@ def test_several_processes_learn_what_one_learns(
         assert other == pytest.approx(one, rel=1e-4, abs=1e-4)
     one, other = MaskSet.open(tmp_path / "one"), MaskSet.open(tmp_path / "several")
     assert other.provenance["steps"] == 4
+    compared = [masks.provenance["held_out"] for masks in (one, other)]
+    assert compared[0]["pairs"] == compared[1]["pairs"] == 12
+    for key in ("plain_fusion", "merge"):
+        assert compared[1][key] == pytest.approx(compared[0][key], rel=1e-2, abs=1e-3)
     apart = torch.cat([(one.entries(n) - other.entries(n)).flatten() for n in one.names()])
     assert (apart.abs() < 0.01).float().mean() > 0.98
     assert apart.mean().abs() < 1e-3

@@ -28,6 +28,7 @@ class LearningProblem:
         settings: of the recipe.
         micro_batch: pairs that go through the model at once.
         together: this process among those that learn; all have the same of the above.
+        held_out: tokenised pairs that are not learned from.
     """
 
     engine: Engine
@@ -37,6 +38,27 @@ class LearningProblem:
     settings: Settings
     micro_batch: int
     together: Processes = ALONE
+    held_out: Sequence[EncodedPair] = ()
+
+    def evaluated(
+        self, batches: Iterator[TokenBatch], count: int, state: State
+    ) -> Iterable[TokenLogProbs]:
+        """Return what the engine makes of this process' batches, of which there are ``count``."""
+        # An engine may need all processes where one has something to evaluate.
+        if not any(self.together.gathered([count])):
+            return ()
+        return self.engine.evaluate(batches, state)
+
+    def parts(self, rows: Iterable[int], length: Callable[[int], int]) -> Iterator[list[int]]:
+        """Cut rows into micro-batches of like length, so that little of them is padding."""
+        order = sorted(rows, key=length)
+        for start in range(0, len(order), self.micro_batch):
+            yield order[start : start + self.micro_batch]
+
+
+def pair_length(pair: EncodedPair) -> int:
+    """Return the tokens of a pair's longer sequence."""
+    return len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
 
 
 @dataclass
@@ -114,12 +136,12 @@ class Passes:
         shown = Losses(0.0, [], 0.0 if utility else None)
         parts = [
             Part(self._pair_batch(rows), self._pair_loss(rows, 1 / len(batch), step, shown))
-            for rows in self._parts(together.share(batch), self._pair_length)
+            for rows in self.problem.parts(together.share(batch), self._pair_length)
         ]
         tokens = sum(len(self.problem.utility[row].answer) for row in utility)
         parts += [
             Part(self._utility_batch(rows), self._utility_loss(rows, 1 / tokens, step, shown))
-            for rows in self._parts(together.share(utility), self._utility_length)
+            for rows in self.problem.parts(together.share(utility), self._utility_length)
         ]
         self.problem.engine.learn(parts, step, rate_share)
         return Losses(
@@ -166,8 +188,8 @@ class Passes:
         return losses, margins.tolist()
 
     def _keep_unmasked(self, rows: list[int]) -> Iterator[None]:
-        parts = list(self._parts(rows, self._utility_length))
-        found = self._evaluated(
+        parts = list(self.problem.parts(rows, self._utility_length))
+        found = self.problem.evaluated(
             map(self._utility_batch, parts), len(parts), State(Content.UNMASKED)
         )
         for part, (log_probs, owners) in zip(parts, found, strict=True):
@@ -176,21 +198,13 @@ class Passes:
             yield
 
     def _keep_reference(self, rows: list[int], state: State) -> Iterator[None]:
-        parts = list(self._parts(rows, self._pair_length))
-        found = self._evaluated(map(self._pair_batch, parts), len(parts), state)
+        parts = list(self.problem.parts(rows, self._pair_length))
+        found = self.problem.evaluated(map(self._pair_batch, parts), len(parts), state)
         for part, result in zip(parts, found, strict=True):
             chosen, rejected, _ = self._pair_log_probs(part, *result)
             values = zip(chosen.tolist(), rejected.tolist(), strict=True)
             self.reference.update(zip(part, values, strict=True))
             yield
-
-    def _evaluated(
-        self, batches: Iterator[TokenBatch], count: int, state: State
-    ) -> Iterable[TokenLogProbs]:
-        # An engine may need all processes where one has something to evaluate.
-        if not any(self.problem.together.gathered([count])):
-            return ()
-        return self.problem.engine.evaluate(batches, state)
 
     def _pair_batch(self, rows: list[int]) -> TokenBatch:
         """Return the safe answers of pairs, then the unsafe ones where the objective takes both."""
@@ -218,15 +232,8 @@ class Passes:
             sums = sums / tokens
         return sums[:count], sums[count:], likelihoods
 
-    def _parts(self, rows: list[int], length: Callable[[int], int]) -> Iterator[list[int]]:
-        """Cut rows into micro-batches of like length, so that little of them is padding."""
-        order = sorted(rows, key=length)
-        for start in range(0, len(order), self.problem.micro_batch):
-            yield order[start : start + self.problem.micro_batch]
-
     def _pair_length(self, row: int) -> int:
-        pair = self.problem.pairs[row]
-        return len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
+        return pair_length(self.problem.pairs[row])
 
     def _utility_length(self, row: int) -> int:
         example = self.problem.utility[row]

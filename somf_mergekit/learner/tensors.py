@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..granularity import Layout
-from ..masking import concrete_piece, logit_gradient, mask_factor
+from ..masking import MERGE_STEP, concrete_piece, logit_gradient, logit_of, mask_factor
+from ..masks import stored_probability
 from ..noise import noise_key
 from ..pieces import pieces
 from ..shards import Shard
@@ -25,6 +26,7 @@ class Content(Enum):
     SOFT = "the merge under the present soft mask"
     SAMPLE = "the merge under the concrete sample of a step"
     UNTRAINED_SAMPLE = "the merge under a sample, of its own, of the mask's start"
+    MERGED = "the merge under the present mask, stored and used as a merge does"
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class MaskedTensor:
         seed: of the noise.
         init_logit: where the logits start.
         learning_rate: at the schedule's peak.
+        kind: of the mask that the merge uses, one of ``masking.MASK_KINDS``.
     """
 
     name: str
@@ -99,6 +102,7 @@ class MaskedTensor:
     seed: int
     init_logit: float
     learning_rate: float
+    kind: str = "soft"
     _optimizer: LogitOptimizer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -122,6 +126,8 @@ class MaskedTensor:
                 start = torch.tensor(self.init_logit, device=self.logits.device)
                 key = noise_key(seed=self.seed, step=state.step, name=f"untrained/{self.name}")
                 self._write(self._drawn(start.expand(self.logits.numel()), key))
+            case Content.MERGED:
+                self._write(self._merged_mask)
         self.shard.gather(self.weight)
 
     @torch.no_grad()
@@ -188,8 +194,22 @@ class MaskedTensor:
         return self._drawn(self.logits.view(-1), key)
 
     def _drawn(self, entries: Tensor, key: int) -> Draw:
-        first = self.shard.first_entry if self._is_entrywise else 0
+        first = self._first_entry
         return lambda part: concrete_piece(entries[part], key, first + part.start, self.temperature)
+
+    def _merged_mask(self, part: slice) -> Tensor:
+        """Return a part of what ``masking.mask_from_probabilities`` makes of the stored mask."""
+        probability = stored_probability(torch.sigmoid(self.logits.view(-1)[part]))
+        if self.kind == "sampled":
+            key = noise_key(seed=self.seed, step=MERGE_STEP, name=self.name)
+            return concrete_piece(
+                logit_of(probability), key, self._first_entry + part.start, self.temperature
+            )
+        return (probability > 0.5).float() if self.kind == "binary" else probability
+
+    @property
+    def _first_entry(self) -> int:
+        return self.shard.first_entry if self._is_entrywise else 0
 
     def _whole(self, draw: Draw) -> Tensor:
         parts = pieces(self.logits.numel())
