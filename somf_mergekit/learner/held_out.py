@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from .logprobs import answer_sums, token_batch
-from .passes import LearningProblem, pair_length
+from .problem import LearningProblem, pair_length
 from .tensors import Content, State
 
 

@@ -88,6 +88,8 @@ class MaskedTensor:
         init_logit: where the logits start.
         learning_rate: at the schedule's peak.
         kind: of the mask that the merge uses, one of ``masking.MASK_KINDS``.
+        gradient_square: squared norm of the gradient of the latest update, of the logits that this
+            process keeps; None where there was none.
     """
 
     name: str
@@ -103,6 +105,7 @@ class MaskedTensor:
     init_logit: float
     learning_rate: float
     kind: str = "soft"
+    gradient_square: Tensor | None = field(default=None, init=False)
     _optimizer: LogitOptimizer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -141,11 +144,17 @@ class MaskedTensor:
             step: whose sample the weight was written with.
             rate_share: of the learning rate at its peak, from 0 to 1.
         """
-        self._optimizer.step(self._gradients(gradient, step), rate_share * self.learning_rate)
+        rate = rate_share * self.learning_rate
+        self.gradient_square = self._optimizer.step(self._gradients(gradient, step), rate)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether every process that learns has all of the logits."""
+        return not self._is_entrywise or self.shard.is_whole
 
     def whole_logits(self) -> Tensor:
         """Return the logits of the whole mask; all processes that keep them together must ask."""
-        if not self._is_entrywise or self.shard.is_whole:
+        if self.is_shared:
             return self.logits
         found = torch.empty(self.layout.shape, device=self.logits.device)
         self.shard.own(found).copy_(self.logits)
