@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from .dialogue import Message, encoded, user_prompt
 from .errors import RecipeError
 from .preferences import answer_text, read_messages
-from .rows import Dropped
+from .rows import Dropped, Examples
 
 # Column of the prompt, of its answer, and of what may follow the prompt.
 _COLUMNS = (
@@ -56,18 +56,8 @@ def has_answers(columns: Sequence[str]) -> bool:
     return _columns_of(columns) is not None or _DIALOGUE in columns
 
 
-def answered_prompts(rows: Any, source: str) -> tuple[list[tuple[list[Message], str]], Dropped]:
+def answered_prompts(rows: Any, source: str) -> tuple[Examples[tuple[list[Message], str]], Dropped]:
     """Return the prompts of ``rows`` with their answers, and how many were dropped and why.
-
-    Raises:
-        RecipeError: see ``answered_rows``.
-    """
-    found, dropped = answered_rows(rows, source)
-    return list(found.values()), dropped
-
-
-def answered_rows(rows: Any, source: str) -> tuple[dict[int, tuple[list[Message], str]], Dropped]:
-    """Return prompts with their answers by their row, and how many were dropped and why.
 
     Rows whose ``is_safe`` is false are dropped.
 
@@ -80,22 +70,31 @@ def answered_rows(rows: Any, source: str) -> tuple[dict[int, tuple[list[Message]
             f"dataset {source}: prompts with answers not found. "
             f"Found: {', '.join(rows.column_names) or '(no columns)'}. Expected {KNOWN_ANSWERS}."
         )
-    found, dropped = {}, Dropped()
+
+    def read(row: dict[str, Any]) -> tuple[list[Message] | None, str | None]:
+        return _dialogue(row) if columns is None else _columns(row, columns)
+
+    usable, dropped = [], Dropped()
     for number, row in enumerate(rows):
         if _SAFE in row and not row[_SAFE]:
             dropped.add("not safe")
             continue
-        messages, answer = _dialogue(row) if columns is None else _columns(row, columns)
+        messages, answer = read(row)
         if not messages:
             dropped.add("unreadable")
         elif answer is None or not answer.strip():
             dropped.add("without an answer")
         else:
-            found[number] = (messages, answer)
-    if not found:
+            usable.append(number)
+    if not usable:
         why = f": {dropped}" if dropped.reasons else ": it has no rows"
         raise RecipeError(f"dataset {source} has no prompt with an answer{why}")
-    return found, dropped
+
+    def whole(number: int, row: dict[str, Any]) -> tuple[list[Message], str]:
+        # A usable row has both.
+        return cast(tuple[list[Message], str], read(row))
+
+    return Examples(rows, usable, whole), dropped
 
 
 def prompts_alone(rows: Any, source: str) -> tuple[list[list[Message]], Dropped]:
@@ -136,18 +135,26 @@ def encoded_answers(
     tokenizer: Any,
     max_length: int,
     source: str,
-    numbers: Sequence[int] | None = None,
+    enough: int | None = None,
 ) -> list[EncodedAnswer]:
     """Tokenise prompts and answers with the chat template and cut them to ``max_length`` tokens.
 
-    ``numbers`` are the examples' rows; their places where not given.
+    Args:
+        examples: the first ``enough`` usable ones are taken, all where that is not given.
+        tokenizer: with or without a chat template.
+        max_length: tokens of a prompt with its answer.
+        source: of the examples, for messages.
+        enough: see ``examples``.
 
     Raises:
         RecipeError: nothing is left of any answer.
     """
-    kept = []
-    numbers = range(len(examples)) if numbers is None else numbers
+    kept: list[EncodedAnswer] = []
+    # Of other sequences the places stand for the rows.
+    numbers = examples.numbers if isinstance(examples, Examples) else range(len(examples))
     for number, (messages, text) in zip(numbers, examples, strict=True):
+        if len(kept) == enough:
+            break
         prompt, (answer,) = encoded(tokenizer, messages, [text], max_length)
         if prompt and answer:
             kept.append(EncodedAnswer(prompt, answer, number))

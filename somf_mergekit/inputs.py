@@ -1,22 +1,25 @@
 """What a merge's mask is learned from: models that fit each other, data that is usable."""
 
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .answers import EncodedAnswer, answered_rows, encoded_answers, has_answers
+from .answers import EncodedAnswer, answered_prompts, encoded_answers, has_answers
 from .errors import RecipeError, raise_together
 from .granularity import mask_layout, weight_storage
 from .headers import checkpoint_problems, planned_tensors
-from .held_out import LEAST, held_out_split
+from .held_out import LEAST, MOST, held_out_split
 from .masks import MaskSet
 from .method import mask_shape_problem
 from .plan import PlannedMerge, learning_problem, vocabulary_aligned
 from .preferences import (
     EncodedPair,
+    Pair,
     encoded_pairs,
     preference_pairs,
-    sampled,
 )
+from .recipe import Settings
 from .report.measured import measuring_problems
 from .rows import Dropped, dataset_rows
 
@@ -113,17 +116,43 @@ def _safety_data(planned: PlannedMerge) -> SafetyData:
     columns = rows.column_names
     if settings.objective == "sft" and "rejected" not in columns and has_answers(columns):
         return _safe_answers(planned, rows, source)
+    return preference_data(rows, source, planned.tokenizer, settings)
+
+
+def preference_data(rows: Any, source: str, tokenizer: Any, settings: Settings) -> SafetyData:
+    """Return what a mask learns from of a dataset of preference pairs, and what is held out.
+
+    No more pairs are tokenised than the steps take and the held-out ones are drawn from.
+
+    Raises:
+        RecipeError: there is no usable pair.
+    """
     pairs, left_out = preference_pairs(rows, source)
-    chosen = sampled(pairs, settings.safety_samples, settings.seed)
-    encoded, cut = encoded_pairs(chosen, planned.tokenizer, settings.max_length, source)
-    share = settings.held_out_share
-    learned, held_out = held_out_split(encoded, chosen, share)
+    share, enough = settings.held_out_share, _used(settings)
+    if enough is not None and share:
+        enough += math.ceil(MOST / share)
+    taken: list[Pair] = []
+
+    def noted(found: Iterable[Pair]) -> Iterator[Pair]:
+        for pair in found:
+            taken.append(pair)
+            yield pair
+
+    chosen = noted(pairs.sampled(settings.safety_samples, settings.seed))
+    encoded, cut = encoded_pairs(chosen, tokenizer, settings.max_length, source, enough)
+    learned, held_out = held_out_split(encoded, taken, share)
     why_none = ""
     if not held_out:
         few = f"{share:g} of {len(encoded):,} pairs with whole prompts is fewer than {LEAST}"
         why_none = few if share else "held_out_share is 0"
     dropped = ", ".join(filter(None, (str(left_out), str(cut))))
     return SafetyData(learned, held_out, why_none, dropped, [])
+
+
+def _used(settings: Settings) -> int | None:
+    """Return how many examples the steps take at most, None for all of them."""
+    steps = settings.max_steps
+    return None if steps is None else max(1, steps) * settings.batch_size
 
 
 def _safe_answers(planned: PlannedMerge, rows: Any, source: str) -> SafetyData:
@@ -147,8 +176,7 @@ def _answers(
 ) -> tuple[list[EncodedAnswer], Dropped]:
     """Return ``count`` prompts with answers (all for None) in an order drawn from the seed."""
     settings = planned.settings
-    found, left_out = answered_rows(rows, source)
-    chosen = sampled(list(found), count, settings.seed)
-    examples = [found[number] for number in chosen]
-    encoded = encoded_answers(examples, planned.tokenizer, settings.max_length, source, chosen)
-    return encoded, left_out
+    found, left_out = answered_prompts(rows, source)
+    chosen = found.sampled(count, settings.seed)
+    tokenizer, most = planned.tokenizer, settings.max_length
+    return encoded_answers(chosen, tokenizer, most, source, _used(settings)), left_out

@@ -217,14 +217,15 @@ def test_where_no_pairs_are_held_out_the_record_says_so(parameters, why, recipe,
     report = json.loads((tmp_path / "out/somf/report.json").read_text())
     assert report["learning"]["held_out"] == told["held_out"]
     if "max_steps" not in parameters:
-        assert told["dataset"]["pairs"] == 80
+        # All that the step takes, and what pairs would have been held out of.
+        assert told["dataset"]["pairs"] == (80 if parameters["held_out_share"] else 4)
 
 
 def test_safe_answers_alone_are_not_held_out(family_recipe, tmp_path):
     rows = [{"prompt": r["prompt"], "answer": r["chosen"]} for r in tiny.preference_rows(80)]
     source = str(tiny.write_jsonl(tmp_path / "answers.jsonl", rows))
     data = data_of(family_recipe(safety_dataset=source, objective="sft"))
-    assert (len(data.pairs), data.held_out) == (80, [])
+    assert (len(data.pairs), data.held_out) == (12, [])
     assert data.why_none == "the data has no unsafe answers"
     # Their rows are those of the file.
     tokenizer = AutoTokenizer.from_pretrained(family_recipe()["base_model"])

@@ -15,7 +15,7 @@ from .extract import extractor
 HARMFUL, HARMLESS, PAIRS = "harmful", "harmless", "pairs"
 _SOURCE_OPTIONS = ("config", "split")
 _T = TypeVar("_T")
-_Reading = Callable[[Any, str], tuple[list[_T], Dropped]]
+_Reading = Callable[[Any, str], tuple[Sequence[_T], Dropped]]
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def read_sets(
             problems.append(error.message)
             return []
         told[name] = source + f" (left out: {dropped})" * bool(dropped.reasons)
-        return found
+        return list(found)
 
     given = dict(extract or {})
     known = [name for name, _ in skills]
