@@ -100,16 +100,15 @@ def _trained(start: Path, folder: Path, source: Path, settings: dict[str, Any]) 
     """Train the model in ``start`` by DPO on the pairs and in the order that a mask learns from."""
     import torch
 
+    from somf_mergekit.inputs import preference_data
     from somf_mergekit.learner.loop import batches, rate_share
-    from somf_mergekit.preferences import encoded_pairs, preference_pairs, sampled
     from somf_mergekit.recipe import Settings
     from somf_mergekit.rows import dataset_rows
 
     model, tokenizer = load_saved(start)
-    own = Settings(batch_size=settings["batch_size"], seed=settings["seed"])
-    pairs = sampled(preference_pairs(dataset_rows(str(source)), str(source))[0], None, own.seed)
-    encoded, _ = encoded_pairs(pairs, tokenizer, settings["max_length"], str(source))
     steps = settings["max_steps"]
+    own = Settings(**{k: v for k, v in settings.items() if k != "learning_rate"})
+    encoded = preference_data(dataset_rows(str(source)), str(source), tokenizer, own).pairs
     plan = [
         micro_batches([encoded[row] for row in rows], MICRO_BATCH)
         for rows in batches(len(encoded), own, steps)
@@ -128,7 +127,7 @@ def _trained(start: Path, folder: Path, source: Path, settings: dict[str, Any]) 
 
 def _finetune(task: Task) -> None:
     """Fine-tune a specialist, or the model that is tuned for safety, from the aligned base."""
-    from somf_mergekit.preferences import preference_pairs, sampled
+    from somf_mergekit.preferences import preference_pairs
     from somf_mergekit.rows import dataset_rows
 
     folder, names, training = Path(task["folder"]), task["names"], Training(**task["training"])
@@ -137,8 +136,9 @@ def _finetune(task: Task) -> None:
         make_specialist(folder, Path(names["aligned"]), task["name"], data, training)
         return
     source = names["pairs"]
-    pairs = sampled(preference_pairs(dataset_rows(source), source)[0], None, training.seed)
-    examples = [(pair.messages, pair.chosen) for pair in pairs[: training.examples]]
+    pairs, _ = preference_pairs(dataset_rows(source), source)
+    chosen = pairs.sampled(training.examples, training.seed)
+    examples = [(pair.messages, pair.chosen) for pair in chosen]
     make_finetuned(folder, Path(names["aligned"]), examples, training, "safe answers")
 
 

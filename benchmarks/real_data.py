@@ -85,7 +85,7 @@ def drawn(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
 def pairs_of(folder: Path | None) -> list[Pair]:
     """Return all safety preference pairs, in their order."""
     source = str(folder / PAIRS.file) if folder else PAIRS.hub
-    return preference_pairs(dataset_rows(source, PAIRS.split), source)[0]
+    return list(preference_pairs(dataset_rows(source, PAIRS.split), source)[0])
 
 
 def split_by_prompt(

@@ -1,13 +1,13 @@
 """Prompts, alone or with one answer each: for the utility term, for ``sft``, to be measured on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 from .dialogue import Message, encoded, user_prompt
 from .errors import RecipeError
 from .preferences import answer_text, read_messages
-from .rows import Dropped
+from .rows import Dropped, Examples
 
 # Column of the prompt, of its answer, and of what may follow the prompt.
 _COLUMNS = (
@@ -41,10 +41,14 @@ KNOWN_PROMPTS = (
 
 @dataclass(frozen=True)
 class EncodedAnswer:
-    """Token ids of a prompt and its answer, ``max_length`` of them at most."""
+    """Token ids of a prompt and its answer, ``max_length`` of them at most.
+
+    ``row`` is the dataset's that they are from, counted from 0.
+    """
 
     prompt: list[int]
     answer: list[int]
+    row: int = field(default=0, compare=False)
 
 
 def has_answers(columns: Sequence[str]) -> bool:
@@ -52,7 +56,7 @@ def has_answers(columns: Sequence[str]) -> bool:
     return _columns_of(columns) is not None or _DIALOGUE in columns
 
 
-def answered_prompts(rows: Any, source: str) -> tuple[list[tuple[list[Message], str]], Dropped]:
+def answered_prompts(rows: Any, source: str) -> tuple[Examples[tuple[list[Message], str]], Dropped]:
     """Return the prompts of ``rows`` with their answers, and how many were dropped and why.
 
     Rows whose ``is_safe`` is false are dropped.
@@ -66,22 +70,31 @@ def answered_prompts(rows: Any, source: str) -> tuple[list[tuple[list[Message], 
             f"dataset {source}: prompts with answers not found. "
             f"Found: {', '.join(rows.column_names) or '(no columns)'}. Expected {KNOWN_ANSWERS}."
         )
-    found, dropped = [], Dropped()
-    for row in rows:
+
+    def read(row: dict[str, Any]) -> tuple[list[Message] | None, str | None]:
+        return _dialogue(row) if columns is None else _columns(row, columns)
+
+    usable, dropped = [], Dropped()
+    for number, row in enumerate(rows):
         if _SAFE in row and not row[_SAFE]:
             dropped.add("not safe")
             continue
-        messages, answer = _dialogue(row) if columns is None else _columns(row, columns)
+        messages, answer = read(row)
         if not messages:
             dropped.add("unreadable")
         elif answer is None or not answer.strip():
             dropped.add("without an answer")
         else:
-            found.append((messages, answer))
-    if not found:
+            usable.append(number)
+    if not usable:
         why = f": {dropped}" if dropped.reasons else ": it has no rows"
         raise RecipeError(f"dataset {source} has no prompt with an answer{why}")
-    return found, dropped
+
+    def whole(number: int, row: dict[str, Any]) -> tuple[list[Message], str]:
+        # A usable row has both.
+        return cast(tuple[list[Message], str], read(row))
+
+    return Examples(rows, usable, whole), dropped
 
 
 def prompts_alone(rows: Any, source: str) -> tuple[list[list[Message]], Dropped]:
@@ -118,18 +131,33 @@ def prompts_alone(rows: Any, source: str) -> tuple[list[list[Message]], Dropped]
 
 
 def encoded_answers(
-    examples: Sequence[tuple[list[Message], str]], tokenizer: Any, max_length: int, source: str
+    examples: Sequence[tuple[list[Message], str]],
+    tokenizer: Any,
+    max_length: int,
+    source: str,
+    enough: int | None = None,
 ) -> list[EncodedAnswer]:
     """Tokenise prompts and answers with the chat template and cut them to ``max_length`` tokens.
+
+    Args:
+        examples: the first ``enough`` usable ones are taken, all where that is not given.
+        tokenizer: with or without a chat template.
+        max_length: tokens of a prompt with its answer.
+        source: of the examples, for messages.
+        enough: see ``examples``.
 
     Raises:
         RecipeError: nothing is left of any answer.
     """
-    kept = []
-    for messages, text in examples:
+    kept: list[EncodedAnswer] = []
+    # Of other sequences the places stand for the rows.
+    numbers = examples.numbers if isinstance(examples, Examples) else range(len(examples))
+    for number, (messages, text) in zip(numbers, examples, strict=True):
+        if len(kept) == enough:
+            break
         prompt, (answer,) = encoded(tokenizer, messages, [text], max_length)
         if prompt and answer:
-            kept.append(EncodedAnswer(prompt, answer))
+            kept.append(EncodedAnswer(prompt, answer, number))
     if not kept:
         raise RecipeError(f"dataset {source}: no answer has a token the tokenizer knows")
     return kept

@@ -64,11 +64,13 @@ def _learn() -> click.Command:
     """Learn the mask of a recipe into a folder, without merging."""
 
     def callback(recipe_file: str, folder: str, **values: Any) -> None:
-        from . import planner
+        from . import held_out, planner, provenance
 
-        masks = planner.learn(recipe_file, folder, _merge_options(values))
+        planned, masks = planner.planned_and_learned(recipe_file, folder, _merge_options(values))
         if processes.is_first():
             click.echo(f"mask of {len(masks.names())} tensors in {os.path.dirname(masks.path)}")
+            mask_kind = provenance.told_settings(planned)["mask_kind"]
+            held_out.warn(masks.provenance, mask_kind)
 
     return _with_merge_options("learn", _learn, callback, ("recipe_file", "folder"))
 
@@ -97,6 +99,7 @@ def _check() -> click.Command:
             ("tensors", f"{expected.tensors:,} at most (those that no model changed get no mask)"),
             ("mask entries", f"{expected.entries:,} at most"),
             ("pairs", f"{expected.pairs:,}" + (f"; left out: {data.dropped}" * bool(data.dropped))),
+            ("held out", f"{len(data.held_out):,} pairs" if data.held_out else data.why_none),
             ("steps", f"{expected.steps:,} of {settings.batch_size} pairs"),
             ("micro-batch", f"{expected.micro_batch} pairs"),
             ("engine", expected.told),

@@ -1,6 +1,8 @@
 """What a merge's mask is learned from: models that fit each other, data that is usable."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .answers import EncodedAnswer, answered_prompts, encoded_answers, has_answers
@@ -8,17 +10,19 @@ from .contracts import LEARNING, check_contracts
 from .errors import RecipeError, raise_together
 from .granularity import mask_layout, weight_storage
 from .headers import checkpoint_problems, planned_tensors
+from .held_out import LEAST, MOST, held_out_split
 from .masks import MaskSet
 from .method import mask_shape_problem
 from .plan import PlannedMerge, learning_problem, vocabulary_aligned
 from .preferences import (
     EncodedPair,
+    Pair,
     encoded_pairs,
     preference_pairs,
-    sampled,
 )
+from .recipe import Settings
 from .report.measured import measuring_problems
-from .rows import dataset_rows
+from .rows import Dropped, dataset_rows
 
 CANT_BE_MADE = "This merge can't be made"
 
@@ -28,12 +32,16 @@ class SafetyData:
     """Tokenised data of a recipe.
 
     Attributes:
-        pairs: in the order of the first epoch.
+        pairs: to learn from, in the order of the first epoch.
+        held_out: not learned from; the merge is compared with the plain fusion on them.
+        why_none: why no pairs are held out, in words; empty where some are.
         dropped: rows of the safety data left out and why, in words; empty where none was.
         utility: harmless prompts with answers, in the order of the first epoch.
     """
 
     pairs: list[EncodedPair]
+    held_out: list[EncodedPair]
+    why_none: str
     dropped: str
     utility: list[EncodedAnswer]
 
@@ -48,11 +56,10 @@ def checked_data(planned: PlannedMerge) -> SafetyData:
     problems = checkpoint_problems(planned)
     impossible = learning_problem(planned)
     problems += [impossible] if impossible else []
-    pairs: list[EncodedPair] = []
+    data = SafetyData([], [], "", "", [])
     utility: list[EncodedAnswer] = []
-    dropped = ""
     try:
-        pairs, dropped = _safety_data(planned)
+        data = _safety_data(planned)
     except RecipeError as error:
         problems.append(error.message)
     try:
@@ -61,7 +68,7 @@ def checked_data(planned: PlannedMerge) -> SafetyData:
         problems.append(f"parameters.utility_dataset: {error.message}")
     problems += measuring_problems(planned)
     raise_together(problems, CANT_BE_MADE)
-    return SafetyData(pairs, dropped, utility)
+    return replace(data, utility=utility)
 
 
 def given_mask(planned: PlannedMerge, source: str) -> MaskSet:
@@ -104,25 +111,57 @@ def given_mask(planned: PlannedMerge, source: str) -> MaskSet:
     return masks
 
 
-def _safety_data(planned: PlannedMerge) -> tuple[list[EncodedPair], str]:
+def _safety_data(planned: PlannedMerge) -> SafetyData:
     settings = planned.settings
     source = settings.safety_dataset or ""
     rows = dataset_rows(source, settings.safety_split, settings.safety_config)
     columns = rows.column_names
     if settings.objective == "sft" and "rejected" not in columns and has_answers(columns):
         return _safe_answers(planned, rows, source)
+    return preference_data(rows, source, planned.tokenizer, settings)
+
+
+def preference_data(rows: Any, source: str, tokenizer: Any, settings: Settings) -> SafetyData:
+    """Return what a mask learns from of a dataset of preference pairs, and what is held out.
+
+    No more pairs are tokenised than the steps take and the held-out ones are drawn from.
+
+    Raises:
+        RecipeError: there is no usable pair.
+    """
     pairs, left_out = preference_pairs(rows, source)
-    chosen = sampled(pairs, settings.safety_samples, settings.seed)
-    encoded, cut = encoded_pairs(chosen, planned.tokenizer, settings.max_length, source)
-    return encoded, ", ".join(filter(None, (str(left_out), str(cut))))
+    share, enough = settings.held_out_share, _used(settings)
+    if enough is not None and share:
+        enough += math.ceil(MOST / share)
+    taken: list[Pair] = []
+
+    def noted(found: Iterable[Pair]) -> Iterator[Pair]:
+        for pair in found:
+            taken.append(pair)
+            yield pair
+
+    chosen = noted(pairs.sampled(settings.safety_samples, settings.seed))
+    encoded, cut = encoded_pairs(chosen, tokenizer, settings.max_length, source, enough)
+    learned, held_out = held_out_split(encoded, taken, share)
+    why_none = ""
+    if not held_out:
+        few = f"{share:g} of {len(encoded):,} pairs with whole prompts is fewer than {LEAST}"
+        why_none = few if share else "held_out_share is 0"
+    dropped = ", ".join(filter(None, (str(left_out), str(cut))))
+    return SafetyData(learned, held_out, why_none, dropped, [])
 
 
-def _safe_answers(planned: PlannedMerge, rows: Any, source: str) -> tuple[list[EncodedPair], str]:
+def _used(settings: Settings) -> int | None:
+    """Return how many examples the steps take at most, None for all of them."""
+    steps = settings.max_steps
+    return None if steps is None else max(1, steps) * settings.batch_size
+
+
+def _safe_answers(planned: PlannedMerge, rows: Any, source: str) -> SafetyData:
     settings = planned.settings
-    examples, left_out = answered_prompts(rows, source)
-    chosen = sampled(examples, settings.safety_samples, settings.seed)
-    encoded = encoded_answers(chosen, planned.tokenizer, settings.max_length, source)
-    return [EncodedPair(e.prompt, e.answer, []) for e in encoded], str(left_out)
+    encoded, left_out = _answers(planned, rows, source, settings.safety_samples)
+    pairs = [EncodedPair(e.prompt, e.answer, [], e.row) for e in encoded]
+    return SafetyData(pairs, [], "the data has no unsafe answers", str(left_out), [])
 
 
 def _utility_data(planned: PlannedMerge) -> list[EncodedAnswer]:
@@ -131,6 +170,15 @@ def _utility_data(planned: PlannedMerge) -> list[EncodedAnswer]:
     if not source:
         return []
     rows = dataset_rows(source, settings.utility_split, settings.utility_config)
-    examples, _ = answered_prompts(rows, source)
-    chosen = sampled(examples, settings.utility_samples, settings.seed)
-    return encoded_answers(chosen, planned.tokenizer, settings.max_length, source)
+    return _answers(planned, rows, source, settings.utility_samples)[0]
+
+
+def _answers(
+    planned: PlannedMerge, rows: Any, source: str, count: int | None
+) -> tuple[list[EncodedAnswer], Dropped]:
+    """Return ``count`` prompts with answers (all for None) in an order drawn from the seed."""
+    settings = planned.settings
+    found, left_out = answered_prompts(rows, source)
+    chosen = found.sampled(count, settings.seed)
+    tokenizer, most = planned.tokenizer, settings.max_length
+    return encoded_answers(chosen, tokenizer, most, source, _used(settings)), left_out

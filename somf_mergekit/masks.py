@@ -42,8 +42,12 @@ _MOST_BYTES = 1 << 26
 
 def encoded_probability(probability: Tensor) -> Tensor:
     """Return probabilities as uint8 codes in the same shape, on the CPU."""
-    codes = torch.ceil(probability.float() * LEVELS).sub_(1).clamp_(0, LEVELS - 1)
-    return codes.to("cpu", torch.uint8)
+    return _codes(probability).to("cpu", torch.uint8)
+
+
+def stored_probability(probability: Tensor) -> Tensor:
+    """Return probabilities as they are read again once they have been stored, float32."""
+    return _codes(probability).add_(0.5).div_(LEVELS)
 
 
 def decoded_probability(codes: Tensor) -> Tensor:
@@ -53,6 +57,10 @@ def decoded_probability(codes: Tensor) -> Tensor:
     for part in pieces(len(flat)):
         flat[part].copy_(flat_codes[part]).add_(0.5).div_(LEVELS)
     return found
+
+
+def _codes(probability: Tensor) -> Tensor:
+    return torch.ceil(probability.float() * LEVELS).sub_(1).clamp_(0, LEVELS - 1)
 
 
 class MaskSet:

@@ -18,6 +18,7 @@ from mergekit.plan import MergePlanner
 from . import machine, recipe
 from .errors import RecipeError, raise_together
 from .headers import checkpoint_problems
+from .held_out import warn
 from .inputs import CANT_BE_MADE
 from .masks import MaskSet
 from .method import MASK_TENSOR
@@ -25,7 +26,8 @@ from .phases import phase
 from .plan import PlannedMerge, mask_name
 from .plan_check import plan_problems, unused_filters
 from .prepass import mask_for
-from .processes import started
+from .processes import is_first, started
+from .provenance import told_settings
 from .recipe_blocks import recipe_text
 from .recipe_check import OWN_METHODS, WRONG_RECIPE, check_recipe, check_writable, read_recipe
 from .report.record import current_record, unmasked
@@ -126,12 +128,25 @@ def learn(
     Raises:
         RecipeError: the recipe, its models or its data are wrong.
     """
+    planned, masks = planned_and_learned(source, out_dir, options or MergeOptions())
+    if is_first():
+        warn(masks.provenance, told_settings(planned)["mask_kind"])
+    return masks
+
+
+def planned_and_learned(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    out_dir: str | os.PathLike[str],
+    options: MergeOptions,
+) -> tuple[PlannedMerge, MaskSet]:
+    """Return the plan of a recipe and its mask; see ``learn``."""
     config = read_recipe(source)
     if (config.parameters or {}).get("mask"):
         raise RecipeError("parameters.mask is given: there is nothing to learn")
     folder = os.path.abspath(out_dir)
     check_writable(folder)
-    return mask_for(planned_merge(config, options or MergeOptions()), folder)
+    planned = planned_merge(config, options)
+    return planned, mask_for(planned, folder)
 
 
 def _with_folder(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,14 +1,13 @@
 """Safety datasets to preference pairs, and pairs to tokens."""
 
-import random
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from .dialogue import Message, encoded, user_prompt
 from .errors import RecipeError
-from .rows import Dropped
+from .rows import Dropped, Examples
 
 KNOWN_COLUMNS = (
     "'prompt', 'chosen', 'rejected' (text or message lists); "
@@ -16,17 +15,20 @@ KNOWN_COLUMNS = (
     "'prompt', 'response_0', 'response_1', 'is_response_0_safe', 'is_response_1_safe'"
 )
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):[ \t]*")
-_T = TypeVar("_T")
 _TURN_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One prompt with its safe (``chosen``) and its unsafe (``rejected``) answer."""
+    """One prompt with its safe (``chosen``) and its unsafe (``rejected``) answer.
+
+    ``row`` is the dataset's that it is from, counted from 0.
+    """
 
     prompt: tuple[tuple[str, str], ...]
     chosen: str
     rejected: str
+    row: int = field(default=0, compare=False)
 
     @property
     def messages(self) -> list[Message]:
@@ -38,15 +40,17 @@ class Pair:
 class EncodedPair:
     """Token ids of one pair; prompt plus either answer has at most ``max_length`` of them.
 
-    Where safe answers alone are learned from, ``rejected`` is empty.
+    Where safe answers alone are learned from, ``rejected`` is empty. ``row`` is the dataset's that
+    it is from, counted from 0.
     """
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
+    row: int = field(default=0, compare=False)
 
 
-def preference_pairs(rows: Any, source: str) -> tuple[list[Pair], Dropped]:
+def preference_pairs(rows: Any, source: str) -> tuple[Examples[Pair], Dropped]:
     """Return the usable pairs of ``rows`` in their order, and how many were dropped and why.
 
     Raises:
@@ -54,8 +58,8 @@ def preference_pairs(rows: Any, source: str) -> tuple[list[Pair], Dropped]:
             rejected throughout.
     """
     read = _reader(list(rows.column_names), source)
-    pairs, dropped = [], Dropped()
-    for row in rows:
+    usable, dropped = [], Dropped()
+    for number, row in enumerate(rows):
         found = read(row)
         if isinstance(found, str):
             dropped.add(found)
@@ -64,30 +68,37 @@ def preference_pairs(rows: Any, source: str) -> tuple[list[Pair], Dropped]:
         elif found.chosen == found.rejected:
             dropped.add("with chosen equal to rejected")
         else:
-            pairs.append(found)
-    if not pairs:
+            usable.append(number)
+    if not usable:
         why = f": {dropped}" if dropped.reasons else ": it has no rows"
         raise RecipeError(f"dataset {source} has no usable preference pair{why}")
-    return pairs, dropped
-
-
-def sampled(examples: Sequence[_T], count: int | None, seed: int) -> list[_T]:
-    """Return ``count`` of ``examples`` (all for None) in an order drawn from ``seed``."""
-    order = list(examples)
-    random.Random(seed).shuffle(order)
-    return order if count is None else order[:count]
+    return Examples(rows, usable, lambda number, row: replace(read(row), row=number)), dropped
 
 
 def encoded_pairs(
-    pairs: Sequence[Pair], tokenizer: Any, max_length: int, source: str
+    pairs: Iterable[Pair],
+    tokenizer: Any,
+    max_length: int,
+    source: str,
+    enough: int | None = None,
 ) -> tuple[list[EncodedPair], Dropped]:
     """Tokenise pairs with the chat template and cut them to ``max_length`` tokens.
+
+    Args:
+        pairs: the first ``enough`` usable ones are taken, all where that is not given.
+        tokenizer: with or without a chat template.
+        max_length: tokens of a prompt with an answer.
+        source: of the pairs, for messages.
+        enough: see ``pairs``.
 
     Raises:
         RecipeError: no pair is left with two different answers.
     """
-    kept, dropped = [], Dropped()
+    kept: list[EncodedPair] = []
+    dropped = Dropped()
     for pair in pairs:
+        if len(kept) == enough:
+            break
         prompt, (chosen, rejected) = encoded(
             tokenizer, pair.messages, (pair.chosen, pair.rejected), max_length
         )
@@ -96,7 +107,7 @@ def encoded_pairs(
         elif chosen == rejected:
             dropped.add(f"with equal answers in the first {max_length} tokens")
         else:
-            kept.append(EncodedPair(prompt, chosen, rejected))
+            kept.append(EncodedPair(prompt, chosen, rejected, pair.row))
     if not kept:
         raise RecipeError(
             f"dataset {source}: no pair is usable after tokenisation ({dropped}); "

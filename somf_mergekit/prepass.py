@@ -11,19 +11,23 @@ import torch
 from . import machine
 from .errors import RecipeError
 from .forecast import forecast
+from .held_out import HeldOut
 from .inputs import SafetyData, checked_data, given_mask
 from .learner.checkpoints import Checkpoints, Progress
-from .learner.engine import LossNotFinite, ResidentEngine
+from .learner.divergence import LearningDiverged
+from .learner.engine import ResidentEngine
 from .learner.folder import learning_folder
 from .learner.interruption import LearningInterrupted, stop_requests
 from .learner.loop import StepReport, learn_logits, step_count
 from .learner.mapped import MappedFiles
 from .learner.model import LearningModel, Placement, learning_model
-from .learner.passes import LearningProblem
 from .learner.pinned import PinnedMemory
+from .learner.problem import LearningProblem
+from .learner.recovery import gone_back
 from .learner.streaming import StreamingEngine, StreamingImpossible
 from .mask_files import keep_masks, write_masks
-from .masks import HISTORY_FILE, MASKS_FILE, MaskSet
+from .masks import MASKS_FILE, MaskSet
+from .outcome import comparison, diverged, learned_line, told_divergence
 from .phases import LEARNING, phase
 from .plan import PlannedMerge
 from .processes import ALONE, Processes, is_first, own_device, processes
@@ -93,30 +97,39 @@ def _learned_mask(
         if progress.step:
             _say(planned, f"somf: going on after step {progress.step}, kept in {place}")
 
-        def artifact(named: str) -> MaskSet:
-            told = provenance(planned, data, fingerprint, progress.history, learning.masked)
-            told["learned_with"] = ways
+        def artifact(named: str, compared: HeldOut | str, **further: Any) -> MaskSet:
+            told = provenance(
+                planned, data, fingerprint, progress.history, learning.masked, compared
+            )
+            told |= {"learned_with": ways, **further}
             return _written(named, learning, together, told, progress.history)
 
         try:
             quiet = planned.options.quiet or not together.is_first
             with phase(LEARNING):
                 _learn_with_progress(problem, progress, checkpoints, quiet)
-        except LossNotFinite as error:
+        except LearningDiverged as error:
+            if not error.is_intact:
+                at, good = error.step + 1, error.step
+                _say(planned, f"somf: {error.what} at step {at}: going back to step {good}")
+                progress = gone_back(problem, progress, checkpoints, good)
             kept = together.of_first(_free_name(f"{folder}.last-good"))
-            artifact(kept)
+            stopped = told_divergence(error)
+            artifact(kept, "learning was stopped", stopped=stopped)
             checkpoints.remove()
-            steps = step_count(planned.settings, len(data.pairs))
             raise RecipeError(
-                f"the loss became NaN or infinite at step {error.step + 1} of {steps}; the mask as "
-                f"it was before is kept in {kept} ({MASKS_FILE}, {HISTORY_FILE}). Try a smaller "
-                "learning_rate, or another dtype."
+                diverged(planned, error, step_count(planned.settings, len(data.pairs)), kept, ways)
             ) from error
+        compared: HeldOut | str = data.why_none or "nothing was learned"
+        if problem.held_out and progress.step:
+            with phase("held-out pairs"):
+                compared = comparison(planned, problem, quiet)
         if together.is_first:
             _make_room(folder)
         with phase("writing the mask"):
-            masks = artifact(folder)
+            masks = artifact(folder, compared)
         checkpoints.remove()
+    _say(planned, f"somf: {learned_line(masks, compared)}")
     return masks
 
 
@@ -196,6 +209,7 @@ def _learning(
         settings=planned.settings,
         micro_batch=expected.micro_batch,
         together=together,
+        held_out=data.held_out,
     )
     ways = {
         "engine": expected.engine,

@@ -11,6 +11,7 @@ from mergekit.io.tasks import LoaderCache
 
 from .digests import file_digest, json_digest
 from .fusions import fusion_arguments
+from .held_out import KEY, HeldOut
 from .inputs import SafetyData
 from .learner.tensors import MaskedTensor
 from .masks import MaskSet
@@ -51,6 +52,7 @@ def learning_fingerprint(planned: PlannedMerge, data: SafetyData) -> dict[str, A
     return {
         **content_of_models(planned),
         "data": json_digest([[p.prompt, p.chosen, p.rejected] for p in data.pairs]),
+        "held-out data": json_digest([[p.prompt, p.chosen, p.rejected] for p in data.held_out]),
         "utility data": json_digest([[e.prompt, e.answer] for e in data.utility]),
         "settings": {k: v for k, v in settings.items() if k not in _STAND_INS},
         "parameters of the tensors": json_digest([_resolved(planned, *t) for t in planned.tensors]),
@@ -145,8 +147,18 @@ def provenance(
     fingerprint: dict[str, Any],
     history: Sequence[dict[str, Any]],
     tensors: Sequence[MaskedTensor],
+    compared: HeldOut | str,
 ) -> dict[str, Any]:
-    """Return what is told with a mask, as JSON: no text of the data is in it."""
+    """Return what is told with a mask, as JSON: no text of the data is in it.
+
+    Args:
+        planned: the merge.
+        data: what the mask was learned from.
+        fingerprint: see ``learning_fingerprint``.
+        history: a row per step of learning.
+        tensors: that have a mask.
+        compared: what the held-out pairs tell, or why they tell nothing.
+    """
     settings = planned.settings
     return {
         "recipe": planned.recipe,
@@ -157,6 +169,7 @@ def provenance(
             "split": settings.safety_split,
             "config": settings.safety_config,
             "pairs": len(data.pairs),
+            "held_out": len(data.held_out),
             "left_out": data.dropped,
             "fingerprint": fingerprint["data"],
         },
@@ -174,6 +187,7 @@ def provenance(
             "first_steps": _curve_mean(history[:_CURVE_STEPS]),
             "last_steps": _curve_mean(history[-_CURVE_STEPS:]),
         },
+        KEY: {"pairs": 0, "why_none": compared} if isinstance(compared, str) else compared.told,
         "versions": versions(),
         "fingerprint": fingerprint,
     }

@@ -30,6 +30,13 @@ class Settings(BaseModel):
     safety_samples: int | None = Field(
         None, ge=1, description="How many pairs to use, drawn with `seed`; all where not given."
     )
+    held_out_share: float = Field(
+        0.1,
+        ge=0,
+        le=0.5,
+        description="Share of the pairs that is not learned from but compares the merge with the "
+        "plain fusion afterwards: at most 100 pairs, and none where it would be fewer than 5.",
+    )
     mask: str | None = Field(
         None,
         min_length=1,

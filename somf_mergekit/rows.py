@@ -2,9 +2,11 @@
 
 import glob
 import os
-from collections.abc import Iterator
+import random
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar, overload
 
 from .errors import RecipeError, first_line
 
@@ -14,6 +16,39 @@ FILE_FORMATS = {
     ".csv": "csv",
     ".parquet": "parquet",
 }
+
+
+_T = TypeVar("_T")
+
+
+class Examples(Sequence[_T], Generic[_T]):
+    """Examples of a dataset, each read from its row when it is asked for: none is kept."""
+
+    def __init__(self, rows: Any, numbers: Sequence[int], read: Callable[[int, Any], _T]):
+        """Take rows, the numbers of those that give an example, and what reads one of them."""
+        self._rows, self._read = rows, read
+        self.numbers = array("q", numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, place: int) -> _T: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> "Examples[_T]": ...
+
+    def __getitem__(self, place: int | slice) -> "_T | Examples[_T]":
+        if isinstance(place, slice):
+            return Examples(self._rows, self.numbers[place], self._read)
+        number = self.numbers[place]
+        return self._read(number, self._rows[number])
+
+    def sampled(self, count: int | None, seed: int) -> "Examples[_T]":
+        """Return ``count`` of them (all for None) in an order drawn from ``seed``."""
+        order = array("q", self.numbers)
+        random.Random(seed).shuffle(order)
+        return Examples(self._rows, order if count is None else order[:count], self._read)
 
 
 @dataclass

@@ -10,6 +10,7 @@ import click
 import pytest
 import tiny
 from click.testing import CliRunner
+from mergekit.options import MergeOptions
 
 from benchmarks import compare, compare_make, compare_runs, real_data
 from benchmarks.compare_models import QUICK, Models, Trainings
@@ -31,6 +32,9 @@ from benchmarks.compare_work import Comparison
 from benchmarks.real_data import write_sets
 from somf_mergekit.evaluate import EvaluationSets, EvaluationSettings
 from somf_mergekit.frontier import undominated
+from somf_mergekit.inputs import checked_data
+from somf_mergekit.learner.loop import batches
+from somf_mergekit.planner import planned_merge
 from somf_mergekit.recipe_check import read_recipe, recipe_problems
 from somf_mergekit.repairs.catalogue import REPAIRS
 from somf_mergekit.repairs.check import repair_problems
@@ -533,3 +537,28 @@ def test_a_failed_run_is_told_and_tried_again(whole, monkeypatch):
     assert len(asked) == 4
     result = call("--only", "loxx")
     assert "no row is called loxx" in result.output
+
+
+def test_dpo_trains_on_the_pairs_and_in_the_order_that_a_mask_learns_from(
+    family, family_recipe, tmp_path, monkeypatch
+):
+    source = tiny.write_jsonl(tmp_path / "pairs.jsonl", tiny.preference_rows(80))
+    plans = []
+    monkeypatch.setattr(compare_make, "dpo_seconds", lambda m, o, plan, before: plans.append(plan))
+    monkeypatch.setattr(compare_make, "save_whole", lambda *_: None)
+    learning = {"batch_size": 4, "max_length": 48, "seed": 3, "max_steps": 30}
+    compare_make._trained(
+        family / "base", tmp_path / "dpo", source, learning | {"learning_rate": 1e-6}
+    )
+    content = family_recipe(safety_dataset=str(source), **learning)
+    planned = planned_merge(read_recipe(content), MergeOptions())
+    data = checked_data(planned)
+    assert len(data.held_out) == 8
+    expected = [
+        [data.pairs[row] for row in rows] for rows in batches(len(data.pairs), planned.settings, 30)
+    ]
+    (plan,) = plans
+    assert len(plan) == len(expected)
+    for parts, rows in zip(plan, expected, strict=True):
+        found = [pair for part in parts for pair in part]
+        assert sorted(map(repr, found)) == sorted(map(repr, rows))

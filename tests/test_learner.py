@@ -13,8 +13,10 @@ from somf_mergekit import masking, noise, pieces
 from somf_mergekit.answers import EncodedAnswer
 from somf_mergekit.granularity import Storage, mask_layout
 from somf_mergekit.learner import engine, entrywise, loop, passes
+from somf_mergekit.learner.divergence import LearningDiverged
 from somf_mergekit.learner.draws import Draw
 from somf_mergekit.learner.logprobs import answer_log_probs, output_head, token_batch
+from somf_mergekit.learner.problem import LearningProblem
 from somf_mergekit.learner.tensors import Content, FixedTensor, MaskedTensor, State
 from somf_mergekit.preferences import EncodedPair
 from somf_mergekit.recipe import Settings
@@ -31,7 +33,10 @@ def make_pairs(count=12, seed=0):
         length = int(torch.randint(low, high, (1,), generator=draw))
         return torch.randint(3, VOCABULARY, (length,), generator=draw).tolist()
 
-    return [EncodedPair(tokens(3, 9), tokens(2, 7), tokens(2, 7)) for _ in range(count)]
+    return [
+        EncodedPair(tokens(3, 9), tokens(2, 7), tokens(2, 7), 100 + number)
+        for number in range(count)
+    ]
 
 
 TIES = {"weight": {1: 0.5, 2: 0.5}, "density": {1: 0.6, 2: 0.6}}
@@ -79,7 +84,7 @@ def make_problem(
             )
         )
     utility = make_utility() if settings.utility_dataset else []
-    return passes.LearningProblem(
+    return LearningProblem(
         runs(model, masked, [], autocast), masked, make_pairs(), utility, settings, micro_batch
     )
 
@@ -362,11 +367,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_update():
 
     passes.preference_losses = broken
     try:
-        with pytest.raises(passes.LossNotFinite) as error:
+        with pytest.raises(LearningDiverged) as error:
             loop.learn_logits(problem, reports.append, lambda done, total: None)
     finally:
         passes.preference_losses = real
-    assert error.value.step == 2
+    assert (error.value.step, error.value.is_intact) == (2, True)
     good = make_problem(max_steps=4)
     steps = iter(range(4))
     with pytest.raises(StopIteration):

@@ -75,7 +75,7 @@ EXPECTED = (user_prompt("how?"), "so")
 )
 def test_prompts_with_answers_are_recognised(row):
     found, dropped = answers.answered_prompts(rows(row), "data")
-    assert found == [EXPECTED]
+    assert list(found) == [EXPECTED]
     assert not dropped.reasons
 
 
@@ -95,7 +95,7 @@ def test_rows_without_a_safe_answer_are_dropped_and_counted():
         ),
         "data",
     )
-    assert found == [EXPECTED]
+    assert list(found) == [EXPECTED]
     assert dropped.reasons == {"not safe": 1, "without an answer": 1, "unreadable": 1}
 
 

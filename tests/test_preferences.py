@@ -1,3 +1,6 @@
+import random
+import tracemalloc
+
 import datasets
 import pytest
 import tiny
@@ -11,6 +14,8 @@ from somf_mergekit.dialogue import (
     prompt_ids,
     user_prompt,
 )
+from somf_mergekit.inputs import preference_data
+from somf_mergekit.recipe import Settings
 from somf_mergekit.rows import dataset_rows
 
 
@@ -55,7 +60,7 @@ EXPECTED = prefs.Pair((("user", "how?"),), "no", "so")
 )
 def test_every_known_format_gives_the_same_pair(row):
     pairs, dropped = prefs.preference_pairs(rows(row), "data")
-    assert pairs == [EXPECTED]
+    assert list(pairs) == [EXPECTED]
     assert str(dropped) == ""
 
 
@@ -148,10 +153,51 @@ def test_hub_id_that_can_not_be_had_is_refused():
 
 
 def test_sampled_pairs_depend_on_the_seed_alone():
-    pairs = [prefs.Pair((("user", str(i)),), "a", "b") for i in range(50)]
-    assert prefs.sampled(pairs, 10, 1) == prefs.sampled(pairs, None, 1)[:10]
-    assert prefs.sampled(pairs, 10, 1) != prefs.sampled(pairs, 10, 2)
-    assert len(prefs.sampled(pairs, None, 0)) == 50
+    pairs, _ = prefs.preference_pairs(rows(*({**ROW, "prompt": str(i)} for i in range(50))), "data")
+    assert list(pairs.sampled(10, 1)) == list(pairs.sampled(None, 1)[:10])
+    assert list(pairs.sampled(10, 1)) != list(pairs.sampled(10, 2))
+    assert len(pairs.sampled(None, 0)) == 50
+    order = list(pairs)
+    random.Random(1).shuffle(order)
+    assert list(pairs.sampled(None, 1)) == order
+
+
+class Counting:
+    """A tokenizer that says how often it was asked."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer, self.asked = tokenizer, 0
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, *arguments, **keywords):
+        self.asked += 1
+        return self._tokenizer(*arguments, **keywords)
+
+
+def test_of_many_rows_no_more_are_kept_or_tokenised_than_are_used():
+    count, long = 20_000, "no " * 100
+    text = {"prompt": [f"how {i}?" for i in range(count)], "chosen": [long] * count}
+    many = datasets.Dataset.from_dict({**text, "rejected": ["so"] * count})
+    settings = Settings(safety_dataset="data", max_steps=2, batch_size=3, held_out_share=0.5)
+    tokenizer = Counting(tiny.tiny_tokenizer())
+    tracemalloc.start()
+    try:
+        data = preference_data(many, "data", tokenizer, settings)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # Two hundred are drawn for the hundred that are held out of them.
+    assert len(data.held_out) == 100
+    assert len(data.pairs) == 2 * 3 + 100
+    assert tokenizer.asked < 5 * 206
+    # All answers would take 300 bytes a row and more.
+    assert peak < 100 * count
+    order = list(range(count))
+    random.Random(0).shuffle(order)
+    assert [pair.row for pair in data.pairs] == order[:106]
+    assert [pair.row for pair in data.held_out] == order[106:206]
 
 
 def test_chat_template_is_used_without_a_second_bos():

@@ -9,6 +9,7 @@ import tiny
 import torch
 
 from somf_mergekit import MaskSet
+from somf_mergekit.learner import tensors
 from somf_mergekit.learner.engine import LossNotFinite, agreed
 from somf_mergekit.processes import Processes, own_device
 
@@ -68,6 +69,7 @@ def test_several_processes_learn_what_one_learns(
         # The last batch of an epoch is smaller: some processes have no pair of it.
         batch_size=10,
         epochs=2,
+        held_out_share=0.5,
         **settings,
     )
     file = tiny.write_recipe(tmp_path / "recipe.yml", recipe)
@@ -84,6 +86,10 @@ def test_several_processes_learn_what_one_learns(
         assert other == pytest.approx(one, rel=1e-4, abs=1e-4)
     one, other = MaskSet.open(tmp_path / "one"), MaskSet.open(tmp_path / "several")
     assert other.provenance["steps"] == 4
+    compared = [masks.provenance["held_out"] for masks in (one, other)]
+    assert compared[0]["pairs"] == compared[1]["pairs"] == 12
+    for key in ("plain_fusion", "merge"):
+        assert compared[1][key] == pytest.approx(compared[0][key], rel=1e-2, abs=1e-3)
     apart = torch.cat([(one.entries(n) - other.entries(n)).flatten() for n in one.names()])
     assert (apart.abs() < 0.01).float().mean() > 0.98
     assert apart.mean().abs() < 1e-3
@@ -174,10 +180,76 @@ def test_all_processes_keep_the_last_good_mask_under_the_name_that_the_first_cho
     script = [tmp_path / "broken.py", "learn", file, tmp_path / "mask"]
     result = tiny.run(sys.executable, *launcher, *script, env=ENVIRONMENT)
     assert result.returncode != 0
-    assert "the mask as it was before is kept in" in result.stderr
+    assert "The mask as it was before is kept in" in result.stderr
     assert "Traceback (most recent call last):\n  File" not in result.stderr.split("Error:")[0]
     assert [p.name for p in tmp_path.glob("mask*")] == ["mask.last-good-rank0"]
     assert MaskSet.open(tmp_path / "mask.last-good-rank0").names()
+
+
+GOES_BAD = """
+import math, os, sys
+from somf_mergekit.learner import engine, passes
+from somf_mergekit.processes import Processes
+rank, how = int(os.environ["RANK"]), os.environ["HOW"]
+real = passes.Passes._pair_losses
+def losses_of(self, rows, *arguments):
+    losses, margins = real(self, rows, *arguments)
+    for place, row in enumerate(rows):
+        if how == "loss" and self.problem.pairs[row].row == 11:
+            losses = losses.clone()
+            losses[place] *= math.nan
+    return losses, margins
+passes.Passes._pair_losses = losses_of
+update = engine.Updates._update
+def updated(self, tensor, gradient):
+    name = "model.layers.1.mlp.down_proj.weight"
+    if how == "gradient" and self._step == 2 and tensor.name == name and rank == 1:
+        gradient.view(-1)[0] = math.nan
+    update(self, tensor, gradient)
+engine.Updates._update = updated
+from somf_mergekit.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("engine", ["resident", "sharded"])
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+def test_what_one_process_sees_stops_all_and_is_told_by_the_first(
+    how, engine, family, family_recipe, tmp_path, monkeypatch
+):
+    settings = {"max_steps": 6, "mask_rescale": "none"}
+    file = tiny.write_recipe(tmp_path / "recipe.yml", family_recipe(**settings))
+    (tmp_path / "bad.py").write_text(GOES_BAD)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = [tmp_path / "bad.py", "learn", file, tmp_path / "mask"]
+    environment = ENVIRONMENT | {"SOMF_ENGINE": engine, "HOW": how, "SOMF_CHECKPOINT_MINUTES": "0"}
+    result = tiny.run(sys.executable, *launcher, *script, env=environment)
+    assert result.returncode != 0
+    text = " ".join(result.stderr.split())
+    kept = MaskSet.open(tmp_path / "mask.last-good")
+    step = kept.provenance["steps"]
+    if how == "loss":
+        assert f"NaN or infinite at step {step + 1} of 6." in text
+        assert f"NaN or infinite on row 11 of {family / 'pairs.jsonl'} (counted from 0)" in text
+    else:
+        assert "a gradient became NaN or infinite at step 3 of 6. It is that of" in text
+        assert "It is that of model.layers.1.mlp.down_proj.weight." in text
+        assert step == 2
+    # The mask is that of a learning of the same schedule that was left off there.
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    real = tensors.MaskedTensor.update
+    monkeypatch.setattr(
+        tensors.MaskedTensor,
+        "update",
+        lambda self, gradient, number, share: number < step and real(self, gradient, number, share),
+    )
+    alone = tiny.invoke("mergekit-somf", "learn", file, tmp_path / "one")
+    assert alone.exit_code == 0, alone.output
+    one = MaskSet.open(tmp_path / "one")
+    apart = torch.cat([(one.entries(n) - kept.entries(n)).flatten() for n in one.names()])
+    assert (apart.abs() < 0.01).float().mean() > 0.98
+    assert (one.entries("lm_head.weight") - 0.5).abs().max() > 0.02 * step
 
 
 def test_shares_are_all_of_the_rows():

@@ -16,7 +16,7 @@ from .store import digest
 HARMFUL, HARMLESS, PAIRS = "harmful", "harmless", "pairs"
 _SOURCE_OPTIONS = ("config", "split")
 _T = TypeVar("_T")
-_Reading = Callable[[Any, str], tuple[list[_T], Dropped]]
+_Reading = Callable[[Any, str], tuple[Sequence[_T], Dropped]]
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def read_sets(
             problems.append(error.message)
             return []
         told[name] = source + f" (left out: {dropped})" * bool(dropped.reasons)
-        return found
+        return list(found)
 
     given = dict(extract or {})
     known = [name for name, _ in skills]

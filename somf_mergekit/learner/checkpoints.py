@@ -4,6 +4,7 @@ There is no other state: noise is a function of the seed, data come in a fixed o
 optimiser keeps nothing.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -84,28 +85,35 @@ class Checkpoints:
         self._seconds = seconds
         self._written = time.monotonic()
 
-    def latest(self) -> Progress:
+    def latest(self, at_most: int | None = None) -> Progress:
         """Return how far learning had come, and set the logits to what they were then.
 
-        A checkpoint that can't be read, or of something else, does not count.
+        A checkpoint that can't be read, or of something else, does not count, nor does one after
+        more than ``at_most`` steps, where that is given.
         """
-        for _, path in reversed(self._found()):
-            try:
+        for step, path in reversed(self._found()):
+            if at_most is not None and step > at_most:
+                continue
+            with contextlib.suppress(SafetensorError, OSError, ValueError, KeyError, TypeError):
                 return self._read(path)
-            except (SafetensorError, OSError, ValueError, KeyError, TypeError):
-                for tensor in self._tensors:
-                    tensor.logits.fill_(tensor.init_logit)
+        for tensor in self._tensors:
+            tensor.logits.fill_(tensor.init_logit)
         return Progress()
 
-    def after_step(self, progress: Progress, *, is_last: bool) -> None:
+    def after_step(self, progress: Progress, *, is_last: bool, is_good: bool = True) -> None:
         """Write a checkpoint where it is time for one.
+
+        Args:
+            progress: how far learning has come.
+            is_last: whether no step follows.
+            is_good: whether this may be what is to be gone back to; else it can wait.
 
         Raises:
             LearningInterrupted: the processes are to end; what is done is kept.
             RecipeError: the checkpoint can't be written; the last one is as it was.
         """
         wait = min(self._seconds, _END_SECONDS) if is_last else self._seconds
-        due = time.monotonic() - self._written >= wait
+        due = is_good and time.monotonic() - self._written >= wait
         told = self._together.gathered([(self.stop.signal, due)])
         stopped = next((signal for signal, _ in told if signal), None)
         # The first one's clock counts: all must write together.

@@ -84,6 +84,9 @@ class Updates:
     def begin(self, step: int, share: float) -> None:
         """Wait for the gradients of a step, which updates with a share of the learning rate."""
         self._step, self._share, self._are_last = step, share, False
+        for tensor in self._tensors:
+            # A step that was broken off leaves some.
+            tensor.weight.grad = tensor.gradient_square = None
 
     def gradients_end(self) -> None:
         """From now on, a gradient is complete when it comes."""

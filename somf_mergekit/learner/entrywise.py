@@ -14,12 +14,12 @@ from ..masking import mask_scale
 from ..pieces import pieces
 from ..shards import Shard
 from ..weights import LinearWeight
-from .draws import Draw
+from .draws import Draw, Mask
 from .triton_check import kernels_for
 
 
 def write_masked(
-    weight: Tensor, merged: LinearWeight, draw: Draw, rescale: str, shard: Shard
+    weight: Tensor, merged: LinearWeight, draw: Mask, rescale: str, shard: Shard
 ) -> None:
     """Set ``weight`` to start + D m / mean(m), or start + D m for ``rescale`` none.
 
@@ -30,7 +30,7 @@ def write_masked(
         rescale: see ``masking.mask_scale``; the mean is the whole mask's.
         shard: the rows that are kept.
     """
-    kernels = kernels_for(weight.device)
+    kernels = kernels_for(weight.device) if isinstance(draw, Draw) else None
     if kernels:
         kernels.write_masked(weight, merged, draw, rescale, shard)
         return

@@ -5,11 +5,14 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from ..objectives import PREFERENCES
 from ..recipe import Settings
 from .checkpoints import Checkpoints, Progress
-from .passes import LearningProblem, Passes
+from .divergence import LossWatch
+from .passes import Passes
+from .problem import LearningProblem
 
 WARMUP_SHARE = 0.08
 
@@ -72,6 +75,7 @@ def learn_logits(
     on_reference: Callable[[int, int], None],
     progress: Progress | None = None,
     checkpoints: Checkpoints | None = None,
+    until: int | None = None,
 ) -> None:
     """Learn the logits of ``problem.tensors`` in place.
 
@@ -82,9 +86,10 @@ def learn_logits(
             of examples that are done and of all.
         progress: how far learning had come when it was stopped; kept up to date.
         checkpoints: where what is done is kept; nowhere if not given.
+        until: after so many steps of the schedule learning is left off.
 
     Raises:
-        LossNotFinite: before the update of the step whose loss is not finite.
+        LearningDiverged: a loss or a gradient is not finite, or the loss has exploded.
         LearningInterrupted: the process was asked to end.
     """
     progress = progress or Progress()
@@ -97,7 +102,8 @@ def learn_logits(
     utility_plan = batches(len(problem.utility), settings, steps, "utility/") if has_utility else []
     passes = Passes(problem, progress.reference, progress.unmasked)
     passes.compare(_used(problem, plan), _used(problem, utility_plan), on_reference)
-    for step, batch in enumerate(plan):
+    watch = LossWatch.after(settings, progress.history)
+    for step, batch in enumerate(plan[:until]):
         if step < progress.step:
             continue
         start = time.perf_counter()
@@ -119,8 +125,10 @@ def learn_logits(
         progress.step = step + 1
         progress.history.append(asdict(report))
         on_step(report)
+        watch.see(step, report.loss, report.utility, partial(passes.evidence, shown))
         if checkpoints:
-            checkpoints.after_step(progress, is_last=step + 1 == steps)
+            is_last = step + 1 == steps
+            checkpoints.after_step(progress, is_last=is_last, is_good=not watch.is_high)
 
 
 def _used(problem: LearningProblem, plan: list[list[int]]) -> list[int]:

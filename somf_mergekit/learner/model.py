@@ -142,6 +142,7 @@ def learning_model(
             seed=settings.seed,
             init_logit=values["init_logit"],
             learning_rate=values["learning_rate"],
+            kind=values["mask_kind"],
         )
     _check_complete(model, filled)
     if not any(tensor.changed for tensor in loaded):

@@ -1,42 +1,18 @@
 """The losses of learning, and what they are compared with."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..answers import EncodedAnswer
 from ..objectives import PREFERENCES, divergences, preference_losses, sft_losses
-from ..preferences import EncodedPair
-from ..processes import ALONE, Processes
-from ..recipe import Settings
-from .engine import Engine, LossNotFinite, Part, TokenLogProbs
+from .divergence import Evidence, LearningDiverged
+from .engine import LossNotFinite, Part
 from .logprobs import TokenBatch, answer_sums, token_batch
-from .tensors import Content, MaskedTensor, State
-
-
-@dataclass(frozen=True)
-class LearningProblem:
-    """Everything a mask is learned from.
-
-    Attributes:
-        engine: runs the model.
-        tensors: the weights that get a mask.
-        pairs: tokenised preference pairs, in the order of the first epoch.
-        utility: tokenised harmless prompts with answers.
-        settings: of the recipe.
-        micro_batch: pairs that go through the model at once.
-        together: this process among those that learn; all have the same of the above.
-    """
-
-    engine: Engine
-    tensors: Sequence[MaskedTensor]
-    pairs: Sequence[EncodedPair]
-    utility: Sequence[EncodedAnswer]
-    settings: Settings
-    micro_batch: int
-    together: Processes = ALONE
+from .problem import LearningProblem, pair_length
+from .tensors import Content, State
 
 
 @dataclass
@@ -47,11 +23,15 @@ class Losses:
         loss: mean over the pairs of the objective.
         margins: of each pair; none where the objective has no margin.
         utility: mean divergence over the tokens of the utility examples; None without them.
+        of_pairs: losses of this process' pairs, each with its row in the data.
+        wrong_utility: rows of this process' utility examples whose divergence is not finite.
     """
 
     loss: float
     margins: list[float]
     utility: float | None
+    of_pairs: list[tuple[int, float]] = field(default_factory=list)
+    wrong_utility: list[int] = field(default_factory=list)
 
 
 class Passes:
@@ -74,6 +54,10 @@ class Passes:
         self.settings = problem.settings
         self.reference = {} if reference is None else reference
         self.unmasked = {} if unmasked is None else unmasked
+        # Squared norms of the logits' gradients in the latest update, and its step.
+        self._names = [tensor.name for tensor in problem.tensors]
+        self._squares: list[float] = []
+        self._updated = 0
 
     def compare(
         self, rows: list[int], utility_rows: list[int], on_reference: Callable[[int, int], None]
@@ -108,31 +92,67 @@ class Passes:
             rate_share: of the learning rate at its peak, from 0 to 1.
 
         Raises:
-            LossNotFinite: no logit has changed.
+            LearningDiverged: the loss is not finite, and no logit has changed; or a gradient is
+                not, and some have.
         """
         together = self.problem.together
         shown = Losses(0.0, [], 0.0 if utility else None)
         parts = [
             Part(self._pair_batch(rows), self._pair_loss(rows, 1 / len(batch), step, shown))
-            for rows in self._parts(together.share(batch), self._pair_length)
+            for rows in self.problem.parts(together.share(batch), self._pair_length)
         ]
         tokens = sum(len(self.problem.utility[row].answer) for row in utility)
         parts += [
             Part(self._utility_batch(rows), self._utility_loss(rows, 1 / tokens, step, shown))
-            for rows in self._parts(together.share(utility), self._utility_length)
+            for rows in self.problem.parts(together.share(utility), self._utility_length)
         ]
-        self.problem.engine.learn(parts, step, rate_share)
+        try:
+            self.problem.engine.learn(parts, step, rate_share)
+        except LossNotFinite as error:
+            raise LearningDiverged(
+                step, "the loss became NaN or infinite", self.evidence(shown), is_intact=True
+            ) from error
+        self._squares, self._updated = self._gradient_squares(), step
+        if not all(map(math.isfinite, self._squares)):
+            raise LearningDiverged(
+                step, "a gradient became NaN or infinite", self.evidence(shown), is_intact=False
+            )
         return Losses(
             sum(together.gathered([shown.loss])),
             together.gathered(shown.margins),
             None if shown.utility is None else sum(together.gathered([shown.utility])),
+            shown.of_pairs,
         )
+
+    def evidence(self, shown: Losses) -> Evidence:
+        """Return what all processes know of a step, where it went bad."""
+        together = self.problem.together
+        pairs = together.gathered(shown.of_pairs)
+        return Evidence.of(
+            dict(zip(self._names, self._squares, strict=False)),
+            self._updated,
+            pairs,
+            together.gathered(shown.wrong_utility),
+        )
+
+    def _gradient_squares(self) -> list[float]:
+        """Return the squared norm of the gradient of each tensor's logits in the latest update."""
+        together, tensors = self.problem.together, self.problem.tensors
+        none = torch.zeros((), device=self.problem.engine.device)
+        own = [none if t.gradient_square is None else t.gradient_square for t in tensors]
+        # Those that every process has are added up as often as there are processes.
+        counts = [together.count if t.is_shared else 1 for t in tensors]
+        summands = torch.stack(own) / torch.tensor(counts, device=none.device)
+        found: list[float] = together.add_up(summands).tolist()
+        return found
 
     def _pair_loss(
         self, rows: list[int], share: float, step: int, shown: Losses
     ) -> Callable[[Tensor, Tensor], Tensor]:
         def loss(log_probs: Tensor, owners: Tensor) -> Tensor:
             losses, margins = self._pair_losses(rows, log_probs, owners)
+            numbers = (self.problem.pairs[row].row for row in rows)
+            shown.of_pairs += zip(numbers, losses.tolist(), strict=True)
             total = _finite_sum(losses, step) * share
             shown.loss += float(total.detach())
             shown.margins += margins
@@ -143,8 +163,10 @@ class Passes:
     def _utility_loss(
         self, rows: list[int], share: float, step: int, shown: Losses
     ) -> Callable[[Tensor, Tensor], Tensor]:
-        def loss(log_probs: Tensor, _: Tensor) -> Tensor:
+        def loss(log_probs: Tensor, owners: Tensor) -> Tensor:
             apart = divergences(log_probs, torch.cat([self.unmasked[row] for row in rows]))
+            wrong = owners[~torch.isfinite(apart)].unique().tolist()
+            shown.wrong_utility += [self.problem.utility[rows[place]].row for place in wrong]
             total = _finite_sum(apart, step) * share
             shown.utility = (shown.utility or 0.0) + float(total.detach())
             return total * self.settings.utility_weight
@@ -166,8 +188,8 @@ class Passes:
         return losses, margins.tolist()
 
     def _keep_unmasked(self, rows: list[int]) -> Iterator[None]:
-        parts = list(self._parts(rows, self._utility_length))
-        found = self._evaluated(
+        parts = list(self.problem.parts(rows, self._utility_length))
+        found = self.problem.evaluated(
             map(self._utility_batch, parts), len(parts), State(Content.UNMASKED)
         )
         for part, (log_probs, owners) in zip(parts, found, strict=True):
@@ -176,21 +198,13 @@ class Passes:
             yield
 
     def _keep_reference(self, rows: list[int], state: State) -> Iterator[None]:
-        parts = list(self._parts(rows, self._pair_length))
-        found = self._evaluated(map(self._pair_batch, parts), len(parts), state)
+        parts = list(self.problem.parts(rows, self._pair_length))
+        found = self.problem.evaluated(map(self._pair_batch, parts), len(parts), state)
         for part, result in zip(parts, found, strict=True):
             chosen, rejected, _ = self._pair_log_probs(part, *result)
             values = zip(chosen.tolist(), rejected.tolist(), strict=True)
             self.reference.update(zip(part, values, strict=True))
             yield
-
-    def _evaluated(
-        self, batches: Iterator[TokenBatch], count: int, state: State
-    ) -> Iterable[TokenLogProbs]:
-        # An engine may need all processes where one has something to evaluate.
-        if not any(self.problem.together.gathered([count])):
-            return ()
-        return self.problem.engine.evaluate(batches, state)
 
     def _pair_batch(self, rows: list[int]) -> TokenBatch:
         """Return the safe answers of pairs, then the unsafe ones where the objective takes both."""
@@ -218,15 +232,8 @@ class Passes:
             sums = sums / tokens
         return sums[:count], sums[count:], likelihoods
 
-    def _parts(self, rows: list[int], length: Callable[[int], int]) -> Iterator[list[int]]:
-        """Cut rows into micro-batches of like length, so that little of them is padding."""
-        order = sorted(rows, key=length)
-        for start in range(0, len(order), self.problem.micro_batch):
-            yield order[start : start + self.problem.micro_batch]
-
     def _pair_length(self, row: int) -> int:
-        pair = self.problem.pairs[row]
-        return len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
+        return pair_length(self.problem.pairs[row])
 
     def _utility_length(self, row: int) -> int:
         example = self.problem.utility[row]

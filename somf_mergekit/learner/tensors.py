@@ -1,19 +1,19 @@
 """One weight under its mask: what is kept of it, and the two steps of learning."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
 from torch import Tensor
 
 from ..granularity import Layout
-from ..masking import logit_gradient, mask_factor
+from ..masking import MERGE_STEP, logit_gradient, mask_factor
 from ..noise import noise_key
 from ..pieces import pieces
 from ..shards import Shard
 from ..weights import LinearWeight, MergedWeight
-from .draws import Draw
+from .draws import Draw, Mask, MergedMask
 from .entrywise import logit_gradients, write_masked
 from .optimizer import step_logits
 
@@ -26,6 +26,7 @@ class Content(Enum):
     SOFT = "the merge under the present soft mask"
     SAMPLE = "the merge under the concrete sample of a step"
     UNTRAINED_SAMPLE = "the merge under a sample, of its own, of the mask's start"
+    MERGED = "the merge under the present mask, stored and used as a merge does"
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,9 @@ class MaskedTensor:
         seed: of the noise.
         init_logit: where the logits start.
         learning_rate: at the schedule's peak.
+        kind: of the mask that the merge uses, one of ``masking.MASK_KINDS``.
+        gradient_square: squared norm of the gradient of the latest update, of the logits that this
+            process keeps; None where there was none.
     """
 
     name: str
@@ -100,6 +104,8 @@ class MaskedTensor:
     seed: int
     init_logit: float
     learning_rate: float
+    kind: str = "soft"
+    gradient_square: Tensor | None = field(default=None, init=False)
 
     @torch.no_grad()
     def write(self, state: State) -> None:
@@ -119,6 +125,9 @@ class MaskedTensor:
                 start = torch.tensor(self.init_logit, device=self.logits.device)
                 key = noise_key(seed=self.seed, step=state.step, name=f"untrained/{self.name}")
                 self._write(self._drawn(start.expand(self.logits.numel()), key))
+            case Content.MERGED:
+                key = noise_key(seed=self.seed, step=MERGE_STEP, name=self.name)
+                self._write(MergedMask(self._drawn(entries, key), self.kind))
         self.shard.gather(self.weight)
 
     @torch.no_grad()
@@ -133,11 +142,18 @@ class MaskedTensor:
             rate_share: of the learning rate at its peak, from 0 to 1.
         """
         rate = rate_share * self.learning_rate
-        step_logits(self.logits.view(-1), self._gradients(gradient, step), rate)
+        self.gradient_square = step_logits(
+            self.logits.view(-1), self._gradients(gradient, step), rate
+        )
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether every process that learns has all of the logits."""
+        return not self._is_entrywise or self.shard.is_whole
 
     def whole_logits(self) -> Tensor:
         """Return the logits of the whole mask; all processes that keep them together must ask."""
-        if not self._is_entrywise or self.shard.is_whole:
+        if self.is_shared:
             return self.logits
         found = torch.empty(self.layout.shape, device=self.logits.device)
         self.shard.own(found).copy_(self.logits)
@@ -168,7 +184,7 @@ class MaskedTensor:
         found = logit_gradient(of_factor, sample, self.temperature, self.rescale)
         yield slice(None), found.view(-1)
 
-    def _write(self, draw: Draw) -> None:
+    def _write(self, draw: Mask) -> None:
         own = self.shard.own(self.weight)
         if isinstance(self.merged, LinearWeight) and self._is_entrywise:
             write_masked(own, self.merged, draw, self.rescale, self.shard)
@@ -185,9 +201,12 @@ class MaskedTensor:
         return self._drawn(self.logits.view(-1), key)
 
     def _drawn(self, entries: Tensor, key: int | None) -> Draw:
-        first = self.shard.first_entry if self._is_entrywise else 0
-        return Draw(entries, key, first, self.temperature)
+        return Draw(entries, key, self._first_entry, self.temperature)
 
-    def _whole(self, draw: Draw) -> Tensor:
+    @property
+    def _first_entry(self) -> int:
+        return self.shard.first_entry if self._is_entrywise else 0
+
+    def _whole(self, draw: Mask) -> Tensor:
         parts = pieces(self.logits.numel(), self.logits.device)
         return torch.cat([draw.part(part) for part in parts]).view(self.layout.shape)

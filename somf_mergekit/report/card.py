@@ -6,7 +6,7 @@ from pathlib import Path
 from ..evaluate.table import value_table
 from ..files import write_whole
 from .content import Report
-from .text import learned_from, mask_line, opening
+from .text import held_out_verdict, learned_from, mask_line, opening
 from .writer import TABLE_FILE
 
 CARD = "README.md"
@@ -45,6 +45,9 @@ def section(report: Report, linked: str | None) -> str:
     collapses = report.census.collapses() if report.census else []
     lines += [f"- {len(c.tensors):,} tensors: {c.what} ({c.meaning})" for c in collapses]
     parts = ["## Safety", opening(report), "\n".join(lines)]
+    doubt = held_out_verdict(report)
+    if doubt:
+        parts.append(f"**{doubt.splitlines()[0]}**")
     if report.evaluation:
         parts += [
             value_table(report.evaluation),

@@ -1,12 +1,13 @@
 """What a report holds, and its form for programs."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..evaluate.evaluation import Evaluation
 from ..evaluate.table import as_json
+from ..held_out import KEY, told_held_out, why_none
 from ..plan import PlannedMerge
 from ..provenance import told_settings, versions
 from .census import MaskCensus
@@ -78,6 +79,7 @@ def report_json(report: Report) -> dict[str, Any]:
         },
         "learning": {
             **{key: told.get(key) for key in _OF_LEARNING},
+            KEY: _held_out_json(told),
             "curve": [asdict(row) for row in curve_rows(report.history)],
         },
         "evaluation": as_json(evaluation) if evaluation else None,
@@ -106,6 +108,11 @@ def short_names(models: Sequence[str]) -> list[str]:
     """Return what tables call models: the last part of their paths, where those differ."""
     short = [os.path.basename(model.rstrip("/")) for model in models]
     return short if len(set(short)) == len(short) else list(models)
+
+
+def _held_out_json(told: Mapping[str, Any]) -> dict[str, Any]:
+    found = told_held_out(told)
+    return {"pairs": 0, "why_none": why_none(told)} if found is None else found.told
 
 
 def _mask_json(census: MaskCensus) -> dict[str, Any]:

@@ -21,6 +21,7 @@ class MergeRecord:
         planned: the merge; None until it is planned.
         masks: that it uses; None likewise.
         folder: of the mask; the report goes there.
+        with_vectors: whether task vectors are recorded.
     """
 
     seconds: dict[str, float]
@@ -28,12 +29,14 @@ class MergeRecord:
     planned: PlannedMerge | None = None
     masks: MaskSet | None = None
     folder: str = ""
+    with_vectors: bool = True
     _open: ExitStack = field(default_factory=ExitStack)
 
     def begin(self, planned: PlannedMerge, masks: MaskSet, folder: str) -> None:
         """Take what is merged under which mask, before the first tensor is merged."""
         self.planned, self.masks, self.folder = planned, masks, folder
-        self._open.enter_context(recording(masks.path, self.vectors))
+        if self.with_vectors:
+            self._open.enter_context(recording(masks.path, self.vectors))
 
     def end(self) -> None:
         """Record no tensor any more: all are merged."""
@@ -52,10 +55,10 @@ _UNMASKED: ContextVar[str | None] = ContextVar("_UNMASKED", default=None)
 
 
 @contextmanager
-def recorded_merge() -> Iterator[MergeRecord]:
-    """Record the merge that is made inside."""
+def recorded_merge(*, with_vectors: bool) -> Iterator[MergeRecord]:
+    """Record the merge that is made inside, its task vectors too where asked for."""
     with timed() as seconds, ExitStack() as opened:
-        record = MergeRecord(seconds, _open=opened)
+        record = MergeRecord(seconds, with_vectors=with_vectors, _open=opened)
         token = _CURRENT.set(record)
         try:
             yield record

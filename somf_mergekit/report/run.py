@@ -12,9 +12,11 @@ import click
 
 from .. import machine
 from ..errors import first_line
+from ..held_out import warn
 from ..masks import MaskSet, masks_path
 from ..phases import phase, timed
 from ..plan import PlannedMerge
+from ..provenance import told_settings
 from .card import write_section
 from .census import MaskCensus
 from .content import Report
@@ -55,6 +57,8 @@ class Attempts:
 def merge_with_report(merge: Merge, config: Any, out: str, options: Any) -> Any:
     """Return what ``merge`` returns, after reporting on it.
 
+    Where held-out pairs do not speak for the merge, the last words are of that.
+
     Args:
         merge: writes a recipe's merge into a folder, with mergekit's options.
         config: the recipe, a mergekit MergeConfiguration.
@@ -65,11 +69,10 @@ def merge_with_report(merge: Merge, config: Any, out: str, options: Any) -> Any:
         RecipeError: the merge can't be made. A report that can't be made is told in a line.
     """
     extent = machine.machine_setting("report") or machine.FULL_REPORT
-    if extent == machine.NO_REPORT:
-        return merge(config, out, options)
+    is_told = extent != machine.NO_REPORT
     # mergekit writes into the recipe that it is given.
     again = config.model_copy(deep=True)
-    with recorded_merge() as record:
+    with recorded_merge(with_vectors=is_told) as record:
         start = time.perf_counter()
         result = merge(config, out, options)
         record.end()
@@ -77,7 +80,9 @@ def merge_with_report(merge: Merge, config: Any, out: str, options: Any) -> Any:
         planned, masks = record.planned, record.masks
         if planned is not None and masks is not None:
             how = options.model_copy(update={"write_model_card": False})
-            _report(record, planned, masks, out, extent, lambda folder: merge(again, folder, how))
+            if is_told:
+                _report(record, planned, masks, out, extent, lambda to: merge(again, to, how))
+            warn(masks.provenance, told_settings(planned)["mask_kind"])
     return result
 
 

@@ -52,9 +52,9 @@ def curve_table(rows: Sequence[CurveRow]) -> str:
     }
     shown = {name: values for name, values in columns.items() if any(v is not None for v in values)}
     cells = [["steps", *shown]]
-    for number, row in enumerate(rows):
+    for place, row in enumerate(rows):
         steps = f"{row.first}" if row.first == row.last else f"{row.first} to {row.last}"
-        cells.append([steps, *(_number(values[number]) for values in shown.values())])
+        cells.append([steps, *(number(values[place]) for values in shown.values())])
     return aligned_table(cells)
 
 
@@ -77,9 +77,10 @@ def cosine_table(groups: Sequence[VectorSummary], labels: Sequence[str]) -> str:
     cells = [header]
     for group in groups:
         values = [gram.cosine(i, j) for i, j in pairs for gram in (group.before, group.after)]
-        cells.append([group.label, *map(_number, values)])
+        cells.append([group.label, *map(number, values)])
     return aligned_table(cells)
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Return a number for a table, a dash where there is none."""
     return "-" if value is None else f"{value:.4f}"

@@ -4,10 +4,12 @@ import json
 from collections.abc import Iterator
 
 from ..evaluate.table import circumstances, comparison
+from ..held_out import told_held_out, verdict, why_none
 from ..provenance import told_settings, versions
+from ..tables import aligned_table
 from .content import Report, short_names
 from .curve import curve_rows
-from .tables import collapse_list, cosine_table, curve_table, norm_table, summary_table
+from .tables import collapse_list, cosine_table, curve_table, norm_table, number, summary_table
 
 _ORIGINS = {
     "learned": "learned for this merge",
@@ -28,7 +30,8 @@ def markdown(report: Report, figure: str | None) -> str:
         parts.append("Missing from this report: " + "; ".join(report.failures) + ".")
     if figure:
         parts.append(f"![training curve, mask and task vectors]({figure})")
-    parts += [*_measured(report), *_learning(report), *_mask(report), *_task_vectors(report)]
+    parts += [*_measured(report), *_learning(report), *_held_out(report), *_mask(report)]
+    parts += _task_vectors(report)
     parts += ["## Circumstances", "\n".join(f"- {line}" for line in _circumstances(report))]
     return "\n\n".join(parts) + "\n"
 
@@ -97,6 +100,32 @@ def _learning(report: Report) -> Iterator[str]:
         )
     else:
         yield "There is no training curve."
+
+
+def held_out_verdict(report: Report) -> str | None:
+    """Return in words where held-out pairs do not speak for the merge; None where they do."""
+    return verdict(report.told, told_settings(report.planned)["mask_kind"])
+
+
+def _held_out(report: Report) -> Iterator[str]:
+    yield "## Pairs held out from learning"
+    found, doubt = told_held_out(report.told), held_out_verdict(report)
+    if found is None:
+        yield f"No pairs tell whether the mask helps: {why_none(report.told)}."
+        return
+    if doubt:
+        first, *further = doubt.splitlines()
+        yield f"**{first}**"
+        yield from further
+    rows = (("plain fusion", found.plain_fusion), ("under the mask", found.merge))
+    yield aligned_table(
+        [["merge", "preference accuracy", "margin"]]
+        + [[label, f"{100 * s.accuracy:.1f} %", number(s.margin)] for label, s in rows]
+    )
+    yield (
+        f"On {found.pairs:,} pairs that the mask has not learned from: how often the safe answer "
+        "is likelier per token than the unsafe one, and by how many nats a token on average."
+    )
 
 
 def _mask(report: Report) -> Iterator[str]:

@@ -1,0 +1,57 @@
+"""What a mask is learned from."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from ..answers import EncodedAnswer
+from ..preferences import EncodedPair
+from ..processes import ALONE, Processes
+from ..recipe import Settings
+from .engine import Engine, TokenLogProbs
+from .logprobs import TokenBatch
+from .tensors import MaskedTensor, State
+
+
+@dataclass(frozen=True)
+class LearningProblem:
+    """Everything a mask is learned from.
+
+    Attributes:
+        engine: runs the model.
+        tensors: the weights that get a mask.
+        pairs: tokenised preference pairs, in the order of the first epoch.
+        utility: tokenised harmless prompts with answers.
+        settings: of the recipe.
+        micro_batch: pairs that go through the model at once.
+        together: this process among those that learn; all have the same of the above.
+        held_out: tokenised pairs that are not learned from.
+    """
+
+    engine: Engine
+    tensors: Sequence[MaskedTensor]
+    pairs: Sequence[EncodedPair]
+    utility: Sequence[EncodedAnswer]
+    settings: Settings
+    micro_batch: int
+    together: Processes = ALONE
+    held_out: Sequence[EncodedPair] = ()
+
+    def evaluated(
+        self, batches: Iterator[TokenBatch], count: int, state: State
+    ) -> Iterable[TokenLogProbs]:
+        """Return what the engine makes of this process' batches, of which there are ``count``."""
+        # An engine may need all processes where one has something to evaluate.
+        if not any(self.together.gathered([count])):
+            return ()
+        return self.engine.evaluate(batches, state)
+
+    def parts(self, rows: Iterable[int], length: Callable[[int], int]) -> Iterator[list[int]]:
+        """Cut rows into micro-batches of like length, so that little of them is padding."""
+        order = sorted(rows, key=length)
+        for start in range(0, len(order), self.micro_batch):
+            yield order[start : start + self.micro_batch]
+
+
+def pair_length(pair: EncodedPair) -> int:
+    """Return the tokens of a pair's longer sequence."""
+    return len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
