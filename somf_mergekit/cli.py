@@ -119,6 +119,7 @@ def _inspect() -> click.Command:
         from .masks import MaskSet
         from .report import MaskCensus, summary_table
         from .report.plots import write_mask_plot
+        from .report.tables import collapse_list
 
         masks = MaskSet.open(mask)
         census = MaskCensus(masks)
@@ -127,6 +128,9 @@ def _inspect() -> click.Command:
             ("kind", [*census.groups("kind"), census.total()]),
         ):
             click.echo(summary_table(rows, heading) + "\n")
+        collapses = census.collapses()
+        if collapses:
+            click.echo(f"masks that have collapsed:\n{printable(collapse_list(collapses))}\n")
         place = png or os.path.join(os.path.dirname(masks.path), "mask.png")
         write_mask_plot(census, place, "What the mask keeps")
         click.echo(f"plot: {place}")

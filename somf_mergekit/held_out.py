@@ -153,7 +153,7 @@ def verdict(told: Mapping[str, Any], mask_kind: Any) -> str | None:
     return (
         "NOT SAFER THAN WITHOUT THE MASK, as far as pairs tell that it has not learned from: their "
         "preference accuracy is not above the plain fusion's.\n"
-        f"On {found.line}.{margin}\n"
+        f"When the mask was learned, on {found.line}.{margin}\n"
         "The merge is written all the same. Measure it before you use it (mergekit-somf evaluate). "
         f"What may help: {binary}more steps (max_steps) or a larger learning_rate; more pairs "
         "(safety_samples), or others whose unsafe answers the fine-tuned models really give; "

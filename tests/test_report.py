@@ -14,9 +14,12 @@ from PIL import Image
 
 from somf_mergekit import MaskSet
 from somf_mergekit.mask_files import write_masks
+from somf_mergekit.report import MaskCensus
 from somf_mergekit.report.card import with_section
+from somf_mergekit.report.census import Collapse
 from somf_mergekit.report.curve import curve_rows
 from somf_mergekit.report.names import kind_of, layer_of
+from somf_mergekit.report.tables import collapse_list
 from somf_mergekit.report.vectors import TaskVectors, TensorRecord
 from somf_mergekit.sums import show_task_vectors
 
@@ -314,6 +317,54 @@ def test_collapsed_masks_are_named(family, tmp_path):
     found, base = tiny.tensors_of(tmp_path / "out"), tiny.tensors_of(family / "base")
     assert torch.equal(found[empty], base[empty])
     assert "There is no training curve." in text
+    # Tensor by tensor, for programs.
+    rows = {row["label"]: row["collapsed"] for row in report["mask"]["by_tensor"]}
+    assert rows[dropped] == ["all dropped", "binary mask empty", "even"]
+    assert [name for name in rows if rows[name]] == sorted(COLLAPSED)
+    inspected = tiny.invoke("mergekit-somf", "inspect", tmp_path / "mask")
+    assert "- **binary mask empty** (no probability is above 0.5" in inspected.output
+    assert f"2 tensors: `{empty}`, `{dropped}`" in inspected.output
+
+
+def test_a_stray_entry_hides_no_collapse(tmp_path):
+    kept, stray, partly = (torch.full((40, 10), 0.99) for _ in range(3))
+    stray[0, :4], partly[0, :5] = 0.3, 0.3
+    probabilities = {"kept": kept, "stray": stray, "partly": partly, "dropped": 1 - stray}
+    masks = write_masks(tmp_path / "m", probabilities, aliases={}, provenance={}, history=[])
+    collapsed = {c.what: c.tensors for c in MaskCensus(masks).collapses()}
+    assert collapsed == {
+        "all kept": ["kept", "stray"],
+        "all dropped": ["dropped"],
+        "binary mask full": ["kept"],
+        "even": ["kept"],
+    }
+
+
+def test_many_collapsed_masks_are_named_by_kind_and_layer():
+    names = [f"model.layers.{n}.mlp.up_proj.weight" for n in range(12)]
+    text = collapse_list([Collapse("all kept", "so", [*names, "model.norm.weight"])])
+    layers = " ".join(map(str, range(12)))
+    assert text.endswith(f"13 tensors: `mlp.up_proj` (layers {layers}), `model.norm`")
+
+
+def test_collapsed_masks_are_counted_when_they_have_been_learned(family, tmp_path):
+    recipe = recipe_of(
+        family,
+        safety_dataset=str(family / "pairs.jsonl"),
+        max_steps=4,
+        batch_size=6,
+        max_length=48,
+        granularity="tensor",
+        mask_rescale="none",
+        learning_rate=20.0,
+        include="mlp",
+    )
+    output = merge(recipe, tmp_path / "out")
+    mask = report_of(tmp_path / "out/somf")["mask"]
+    collapsed = {name for row in mask["collapsed"] for name in row["tensors"]}
+    ways = ", ".join(f"{row['what']} {len(row['tensors'])}" for row in mask["collapsed"])
+    assert len(collapsed) > 3
+    assert f"; the masks of {len(collapsed)} of 6 tensors have collapsed ({ways})\n" in output
 
 
 def test_packed_masks_are_summarised_as_zeros_and_ones(family, tmp_path):

@@ -10,6 +10,9 @@ from .names import grouped
 
 # Probabilities beyond these are as good as 1 and 0.
 _KEPT, _DROPPED = 0.95, 0.05
+# A tensor is as good as kept or dropped where so many of its entries are: a stray one, such as of a
+# token that no pair has, hides nothing.
+_NEARLY_ALL = 0.99
 
 
 @dataclass(frozen=True)
@@ -97,23 +100,30 @@ class MaskCensus:
     def collapses(self) -> list[Collapse]:
         """Return each way in which some tensor's mask has collapsed; a tensor may be in several."""
         found: list[Collapse] = []
+        nearly = f"at least {100 * _NEARLY_ALL:.0f} % of the probabilities are"
         ways = (
-            ("all kept", f"every probability is above {_KEPT}", self.levels > _KEPT),
-            ("all dropped", f"every probability is below {_DROPPED}", self.levels < _DROPPED),
+            ("all kept", f"{nearly} above {_KEPT}", self.levels > _KEPT, _NEARLY_ALL),
+            ("all dropped", f"{nearly} below {_DROPPED}", self.levels < _DROPPED, _NEARLY_ALL),
             (
                 "binary mask full",
                 "every probability is above 0.5: a binary mask keeps all",
                 self.levels > 0.5,
+                1.0,
             ),
             (
                 "binary mask empty",
                 "no probability is above 0.5: under `mask_kind: binary`, nothing of the tensor's "
                 "change is merged",
                 self.levels <= 0.5,
+                1.0,
             ),
         )
-        for what, meaning, allowed in ways:
-            inside = [name for name, counts in self.counts.items() if not counts[~allowed].any()]
+        for what, meaning, counted, share in ways:
+            inside = [
+                name
+                for name, counts in self.counts.items()
+                if int(counts[counted].sum()) >= share * int(counts.sum())
+            ]
             found.append(Collapse(what, meaning, inside))
         even = [
             name

@@ -116,12 +116,18 @@ def _held_out_json(told: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _mask_json(census: MaskCensus) -> dict[str, Any]:
+    collapses = census.collapses()
+
+    def of_tensor(name: str) -> dict[str, Any]:
+        ways = [collapse.what for collapse in collapses if name in collapse.tensors]
+        return {**asdict(census.summary(name, [name])), "collapsed": ways}
+
     return {
         "total": asdict(census.total()),
         "layers": [asdict(row) for row in census.groups("layer")],
         "kinds": [asdict(row) for row in census.groups("kind")],
-        "by_tensor": [asdict(census.summary(name, [name])) for name in census.counts],
-        "collapsed": [asdict(collapse) for collapse in census.collapses()],
+        "by_tensor": [of_tensor(name) for name in census.counts],
+        "collapsed": [asdict(collapse) for collapse in collapses],
     }
 
 

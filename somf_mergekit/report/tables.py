@@ -1,10 +1,11 @@
 """Tables of a report, in markdown."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from ..tables import aligned_table
 from .census import Collapse, MaskSummary
 from .curve import CurveRow
+from .names import NO_LAYER, grouped, layer_of
 from .vectors import VectorSummary
 
 _NAMED = 12
@@ -29,17 +30,28 @@ def summary_table(rows: Sequence[MaskSummary], heading: str) -> str:
 
 
 def collapse_list(collapses: Sequence[Collapse]) -> str:
-    """Return a markdown list of the ways in which masks have collapsed, tensors by name."""
+    """Return a markdown list of the ways in which masks have collapsed, tensors by name.
+
+    Where they are many, by their kind and layers.
+    """
     lines = []
     for collapse in collapses:
-        names = [f"`{name}`" for name in collapse.tensors[:_NAMED]]
-        further = len(collapse.tensors) - len(names)
-        more = f" and {further:,} more (report.json names all)" if further else ""
+        names = [f"`{name}`" for name in collapse.tensors]
+        if len(names) > _NAMED:
+            names = list(_by_kind(collapse.tensors))
         counted = f"{len(collapse.tensors):,} tensor" + "s" * (len(collapse.tensors) > 1)
-        lines.append(
-            f"- **{collapse.what}** ({collapse.meaning}), {counted}: {', '.join(names)}{more}"
-        )
+        lines.append(f"- **{collapse.what}** ({collapse.meaning}), {counted}: {', '.join(names)}")
     return "\n".join(lines)
+
+
+def _by_kind(names: Sequence[str]) -> Iterator[str]:
+    """Yield many names in few words: a kind of tensor with the layers."""
+    for kind, members in grouped(names, "kind").items():
+        layers = list(dict.fromkeys(layer_of(name) for name in members))
+        if layers == [NO_LAYER]:
+            yield f"`{kind}`"
+        else:
+            yield f"`{kind}` ({'layer' if len(layers) == 1 else 'layers'} {' '.join(layers)})"
 
 
 def curve_table(rows: Sequence[CurveRow]) -> str:
