@@ -15,6 +15,9 @@ from .plan import PlannedMerge
 from .provenance import told_settings
 from .report.census import MaskCensus
 
+# Rows that are named.
+_NAMED = 5
+
 
 def comparison(planned: PlannedMerge, problem: LearningProblem, quiet: bool) -> HeldOut:
     """Return what the held-out pairs tell of the merge under the learned mask and without one.
@@ -90,14 +93,11 @@ def told_divergence(error: LearningDiverged) -> dict[str, Any]:
     }
 
 
-# Rows that are named.
-_NAMED = 5
-
-
 def _tensor_told(error: LearningDiverged) -> Iterator[str]:
     found = error.evidence
     if found.tensor is None:
-        yield "No logit had been updated."
+        # After a learning that was gone on with, the update before is not known.
+        yield from ["No logit had been updated."] * (error.step == 0)
     elif found.share is None:
         more = f", and those of {found.others:,} more tensors are too" * bool(found.others)
         yield f"It is that of {found.tensor}{more}."

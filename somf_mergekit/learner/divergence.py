@@ -167,9 +167,9 @@ class LossWatch:
 
 
 def least_judged(settings: Settings) -> float:
-    """Return the loss that is never called high: that of a merge a little worse than the reference.
+    """Return the least loss that steps are judged against, on the objective's own scale.
 
-    It has the scale of the objective, which may start next to nothing.
+    A loss may start next to nothing, where many times as much is still little.
     """
     least = _NATS * (settings.utility_weight if settings.utility_dataset else 0.0)
     if settings.objective not in PREFERENCES:
