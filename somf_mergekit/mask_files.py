@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .digests import file_digest
 from .mask_header import FORMAT, header_digest, tensor_digest, with_digest
 from .masks import (
     CHECKSUMS_KEY,
@@ -23,6 +22,7 @@ from .masks import (
     PROVENANCE_FILE,
     MaskSet,
     encoded_probability,
+    history_digest,
 )
 
 
@@ -131,7 +131,7 @@ def _new_artifact(folder: str | os.PathLike[str], provenance: Mapping[str, Any])
         checksums = {MASKS_FILE: header_digest(MaskSet(os.path.join(work, MASKS_FILE)).header)}
         history = os.path.join(work, HISTORY_FILE)
         if os.path.exists(history):
-            checksums[HISTORY_FILE] = file_digest(history)
+            checksums[HISTORY_FILE] = history_digest(history)
         told = with_digest({**provenance, CHECKSUMS_KEY: checksums})
         with open(os.path.join(work, PROVENANCE_FILE), "w", encoding="utf-8") as file:
             json.dump(told, file, indent=2, sort_keys=True)

@@ -81,6 +81,21 @@ def test_a_learning_that_was_stopped_ends_as_one_that_was_not(settings, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_mask_learned_once_more_is_the_same_byte_for_byte_with_its_record(
+    family_recipe, tmp_path
+):
+    recipe = family_recipe(max_steps=2)
+    folders = [tmp_path / name for name in ("first", "second")]
+    for folder in folders:
+        learn(recipe, folder)
+    for name in ("masks.safetensors", "somf.json"):
+        first, second = (folder.joinpath(name).read_bytes() for folder in folders)
+        assert first == second, name
+    histories = [(folder / "training.jsonl").read_text() for folder in folders]
+    # Two steps never take the same time.
+    assert histories[0] != histories[1]
+
+
 def test_what_was_compared_with_is_not_computed_again(tmp_path, monkeypatch):
     first = make_problem(**SETTINGS)
     trajectory(first, Progress(), kept(first, tmp_path), until=1)

@@ -118,10 +118,14 @@ def test_weights_that_can_not_be_read(out):
     assert "the written weights can't be read" in told
 
 
-@pytest.mark.parametrize("file", ["masks.safetensors", "training.jsonl", "somf.json"])
-def test_a_damaged_artifact(out, file):
+@pytest.mark.parametrize(
+    ("file", "place"),
+    # Of the record of learning: the number of its first step, and the end of its last row.
+    [("masks.safetensors", -9), ("somf.json", -9), ("training.jsonl", 9), ("training.jsonl", -2)],
+)
+def test_a_damaged_artifact(out, file, place):
     data = bytearray((out / "somf" / file).read_bytes())
-    data[-9] ^= 2
+    data[place] ^= 2
     (out / "somf" / file).write_bytes(data)
     verdict, told = verified(out, "--sample", "1", code=1)["artifact"]
     assert verdict == "WRONG"
