@@ -6,9 +6,12 @@ There is no GPU here: the device is the CPU too, but what is brought is copied a
 import pytest
 import torch
 from test_learner import TRAJECTORIES, make_problem, trajectory
+from test_streaming import FakeCuda
 
-from somf_mergekit.learner import conveyor, streaming
+from somf_mergekit import learn, prepass
+from somf_mergekit.learner import conveyor, model, streaming
 from somf_mergekit.learner.loop import learn_logits
+from somf_mergekit.learner.pinned import PinnedMemory
 from somf_mergekit.learner.streaming import StreamingEngine
 
 
@@ -137,3 +140,28 @@ def test_a_layer_comes_while_the_one_before_is_computed_with(elsewhere, monkeypa
     back = [("comes", number) for number in reversed(range(last - 1))]
     comings = [event for event in asked if event[0] == "comes"]
     assert comings[-len(forward + back) :] == forward + back
+
+
+def test_a_mask_learned_from_pinned_memory_is_the_same(
+    elsewhere, family_recipe, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SOMF_ENGINE", "streaming")
+    recipe = family_recipe(max_steps=2)
+    learn(recipe, tmp_path / "plain")
+    cuda, moved = FakeCuda(), []
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
+    monkeypatch.setattr(prepass, "_store", lambda device, folder: PinnedMemory())
+    real = model._move
+
+    def watched(whole, placement):
+        real(whole, placement)
+        moved.append(sum(weight.untyped_storage().nbytes() for weight in whole.parameters()))
+        assert len(cuda.pinned) > len(list(whole.parameters()))
+
+    monkeypatch.setattr(model, "_move", watched)
+    learn(recipe, tmp_path / "pinned")
+    # No weight had memory on the device before it was needed, and none is pinned any more.
+    assert moved == [0]
+    assert cuda.pinned == {}
+    masks = [tmp_path / name / "masks.safetensors" for name in ("plain", "pinned")]
+    assert masks[0].read_bytes() == masks[1].read_bytes()

@@ -104,7 +104,7 @@ def learning_model(
     model = _empty_model(config, loaded, trust_remote_code)
     if placement.autocast:
         _keep_layers_in(model, placement.autocast)
-    model.to(placement.device)
+    _move(model, placement)
     places = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     storage = weight_storage(config)
     masked: dict[int, MaskedTensor] = {}
@@ -155,6 +155,23 @@ def learning_model(
             "parameters.include and parameters.exclude leave no changed tensor for a mask"
         )
     return LearningModel(model, list(masked.values()), list(fixed.values()), aliases)
+
+
+def _move(model: Any, placement: Placement) -> None:
+    """Put a model, whose weights hold nothing yet, where it learns.
+
+    Where that is a GPU which can't hold all of it, no weight has memory there until the engine
+    gives it some.
+    """
+    if not isinstance(placement.store, PinnedMemory):
+        model.to(placement.device)
+        return
+    for weight in model.parameters():
+        weight.data = torch.empty_like(weight.data, device=placement.device)
+        weight.untyped_storage().resize_(0)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(placement.device)
 
 
 def _loaded_name(name: str, model: Any) -> str:

@@ -70,9 +70,9 @@ class StreamingEngine:
         self._updates = [Updates(_masked(own), together) for own in self._of_layer]
         changed = partial(self._at_hand, changes=True)
         self._outer_updates = Updates(_masked(self._outer), together, changed)
-        self._bytes = {id(t.weight): t.weight.untyped_storage().nbytes() for t in weights}
         for own in self._of_layer:
             self._free(own)
+        self._give_memory(self._outer)
         self._write_outer(State(Content.BASE))
         self._probe = token_batch([([0], [0])], self.device)
         self._gives_tuples = self._probed()
@@ -230,8 +230,8 @@ class StreamingEngine:
         """Let a layer have its weights, and what they are made of be where it is computed with."""
         own, conveyor = self._of_layer[number], self._conveyor
         with conveyor.arrived(number, following, changes=changes) if conveyor else nullcontext():
+            self._give_memory(own)
             for tensor in own:
-                tensor.weight.untyped_storage().resize_(self._bytes[id(tensor.weight)])
                 tensor.write(state)
             try:
                 yield
@@ -256,6 +256,10 @@ class StreamingEngine:
         if not self._conveyor:
             return nullcontext()
         return self._conveyor.visiting(tensor, changes=changes)
+
+    def _give_memory(self, tensors: Sequence[LearnedTensor]) -> None:
+        for tensor in tensors:
+            tensor.weight.untyped_storage().resize_(tensor.weight.nbytes)
 
     def _free(self, tensors: Sequence[LearnedTensor]) -> None:
         for tensor in tensors:
