@@ -42,7 +42,7 @@ def main(seconds: int, targets: tuple[str, ...], work: Path, out: Path, child: s
         for target in targets or ("artifact", "recipe")
     ]
     out.mkdir(parents=True, exist_ok=True)
-    text = _report(rows)
+    text = _report(rows, out)
     (out / RESULT).write_text(text)
     click.echo(text)
 
@@ -201,11 +201,14 @@ def _seeds(target: str) -> Iterator[bytes]:
         yield b"\xc0" + (Path(folder) / "sample" / "somf.json").read_bytes()
 
 
-def _report(rows: list[dict[str, Any]]) -> str:
+def _report(rows: list[dict[str, Any]], results: Path) -> str:
+    """Return what was found as a page, with what `benchmarks.kills` has recorded in ``results``."""
     machine = circumstances()
     packages = {**machine["packages"], "atheris": _version("atheris")}
     lines = [
-        "# Reliability: readers of what strangers give, under a fuzzer",
+        "# Reliability",
+        "",
+        "## Readers of what strangers give, under a fuzzer",
         "",
         "`python -m benchmarks.fuzz`: atheris, guided by coverage, one process a target.",
         "A finding is anything but a right reading or this package's one-line error: another",
@@ -220,15 +223,38 @@ def _report(rows: list[dict[str, Any]]) -> str:
             f"| {row['target']} reader | {row['executions']:,} | {row['seconds']:.0f} | {rate:.0f} "
             f"| {row['covered']} | {len(row['findings'])} |"
         )
-    for row in rows:
-        lines += [f"- {row['target']}: {what}" for what in row["findings"]]
+    findings = [f"- {row['target']}: {what}" for row in rows for what in row["findings"]]
+    if findings:
+        lines += ["", "Found, each a test since:", "", *findings]
     told = ", ".join(f"{name} {number}" for name, number in packages.items())
     lines += [
         "",
         f"Python {machine['python']}, {told}; {machine['system']}, {machine['processor']}, "
         f"{machine['cores']} cores, niceness {os.nice(0)}.",
+        *_kills(results),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _kills(results: Path) -> list[str]:
+    records = [json.loads(file.read_text()) for file in sorted(results.glob("kills-*.json"))]
+    if not records:
+        return []
+    return [
+        "",
+        "## Learning that is killed",
+        "",
+        "`python -m benchmarks.kills`: SIGKILL at moments that a seed draws, the same command again",
+        "each time, until learning ends: with the mask of a run that nobody stopped, or it fails.",
+        "",
+        "| engine | steps | kills | while a checkpoint was written | same mask at the end |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {record['engine']} | {record['steps']} | {record['kills']} "
+            f"| {record['kills while writing']} | yes |"
+            for record in records
+        ),
+    ]
 
 
 def _version(name: str) -> str:

@@ -98,7 +98,7 @@ def _problems(header: MaskHeader, shapes: Any, types: Any, has_checksums: bool) 
             yield f"{name} is stored as {types[name]}, expected U8, a byte an entry"
         if len(shape) > _MOST_AXES or not math.prod(shape):
             yield f"{name} has the shape {shape}, expected one entry or more on {_MOST_AXES} axes"
-    if has_checksums and set(header.digests) != set(shapes):
+    if (has_checksums or header.digests) and set(header.digests) != set(shapes):
         differing = sorted(set(header.digests) ^ set(shapes))
         yield f"checksums and stored tensors differ in {', '.join(differing[:3])}"
     for key in ("repeats", "packed"):

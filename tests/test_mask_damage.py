@@ -79,6 +79,11 @@ def refusal(folder):
         ({"packed": {"a": [1] * 9}}, "packed.a: List should have at most 8 items"),
         ({"packed": {"x": [8]}}, "packed: there is no tensor 'x' in the file"),
         ({"digests": {"a": "0"}}, "checksums and stored tensors differ in b, s"),
+        # The first format has no checksums, but a file that says so may have some.
+        (
+            {"format": "somf-mask/1", "digests": {"c": "0"}},
+            "checksums and stored tensors differ in a, b, c",
+        ),
         ({"further": 1}, "further: Extra inputs are not permitted"),
     ],
 )
