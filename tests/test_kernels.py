@@ -1,6 +1,7 @@
 """The Triton kernels: by Triton's interpreter what torch computes, and compiled for GPUs."""
 
 import importlib
+import inspect
 import os
 import subprocess
 import sys
@@ -103,6 +104,10 @@ for kernel in (kernels._totals_kernel, kernels._write_kernel, kernels._gradient_
 
 
 def test_kernels_compile_for_gpus_and_read_four_entries_at_once(tmp_path):
+    from triton.compiler import ASTSource
+
+    if "constexprs" not in inspect.signature(ASTSource).parameters:
+        pytest.skip("this Triton takes what it compiles ahead of use in another form")
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     del environment["TRITON_INTERPRET"]
     done = subprocess.run(
