@@ -6,6 +6,7 @@ already, without calling torch's entry points: they are called where a child fir
 
 import importlib
 import importlib.machinery
+import importlib.util
 import os
 import pkgutil
 import sys
@@ -62,7 +63,10 @@ def modules():
     import somf_mergekit
 
     found = pkgutil.walk_packages(somf_mergekit.__path__, "somf_mergekit.")
-    return [module.name for module in found if not module.name.endswith("__main__")]
+    names = [module.name for module in found if not module.name.endswith("__main__")]
+    # Imported where Triton is, and nowhere else.
+    has_triton = importlib.util.find_spec("triton")
+    return [name for name in names if has_triton or not name.endswith(".learner.kernels")]
 
 
 def main():

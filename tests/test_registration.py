@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -72,8 +73,9 @@ def test_each_of_our_modules_can_be_imported_first():
     result = tiny.run(sys.executable, Path(__file__).parent / "first_import.py", cwd=ROOT.parent)
     assert (result.returncode, result.stderr) == (0, "")
     modules = [file for file in ROOT.rglob("*.py") if file.name != "__main__.py"]
-    # The package itself is imported by each.
-    assert result.stdout == f"looked at {len(modules) - 1}\n"
+    # The package itself is imported by each; without Triton its kernels are left out.
+    left_out = 1 if find_spec("triton") else 2
+    assert result.stdout == f"looked at {len(modules) - left_out}\n"
 
 
 def remove_package(site):
