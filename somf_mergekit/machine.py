@@ -141,6 +141,15 @@ def free_memory(device: str) -> int:
     return int(psutil.virtual_memory().available) // started_here()
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory could not be had, on whatever device."""
+    import torch
+
+    # On the CPU torch says so in words alone.
+    in_words = "can't allocate memory" in str(error)
+    return in_words or isinstance(error, (MemoryError, torch.OutOfMemoryError))
+
+
 def activation_bytes(config: Any) -> int:
     """Return about what a backward pass keeps of each token.
 

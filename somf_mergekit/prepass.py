@@ -9,7 +9,7 @@ import click
 import torch
 
 from . import machine
-from .errors import RecipeError
+from .errors import RecipeError, first_line
 from .forecast import forecast
 from .held_out import HeldOut
 from .inputs import SafetyData, checked_data, given_mask
@@ -270,6 +270,15 @@ def _learn_with_progress(
     try:
         with stop_requests(checkpoints.stop):
             learn_logits(problem, on_step, on_reference, progress, checkpoints)
+    except (MemoryError, RuntimeError) as error:
+        if not machine.is_out_of_memory(error):
+            raise
+        raise RecipeError(
+            f"the memory was not enough for step {progress.step + 1} ({first_line(error)}). What "
+            "checkpoints have is kept: the same command goes on from there, also with "
+            "--micro-batch-size 1 (SOMF_MICRO_BATCH_SIZE) or --engine streaming (SOMF_ENGINE), "
+            "which need less."
+        ) from error
     finally:
         for shown in bars.values():
             shown.close()

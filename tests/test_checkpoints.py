@@ -19,6 +19,7 @@ from test_learner import make_problem
 from somf_mergekit import RecipeError, learn
 from somf_mergekit.learner import checkpoints as module
 from somf_mergekit.learner.checkpoints import Checkpoints, Progress
+from somf_mergekit.learner.engine import ResidentEngine
 from somf_mergekit.learner.interruption import LearningInterrupted
 from somf_mergekit.learner.loop import learn_logits
 from somf_mergekit.learner.safetensors_file import StoredTensor, write_safetensors
@@ -206,6 +207,49 @@ def test_a_signal_ends_after_a_step_and_the_same_command_goes_on(
     assert "Traceback" not in told
     assert not (tmp_path / "mask").exists()
     assert steps_kept(place) < 40
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_where_memory_runs_out_the_same_command_goes_on(
+    error, family_recipe, tmp_path, monkeypatch
+):
+    file = tiny.write_recipe(tmp_path / "recipe.yml", family_recipe(max_steps=3))
+    monkeypatch.setenv("SOMF_CHECKPOINT_MINUTES", "0")
+    real = ResidentEngine.learn
+
+    def failing(self, parts, step, rate_share):
+        if step == 2:
+            raise error
+        real(self, parts, step, rate_share)
+
+    with monkeypatch.context() as without_memory:
+        without_memory.setattr(ResidentEngine, "learn", failing)
+        stopped = tiny.invoke("mergekit-somf", "learn", file, tmp_path / "mask")
+    assert stopped.exit_code == 1
+    assert isinstance(stopped.exception, SystemExit)
+    reason = str(error) or "MemoryError"
+    assert f"the memory was not enough for step 3 ({reason})" in stopped.output
+    command = ["learn", "--micro-batch-size", "1", file, tmp_path / "mask"]
+    ended = tiny.invoke("mergekit-somf", *command)
+    assert ended.exit_code == 0, ended.output
+    assert "somf: going on after step 2" in ended.output
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(family_recipe, tmp_path, monkeypatch):
+    def failing(self, parts, step, rate_share):
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(ResidentEngine, "learn", failing)
+    with pytest.raises(RuntimeError, match="a fault"):
+        learn(family_recipe(max_steps=1), tmp_path / "mask")
 
 
 def ignores(process, number):

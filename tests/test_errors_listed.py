@@ -66,6 +66,8 @@ CALLS = {
 }
 # Other texts that are no messages, by how they begin.
 TEXTS = (
+    # In the words of torch.
+    "can't allocate memory",
     ", <> of them up to rounding",
     "; <> not looked at (--all looks)",
     "(as in the recipe)",
