@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from .dialogue import Message, encoded, user_prompt
 from .errors import RecipeError
 from .preferences import answer_text, read_messages
-from .rows import Dropped, Examples
+from .rows import Dropped, Examples, examples_of
 
 # Column of the prompt, of its answer, and of what may follow the prompt.
 _COLUMNS = (
@@ -71,30 +71,20 @@ def answered_prompts(rows: Any, source: str) -> tuple[Examples[tuple[list[Messag
             f"Found: {', '.join(rows.column_names) or '(no columns)'}. Expected {KNOWN_ANSWERS}."
         )
 
-    def read(row: dict[str, Any]) -> tuple[list[Message] | None, str | None]:
-        return _dialogue(row) if columns is None else _columns(row, columns)
-
-    usable, dropped = [], Dropped()
-    for number, row in enumerate(rows):
+    def read(_: int, row: dict[str, Any]) -> tuple[list[Message], str] | str:
         if _SAFE in row and not row[_SAFE]:
-            dropped.add("not safe")
-            continue
-        messages, answer = read(row)
+            return "not safe"
+        messages, answer = _dialogue(row) if columns is None else _columns(row, columns)
         if not messages:
-            dropped.add("unreadable")
-        elif answer is None or not answer.strip():
-            dropped.add("without an answer")
-        else:
-            usable.append(number)
-    if not usable:
-        why = f": {dropped}" if dropped.reasons else ": it has no rows"
-        raise RecipeError(f"dataset {source} has no prompt with an answer{why}")
+            return "unreadable"
+        if answer is None or not answer.strip():
+            return "without an answer"
+        return messages, answer
 
-    def whole(number: int, row: dict[str, Any]) -> tuple[list[Message], str]:
-        # A usable row has both.
-        return cast(tuple[list[Message], str], read(row))
-
-    return Examples(rows, usable, whole), dropped
+    found, dropped = examples_of(rows, read)
+    if not found:
+        raise RecipeError(f"dataset {source} has no prompt with an answer{dropped.why_none}")
+    return found, dropped
 
 
 def prompts_alone(rows: Any, source: str) -> tuple[list[list[Message]], Dropped]:
@@ -125,8 +115,7 @@ def prompts_alone(rows: Any, source: str) -> tuple[list[list[Message]], Dropped]
         else:
             found[key] = messages
     if not found:
-        why = f": {dropped}" if dropped.reasons else ": it has no rows"
-        raise RecipeError(f"dataset {source} has no prompt{why}")
+        raise RecipeError(f"dataset {source} has no prompt{dropped.why_none}")
     return list(found.values()), dropped
 
 

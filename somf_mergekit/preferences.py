@@ -7,7 +7,7 @@ from typing import Any
 
 from .dialogue import Message, encoded, user_prompt
 from .errors import RecipeError
-from .rows import Dropped, Examples
+from .rows import Dropped, Examples, examples_of
 
 KNOWN_COLUMNS = (
     "'prompt', 'chosen', 'rejected' (text or message lists); "
@@ -57,22 +57,22 @@ def preference_pairs(rows: Any, source: str) -> tuple[Examples[Pair], Dropped]:
         RecipeError: the columns are not recognised, there is no usable pair, or chosen equals
             rejected throughout.
     """
-    read = _reader(list(rows.column_names), source)
-    usable, dropped = [], Dropped()
-    for number, row in enumerate(rows):
-        found = read(row)
+    reader = _reader(list(rows.column_names), source)
+
+    def read(number: int, row: dict[str, Any]) -> Pair | str:
+        found: Pair | str = reader(row)
         if isinstance(found, str):
-            dropped.add(found)
-        elif not found.chosen.strip() or not found.rejected.strip():
-            dropped.add("without an answer")
-        elif found.chosen == found.rejected:
-            dropped.add("with chosen equal to rejected")
-        else:
-            usable.append(number)
-    if not usable:
-        why = f": {dropped}" if dropped.reasons else ": it has no rows"
-        raise RecipeError(f"dataset {source} has no usable preference pair{why}")
-    return Examples(rows, usable, lambda number, row: replace(read(row), row=number)), dropped
+            return found
+        if not found.chosen.strip() or not found.rejected.strip():
+            return "without an answer"
+        if found.chosen == found.rejected:
+            return "with chosen equal to rejected"
+        return replace(found, row=number)
+
+    pairs, dropped = examples_of(rows, read)
+    if not pairs:
+        raise RecipeError(f"dataset {source} has no usable preference pair{dropped.why_none}")
+    return pairs, dropped
 
 
 def encoded_pairs(

@@ -6,7 +6,7 @@ import random
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, TypeVar, cast, overload
 
 from .errors import RecipeError, first_line
 
@@ -21,7 +21,7 @@ FILE_FORMATS = {
 _T = TypeVar("_T")
 
 
-class Examples(Sequence[_T], Generic[_T]):
+class Examples(Sequence[_T]):
     """Examples of a dataset, each read from its row when it is asked for: none is kept."""
 
     def __init__(self, rows: Any, numbers: Sequence[int], read: Callable[[int, Any], _T]):
@@ -61,8 +61,30 @@ class Dropped:
         """Count one dropped row."""
         self.reasons[reason] = self.reasons.get(reason, 0) + 1
 
+    @property
+    def why_none(self) -> str:
+        """What a sentence ends with that says that no row gave anything."""
+        return f": {self}" if self.reasons else ": it has no rows"
+
     def __str__(self) -> str:
         return ", ".join(f"{count} {reason}" for reason, count in sorted(self.reasons.items()))
+
+
+def examples_of(rows: Any, read: Callable[[int, Any], _T | str]) -> tuple[Examples[_T], Dropped]:
+    """Return the examples that rows give, and how many rows were dropped and why.
+
+    Args:
+        rows: of a dataset; all are looked at once.
+        read: gives the example of a row, whose number comes first, or in words why it has none.
+    """
+    usable, dropped = [], Dropped()
+    for number, row in enumerate(rows):
+        found = read(number, row)
+        if isinstance(found, str):
+            dropped.add(found)
+        else:
+            usable.append(number)
+    return Examples(rows, usable, cast(Callable[[int, Any], _T], read)), dropped
 
 
 def dataset_rows(source: str, split: str = "train", config: str | None = None) -> Any:

@@ -1,16 +1,15 @@
 """The files of a frontier: a table to read, the same as JSON, and a plot."""
 
 import json
-import os
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ..evaluate.coherence import N_GRAM
 from ..evaluate.sets import HARMFUL, PAIRS
 from ..evaluate.store import ANSWERS
-from ..files import write_whole
+from ..files import whole_file, write_whole
+from ..provenance import versions
 from ..tables import aligned_table
 from .axes import ACCURACY, REFUSALS, value
 from .making import MEASURED_FOLDER
@@ -22,7 +21,6 @@ MARK, NOTHING = "*", "-"
 # Of the answers to harmful prompts: gibberish is no refusal.
 _REPEATED = f"repeated {N_GRAM}-grams"
 _SHARES = (REFUSALS, ACCURACY, _REPEATED)
-_PACKAGES = ("somf-mergekit", "mergekit", "torch", "transformers")
 
 
 def write_frontier(frontier: Frontier, folder: Path) -> None:
@@ -37,12 +35,8 @@ def write_frontier(frontier: Frontier, folder: Path) -> None:
     content = json.dumps(as_json(frontier), indent=1, allow_nan=False, ensure_ascii=False)
     for name, whole in ((JSON_FILE, content + "\n"), (TABLE_FILE, markdown(frontier))):
         write_whole(folder / name, whole)
-    partial = folder / f"partial.{FIGURE_FILE}"
-    try:
+    with whole_file(folder / FIGURE_FILE) as partial:
         write_plot(frontier, partial)
-        os.replace(partial, folder / FIGURE_FILE)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def markdown(frontier: Frontier) -> str:
@@ -116,7 +110,7 @@ def as_json(frontier: Frontier) -> dict[str, Any]:
             name: {"source": source, "examples": count}
             for name, (source, count) in frontier.sets.items()
         },
-        "packages": {name: version(name) for name in _PACKAGES},
+        "packages": versions(),
     }
 
 
@@ -153,4 +147,4 @@ def _circumstances(frontier: Frontier) -> Iterator[str]:
     )
     yield f"95 % bootstrap intervals of all measures, and more of these: {JSON_FILE}"
     yield f"generated answers: {MEASURED_FOLDER}/{ANSWERS}, which may hold harmful text"
-    yield ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
+    yield ", ".join(f"{name} {number}" for name, number in versions().items())

@@ -23,13 +23,13 @@ _TOLERANCE = 1e-4
 
 def kernels_for(device: torch.device) -> Any:
     """Return the module ``kernels`` where it works on a device, None where torch is to be used."""
-    if device.type != "cuda" or not find_spec("triton"):
-        return None
-    return _tried(device)
+    return _tried(device) if device.type == "cuda" else None
 
 
 @lru_cache(maxsize=8)
 def _tried(device: torch.device) -> Any:
+    if not find_spec("triton"):
+        return None
     # Triton compiles on first use, and needs a C compiler and a device that it knows.
     try:
         kernels = import_module(".kernels", __package__)

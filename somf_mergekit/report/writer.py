@@ -1,10 +1,9 @@
 """The files of a report."""
 
 import json
-import os
 from pathlib import Path
 
-from ..files import write_whole
+from ..files import whole_file, write_whole
 from .content import Report, report_json
 from .text import markdown
 
@@ -32,12 +31,8 @@ def write_figure_of(report: Report, folder: Path) -> None:
     # matplotlib is slow to come: only where it is used.
     from .plots import write_report_figure
 
-    partial = folder / f"partial.{FIGURE_FILE}"
-    try:
+    with whole_file(folder / FIGURE_FILE) as partial:
         write_report_figure(report, partial)
-        os.replace(partial, folder / FIGURE_FILE)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def remove_figure(folder: Path) -> None:
