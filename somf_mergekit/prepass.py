@@ -18,13 +18,14 @@ from .learner.divergence import LearningDiverged
 from .learner.engine import ResidentEngine
 from .learner.folder import learning_folder
 from .learner.interruption import LearningInterrupted, stop_requests
+from .learner.layers import StreamingImpossible
 from .learner.loop import StepReport, learn_logits, step_count
 from .learner.mapped import MappedFiles
 from .learner.model import LearningModel, Placement, learning_model
 from .learner.pinned import PinnedMemory
 from .learner.problem import LearningProblem
 from .learner.recovery import gone_back
-from .learner.streaming import StreamingEngine, StreamingImpossible
+from .learner.streaming import StreamingEngine
 from .mask_files import keep_masks, write_masks
 from .masks import MASKS_FILE, MaskSet
 from .outcome import comparison, diverged, learned_line, told_divergence

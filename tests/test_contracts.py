@@ -466,7 +466,7 @@ def test_a_models_parts_are_where_learning_looks(model):
 
 
 def test_layers_are_one_list_whose_forward_can_be_replaced(model):
-    from somf_mergekit.learner.streaming import layers_of
+    from somf_mergekit.learner.layers import layers_of
 
     layers = layers_of(model)
     seen = []

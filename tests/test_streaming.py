@@ -16,6 +16,7 @@ from somf_mergekit.errors import RecipeError
 from somf_mergekit.forecast import forecast
 from somf_mergekit.inputs import checked_data
 from somf_mergekit.learner import engine, streaming
+from somf_mergekit.learner.layers import StreamingImpossible
 from somf_mergekit.learner.logprobs import token_batch
 from somf_mergekit.learner.mapped import MappedFiles
 from somf_mergekit.learner.pinned import PinnedMemory
@@ -84,15 +85,15 @@ def test_models_that_are_no_row_of_layers_are_refused():
     model = tiny.tiny_llama(0, VOCABULARY)
     shared = copy.deepcopy(model)
     shared.model.layers[1].mlp = shared.model.layers[0].mlp
-    with pytest.raises(streaming.StreamingImpossible, match="share weights"):
+    with pytest.raises(StreamingImpossible, match="share weights"):
         streamed(shared)
     tied = copy.deepcopy(model)
     tied.model.extra = torch.nn.ParameterList([tied.model.layers[0].mlp.up_proj.weight])
-    with pytest.raises(streaming.StreamingImpossible, match="share weights with others"):
+    with pytest.raises(StreamingImpossible, match="share weights with others"):
         streamed(tied)
     two = copy.deepcopy(model)
     two.model.more = copy.deepcopy(two.model.layers)
-    with pytest.raises(streaming.StreamingImpossible, match="2 lists of layers"):
+    with pytest.raises(StreamingImpossible, match="2 lists of layers"):
         streamed(two)
 
 
@@ -107,7 +108,7 @@ def test_models_that_pass_more_than_hidden_states_are_refused():
     model = tiny.tiny_llama(0, VOCABULARY)
     model.model.__class__ = Gated
     tensors = [dataclasses.replace(t, weight=model.get_parameter(t.name)) for t in problem.tensors]
-    with pytest.raises(streaming.StreamingImpossible, match="more than hidden states"):
+    with pytest.raises(StreamingImpossible, match="more than hidden states"):
         streaming.StreamingEngine(model, tensors, [], None)
 
 

@@ -5,7 +5,7 @@ the next one's come into the other, on a stream of their own, and changed logits
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,15 +45,13 @@ class Conveyor:
         self._computing.wait(slot.arrival)
         if following is not None and not self._slot_of(following):
             self._brought(following, but=slot)
-        homes = [_Home(tensor) for tensor in self._layers[number]]
-        for home in homes:
-            home.go(slot.moved)
         try:
-            yield
+            with ExitStack() as away:
+                for tensor in self._layers[number]:
+                    away.enter_context(_away(tensor, slot.moved))
+                yield
         finally:
             done = self._computing.now()
-            for home in homes:
-                home.come_back()
             slot.departure = self._sent_back(number, slot, done) if changes else done
 
     @contextmanager
@@ -66,12 +64,10 @@ class Conveyor:
                 copies[id(own)] = own.to(self._device, non_blocking=True, copy=True)
             return copies[id(own)]
 
-        home = _Home(tensor)
-        home.go(moved)
         try:
-            yield
+            with _away(tensor, moved):
+                yield
         finally:
-            home.come_back()
             if changes and isinstance(tensor, MaskedTensor):
                 tensor.logits.copy_(copies[id(tensor.logits)], non_blocking=True)
 
@@ -137,24 +133,24 @@ class _Slot:
         return self._copies[id(own)]
 
 
-class _Home:
-    """Where what a weight is made of was before it was brought to the device."""
+@contextmanager
+def _away(tensor: LearnedTensor, moved: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let a weight be made of what ``moved`` gives in the place of its own parts."""
+    there = _parts(tensor, moved)
+    home = {name: getattr(tensor, name) for name in there}
+    vars(tensor).update(there)
+    try:
+        yield
+    finally:
+        vars(tensor).update(home)
 
-    def __init__(self, tensor: LearnedTensor):
-        self._tensor = tensor
-        self._parts = {name: getattr(tensor, name) for name in _parts_of(tensor)}
 
-    def go(self, moved: Callable[[Tensor], Tensor]) -> None:
-        tensor = self._tensor
-        tensor.base = moved(tensor.base)
-        if tensor.merged is not None:
-            tensor.merged = tensor.merged.kept(moved)
-        if isinstance(tensor, MaskedTensor):
-            tensor.logits = moved(tensor.logits)
-
-    def come_back(self) -> None:
-        for name, part in self._parts.items():
-            setattr(self._tensor, name, part)
+def _parts(tensor: LearnedTensor, moved: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """Return what a weight is made of, by attribute, with ``moved`` applied to each tensor."""
+    found = {"base": moved(tensor.base), "merged": tensor.merged and tensor.merged.kept(moved)}
+    if isinstance(tensor, MaskedTensor):
+        found["logits"] = moved(tensor.logits)
+    return found
 
 
 class _Stream:
@@ -189,23 +185,11 @@ class _Stream:
         return self._stream or torch.cuda.current_stream(self._device)
 
 
-def _parts_of(tensor: LearnedTensor) -> tuple[str, ...]:
-    return ("base", "merged", "logits") if isinstance(tensor, MaskedTensor) else ("base", "merged")
-
-
 def _distinct(layer: Sequence[LearnedTensor]) -> list[Tensor]:
     """Return the tensors that a layer's weights are made of, each once."""
     found: dict[int, Tensor] = {}
-
-    def note(own: Tensor) -> Tensor:
-        return found.setdefault(id(own), own)
-
     for tensor in layer:
-        note(tensor.base)
-        if tensor.merged is not None:
-            tensor.merged.kept(note)
-        if isinstance(tensor, MaskedTensor):
-            note(tensor.logits)
+        _parts(tensor, lambda own: found.setdefault(id(own), own))
     return list(found.values())
 
 

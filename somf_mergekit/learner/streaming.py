@@ -13,15 +13,12 @@ from torch import Tensor, nn
 from ..processes import ALONE, Processes
 from .conveyor import Conveyor, LearnedTensor
 from .engine import Part, TokenLogProbs, Updates, agreed, autocast_to
+from .layers import StreamingImpossible, layer_of_weights, layers_of
 from .logprobs import TokenBatch, answer_token_log_probs, output_head, token_batch
 from .tensors import Content, FixedTensor, MaskedTensor, State
 
 # Tokens that go through a layer before the next one is brought.
 GROUP_TOKENS = 1 << 15
-
-
-class StreamingImpossible(ValueError):
-    """The model is no embedding, layers one after another, and head."""
 
 
 @dataclass
@@ -57,7 +54,7 @@ class StreamingEngine:
         self.device = next(model.parameters()).device
         self._model, self._autocast_type, self._together = model, autocast, together
         self._layers = layers_of(model)
-        place = _layer_of_weights(model, self._layers)
+        place = layer_of_weights(model, self._layers)
         weights: list[LearnedTensor] = [*tensors, *fixed]
         self._of_layer = [
             [tensor for tensor in weights if place.get(id(tensor.weight)) == number]
@@ -306,44 +303,6 @@ class StreamingEngine:
                 f"{type(self._model).__name__} gives its layers more than hidden states to learn "
                 "through"
             )
-
-
-def layers_of(model: Any) -> list[nn.Module]:
-    """Return the layers of a model, in their order.
-
-    Raises:
-        StreamingImpossible: there is not one list of layers.
-    """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    found = [
-        module
-        for module in model.base_model.modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) > 0
-        and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
-    ]
-    if len(found) != 1:
-        raise StreamingImpossible(
-            f"{type(model).__name__} has {len(found)} lists of layers, not one"
-        )
-    return list(found[0])
-
-
-def _layer_of_weights(model: Any, layers: Sequence[nn.Module]) -> dict[int, int]:
-    """Return the layer of each weight that is in one, by identity."""
-    place: dict[int, int] = {}
-    for number, layer in enumerate(layers):
-        for weight in layer.parameters():
-            if place.setdefault(id(weight), number) != number:
-                raise StreamingImpossible(f"layers of {type(model).__name__} share weights")
-    inside = {id(module) for layer in layers for module in layer.modules()}
-    for module in model.modules():
-        if id(module) not in inside and any(
-            id(weight) in place for weight in module.parameters(recurse=False)
-        ):
-            raise StreamingImpossible(f"layers of {type(model).__name__} share weights with others")
-    return place
 
 
 def _are_elsewhere(weights: Iterable[LearnedTensor], device: torch.device) -> bool:
