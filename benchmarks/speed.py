@@ -19,20 +19,10 @@ from somf_mergekit.processes import is_first
 
 from .memory import peak_memory
 from .real_data import pairs_of, write_pairs
-from .real_table import circumstances
 from .speed_models import BASE, SHAPES, WEIGHT, make_models, specialists_of
+from .speed_table import MERGE_RUNS, MERGES, WAYS, write_record
 
-WAYS = {
-    "plain_dpo": "plain DPO, all weights by AdamW",
-    "naive": "mask by autograd, RelaxedBernoulli",
-    "resident": "mask by this package, resident engine",
-    "streaming": "mask by this package, streaming engine",
-    "sharded": "mask by this package, two processes, sharded engine",
-}
-MERGES = {"task_arithmetic": "task_arithmetic", "somf": "somf with a given mask"}
 SHARING_PROCESSES = 2
-# A merge takes seconds, which vary with the disk: in turn, and the median counts.
-MERGE_RUNS = 5
 # A first step pays for allocations and compilations that later ones do not.
 UNTIMED_STEPS = 1
 
@@ -90,7 +80,7 @@ def main(model: str, data: Path | None, work: Path, child: str | None, **options
         click.echo(f"{name}: {json.dumps(rows[name])}", err=True)
     rows |= _merges([way for way in MERGES if way in ways], model, work, options)
     rows["import"] = _import_seconds()
-    click.echo(_write(rows, _weight_count(folder / BASE), model, options))
+    click.echo(write_record(rows, _weight_count(folder / BASE), model, options))
 
 
 def _merges(
@@ -269,14 +259,6 @@ def _import_seconds() -> dict[str, float]:
     return {name: median(values) for name, values in found.items()}
 
 
-def _gpu(device: str) -> dict[str, str]:
-    if device == "cpu":
-        return {}
-    import torch
-
-    return {"gpu": torch.cuda.get_device_name(device)}
-
-
 def _weight_count(folder: Path) -> int:
     count = 0
     for file in folder.glob("*.safetensors"):
@@ -284,71 +266,6 @@ def _weight_count(folder: Path) -> int:
             shapes = (handle.get_slice(name).get_shape() for name in handle.keys())  # noqa: SIM118
             count += sum(math.prod(shape) for shape in shapes)
     return count
-
-
-def _write(
-    rows: dict[str, dict[str, Any]], weights: int, model: str, options: dict[str, Any]
-) -> str:
-    name = f"speed-{Path(model).name}" + "-gpu" * (options["device"] != "cpu")
-    # Records of before know no other device.
-    left_out = ("out", "device", "gpu_memory") if options["device"] == "cpu" else ("out",)
-    settings = {
-        k: str(v) if isinstance(v, Path) else v for k, v in options.items() if k not in left_out
-    }
-    record = {"model": Path(model).name, "weights": weights, "settings": settings}
-    record |= circumstances() | _gpu(options["device"])
-    place = options["out"] / f"{name}.json"
-    earlier = json.loads(place.read_text()) if place.exists() else {}
-    known = earlier.pop("results", {})
-    rows = {**known, **rows} if earlier == record else rows
-    text = "\n\n".join(
-        [
-            f"# Time and memory: {Path(model).name}",
-            _table(rows, WAYS, "a step", weights),
-            _table(rows, MERGES, "a merge", weights),
-            f"`import torch`: {1000 * rows['import']['with']:.0f} ms with the registration, "
-            f"{1000 * rows['import']['without']:.0f} ms without (processor time, medians of five).",
-            f"{options['batch_size']} pairs of up to {options['max_length']} tokens a step, "
-            f"{options['micro_batch']} at once; medians of the steps after the first, of merges "
-            f"that of {MERGE_RUNS} in turn. Memory is the peak of RssAnon; the model has "
-            f"{weights:,} weights.",
-        ]
-    )
-    options["out"].mkdir(parents=True, exist_ok=True)
-    place.write_text(json.dumps({**record, "results": rows}, indent=1) + "\n")
-    (options["out"] / f"{name}.md").write_text(text + "\n")
-    return text
-
-
-def _table(rows: dict[str, dict[str, Any]], labels: dict[str, str], unit: str, weights: int) -> str:
-    """Return what was measured, with ratios to the first that was."""
-    lines = [
-        f"| | seconds {unit} | ratio | mask work | peak memory, GiB | ratio | bytes a weight |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    on_gpu = any("peak_gpu_bytes" in row for row in rows.values())
-    if on_gpu:
-        lines = [lines[0] + " of the GPU, GiB |", lines[1] + "---|"]
-    known = next((rows[name] for name in labels if "seconds" in rows.get(name, {})), {})
-    for name, label in labels.items():
-        row = rows.get(name)
-        if not row:
-            continue
-        if "failed" in row:
-            lines.append(f"| {label} | {row['failed']} | | | | | |" + " |" * on_gpu)
-            continue
-        seconds, memory = row["seconds"], row["peak_bytes"]
-        ratios = [
-            f"{row[key] / known[key]:.2f}" if key in known else ""
-            for key in ("seconds", "peak_bytes")
-        ]
-        share = f"{row['mask_seconds'] / seconds:.0%}" if "mask_seconds" in row else ""
-        lines.append(
-            f"| {label} | {seconds:.2f} | {ratios[0]} | {share} | {memory / 2**30:.2f} "
-            f"| {ratios[1]} | {memory / weights:.1f} |"
-            + (f" {row['peak_gpu_bytes'] / 2**30:.2f} |" if "peak_gpu_bytes" in row else "")
-        )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

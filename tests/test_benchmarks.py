@@ -16,6 +16,7 @@ from benchmarks.real_model import main
 from benchmarks.real_recipes import recipes
 from benchmarks.real_table import MODELS, TABLES, markdown_table, write_results
 from benchmarks.speed_models import make_models
+from benchmarks.speed_table import write_record
 from somf_mergekit.learner import passes, tensors
 from somf_mergekit.preferences import Pair
 from somf_mergekit.recipe_check import read_recipe, recipe_problems
@@ -159,7 +160,7 @@ def test_each_way_is_timed_and_tabulated(tmp_path, monkeypatch):
     assert all(row["peak_bytes"] > 0 for row in found.values())
     found["import"] = {"with": 2.0, "without": 1.0}
     weights = speed._weight_count(folder / "base")
-    text = speed._write(found, weights, "tiny", {**options, "out": tmp_path / "out"})
+    text = write_record(found, weights, "tiny", {**options, "out": tmp_path / "out"})
     assert text == (tmp_path / "out/speed-tiny.md").read_text().rstrip()
     assert f"the model has {weights:,} weights" in text
     for name in speed.ENGINES:
@@ -173,10 +174,10 @@ def test_each_way_is_timed_and_tabulated(tmp_path, monkeypatch):
     assert record["results"]["naive"]["all_seconds"] == found["naive"]["all_seconds"]
     # Measured again alone, under the same circumstances or others.
     again = {"somf": {**found["somf"], "seconds": 1234.0}, "import": found["import"]}
-    text = speed._write(again, weights, "tiny", {**options, "out": tmp_path / "out"})
+    text = write_record(again, weights, "tiny", {**options, "out": tmp_path / "out"})
     assert "| somf with a given mask | 1234.00 |" in text
     assert "RelaxedBernoulli" in text
-    text = speed._write(again, weights, "tiny", {**options, "steps": 3, "out": tmp_path / "out"})
+    text = write_record(again, weights, "tiny", {**options, "steps": 3, "out": tmp_path / "out"})
     assert "RelaxedBernoulli" not in text
 
 
@@ -191,7 +192,7 @@ def test_what_a_gpu_took_is_tabulated_in_a_record_of_its_own(tmp_path, monkeypat
         "task_arithmetic": row,
         "import": {"with": 2.0, "without": 1.0},
     }
-    text = speed._write(rows, 2**28, "tiny", options)
+    text = write_record(rows, 2**28, "tiny", options)
     assert "| bytes a weight | of the GPU, GiB |" in text
     assert "| plain DPO, all weights by AdamW | 2.00 | 1.00 |  | 1.00 | 1.00 | 4.0 | 3.00 |" in text
     assert "exit code 1: no memory | | | | | | |" in text
