@@ -1,4 +1,3 @@
-import os
 import re
 from pathlib import Path
 
@@ -113,8 +112,7 @@ def test_learn_writes_the_artifact_and_check_accepts_it_as_a_mask(
     assert "there is nothing to learn" in refused.output
 
 
-def test_merge_sets_the_machine_from_its_options(recipe_file, tmp_path, monkeypatch):
-    monkeypatch.setenv("SOMF_MICRO_BATCH_SIZE", "1")  # restored after the test
+def test_merge_sets_the_machine_from_its_options(recipe_file, tmp_path):
     result = tiny.invoke(
         "mergekit-somf",
         "merge",
@@ -125,7 +123,6 @@ def test_merge_sets_the_machine_from_its_options(recipe_file, tmp_path, monkeypa
         "--micro-batch-size",
         "2",
     )
-    del os.environ["SOMF_WORK_DIR"]
     assert result.exit_code == 0, result.output
     assert (tmp_path / "out/model.safetensors").exists()
     assert MaskSet.open(tmp_path / "work").names()

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 import yaml
@@ -152,7 +153,9 @@ def invoke(name, *arguments):
         from mergekit.scripts.multimerge import main
     else:
         from somf_mergekit.cli import main
-    return CliRunner().invoke(main, [str(a) for a in arguments], catch_exceptions=True)
+    # Options of the machine become environment variables, which go with a command's own process.
+    with mock.patch.dict(os.environ):
+        return CliRunner().invoke(main, [str(a) for a in arguments], catch_exceptions=True)
 
 
 def merged(content, folder, *options):
