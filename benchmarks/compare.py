@@ -5,7 +5,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,20 @@ from somf_mergekit.evaluate import EvaluationSettings
 from .compare_costs import known_seconds
 from .compare_models import QUICK, Models, Trainings
 from .compare_plot import write_plot
-from .compare_record import record_of
+from .compare_record import record_of, restore
 from .compare_rows import Learning, comparison_rows
 from .compare_runs import Bench, Missing, Run
 from .compare_splits import HELD_BACK, SIZES, VALIDATION, Sizes, read_splits
-from .compare_store import locked, write_json
+from .compare_store import claimed, read_json, write_json
 from .compare_table import markdown
 from .compare_work import Comparison
 from .real_model import PUBLISHED_MODEL
 
 # The bootstrap's intervals are not used: what counts is the spread over seeds.
-MEASURING = EvaluationSettings(max_new_tokens=48, max_length=128, batch_size=16, resamples=100)
+# Models are measured as most are run, in bfloat16; but see Bench for losses.
+MEASURING = EvaluationSettings(
+    max_new_tokens=48, max_length=128, batch_size=16, dtype="bfloat16", resamples=100
+)
 QUICK_SIZES = {
     VALIDATION: Sizes(harmful=6, harmless=6, pairs=8, skill_answers=4),
     HELD_BACK: Sizes(harmful=8, harmless=8, pairs=8, skill_answers=4),
@@ -96,7 +99,9 @@ def main(
     """Compare safe merges of a small model's specialists over seeds, and write the record.
 
     Needs the package with its dependencies, about 15 GB of disk, 8 GB of memory and, on two cores,
-    many hours: what is done is never done again, a call that is broken off goes on where it was.
+    many hours: what is done is never done again, a call that is broken off goes on where it was,
+    several calls share the work, and what a record in --out tells of the same runs is taken from
+    it, so that another machine goes on too.
     """
     if threads:
         import torch
@@ -111,16 +116,21 @@ def main(
     if not comparison.matching(only):
         names = ", ".join(row.name for row in comparison.order)
         raise click.ClickException(f"no row is called {only}; there are {names}")
+    command = _command(options, quick)
+    restored = restore(comparison, read_json(out / f"{NAME}.json"))
+    click.echo(f"{restored} runs are known from the record in {out}") if restored else None
     if listed:
         click.echo(listing(comparison, only))
         return
     failed: list[str] = []
     try:
         if not tabled:
-            with locked(work), _ending_in_order():
-                failed = _work(comparison, only, keep)
+            with _ending_in_order():
+                failed = _work(
+                    comparison, only, keep, lambda: write_record(comparison, out, command)
+                )
     finally:
-        click.echo(f"record: {write_record(comparison, out, _command(options, quick))}")
+        click.echo(f"record: {write_record(comparison, out, command)}")
     if failed:
         raise click.ClickException(f"{len(failed)} runs failed: {', '.join(failed)}")
 
@@ -181,12 +191,12 @@ def listing(comparison: Comparison, only: str | None) -> str:
 def write_record(comparison: Comparison, out: Path, command: str) -> Path:
     """Write JSON, table and plot of what is known, and return the table's file."""
     out.mkdir(parents=True, exist_ok=True)
-    record = record_of(comparison, command)
-    plot = out / f"{NAME}.png"
-    has_plot = write_plot(record, plot)
-    write_json(out / f"{NAME}.json", record)
-    table = out / f"{NAME}.md"
-    table.write_text(markdown(record, plot.name if has_plot else None), encoding="utf-8")
+    plot, table = out / f"{NAME}.png", out / f"{NAME}.md"
+    with claimed(comparison.bench.models.work / ".record.lock", wait=True):
+        record = record_of(comparison, command)
+        has_plot = write_plot(record, plot)
+        write_json(out / f"{NAME}.json", record)
+        table.write_text(markdown(record, plot.name if has_plot else None), encoding="utf-8")
     return table
 
 
@@ -200,8 +210,10 @@ def _ending_in_order() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _work(comparison: Comparison, only: str | None, keep: bool) -> list[str]:
-    """Do what is left, and return the names of the runs that failed."""
+def _work(
+    comparison: Comparison, only: str | None, keep: bool, write: Callable[[], object]
+) -> list[str]:
+    """Do what is left and write the record after each run; return the names of those that failed."""
     failed: list[str] = []
     free = shutil.disk_usage(comparison.bench.models.work).free
     click.echo(f"{free / 2**30:.0f} GiB of disk are free")
@@ -219,6 +231,7 @@ def _work(comparison: Comparison, only: str | None, keep: bool) -> list[str]:
         values = run.measures(split) or {}
         told = ", ".join(f"{key} {value:.3f}" for key, value in values.items())
         click.echo(f"{name}: {told} ({time.perf_counter() - start:.0f} s)")
+        write()
 
     comparison.work_through(only, keep=keep, on_run=on_run)
     return failed

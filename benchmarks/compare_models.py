@@ -5,16 +5,18 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import click
 
+from somf_mergekit.evaluate.models import content_digest
 from somf_mergekit.preferences import Pair
 
 from .compare_costs import timed
 from .compare_make import SAFE
-from .compare_store import read_json, write_json
+from .compare_store import claimed, read_json, write_json
 from .real_data import HARMLESS, HELD_OUT, SAFETY_PAIRS, write_sets
 from .real_training import (
     ALIGNED,
@@ -120,7 +122,10 @@ class Models:
     def made(self, name: str, seed: int, pairs: Sequence[Pair]) -> Path:
         """Return the folder of a model, which is made where it must be."""
         folder = self.folder(name, seed)
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        with claimed(folder.with_name(f"{name}.lock"), wait=True):
+            return self._made(folder, name, seed, pairs)
+
+    def _made(self, folder: Path, name: str, seed: int, pairs: Sequence[Pair]) -> Path:
         before = self._before(name, seed)
         if before and not folder.exists():
             os.symlink(before.resolve(), folder)
@@ -130,19 +135,28 @@ class Models:
         if name in SHARED:
             self._make_shared(name, pairs)
             return folder
-        training = asdict(self.trainings.of(name, seed))
+        training = self.training(name, seed)
         task = {"what": "finetune", "name": name, "folder": str(folder), "training": training}
         task |= {"names": self.names(seed), "data": self.data and str(self.data)}
         write_json(_cost_file(folder), timed(task, FINE_TUNING))
         return folder
 
+    def digest(self, name: str, seed: int) -> str:
+        """Return a digest of a model's content, computed once for what is there."""
+        folder = self.folder(name, seed).resolve()
+        changed = max(file.stat().st_mtime_ns for file in folder.iterdir())
+        return _content_digest(folder, changed)
+
     def cost(self, name: str, seed: int) -> dict[str, Any]:
         """Return what a model's training took, {} where it was made elsewhere."""
         return read_json(_cost_file(self.folder(name, seed)))
 
-    def told(self, name: str, seed: int) -> dict[str, Any]:
-        """Return how a model was made."""
-        return read_json(self.folder(name, seed) / "training.json")
+    def training(self, name: str, seed: int) -> dict[str, Any]:
+        """Return how a model is made: from what, or how it is fine-tuned."""
+        if name == "published":
+            return {"source": Path(self.source).name}
+        of_it = self.trainings.aligned if name == "aligned" else self.trainings.of(name, seed)
+        return asdict(of_it)
 
     def _before(self, name: str, seed: int) -> Path | None:
         if not self.made_before or (name not in SHARED and seed != self.first):
@@ -158,8 +172,7 @@ class Models:
         """
         if name == "published" or (self.trainings == QUICK and self.made_before):
             return
-        training = self.trainings.aligned if name == "aligned" else self.trainings.of(name, seed)
-        expected, told = asdict(training), read_json(folder / "training.json")
+        expected, told = self.training(name, seed), read_json(folder / "training.json")
         if {key: told.get(key) for key in expected} != expected:
             raise click.ClickException(
                 f"{folder} was made with other settings (see training.json in it): remove it, or "
@@ -174,6 +187,11 @@ class Models:
             make_aligned(
                 self.folder(name, 0), published, list(pairs), self.data, self.trainings.aligned
             )
+
+
+@lru_cache
+def _content_digest(folder: Path, changed: int) -> str:
+    return content_digest(folder)[:12]
 
 
 def _digests(folder: Path) -> dict[str, str]:

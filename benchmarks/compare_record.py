@@ -37,11 +37,10 @@ def record_of(comparison: Comparison, command: str) -> dict[str, Any]:
     """Return all that is known, as JSON."""
     bench, models = comparison.bench, comparison.bench.models
     entries = [entry for group in GROUPS for entry in _entries(comparison, group)]
-    told = {
-        name if name in SHARED else f"{name}, seed {seed}": models.told(name, seed)
+    trained = {
+        name if name in SHARED else f"{name}, seed {seed}": models.training(name, seed)
         for seed in comparison.seeds
         for name in (*SHARED, *OF_A_SEED)
-        if models.told(name, seed)
     }
     runs, circumstances_seen = _runs(comparison)
     return {
@@ -56,7 +55,7 @@ def record_of(comparison: Comparison, command: str) -> dict[str, Any]:
             for name, sets in bench.sets.items()
         },
         "measuring": asdict(bench.measuring),
-        "models": told,
+        "models": trained,
         "entries": entries,
         "validation": list(_validation(comparison)),
         "losses": [e for e in map(_told_loss, entries) if e],
@@ -68,6 +67,37 @@ def record_of(comparison: Comparison, command: str) -> dict[str, Any]:
         },
         "runs": runs,
     }
+
+
+def restore(comparison: Comparison, record: dict[str, Any]) -> int:
+    """Take from an earlier record what the work folder does not know; return how many runs it was.
+
+    Only runs count whose model comes about in the same way; whether their measures still do is
+    decided where they are read.
+    """
+    known = {
+        (row.name, setting, None if row.is_shared else seed, run.key): run
+        for row in comparison.order
+        for seed in comparison.seeds_of(row, comparison.seeds)
+        for setting in row.settings
+        for run in [comparison.run(row.name, setting, seed)]
+    }
+    seen = record.get("circumstances", [])
+
+    def whole(part: dict[str, Any]) -> dict[str, Any]:
+        number = part.get("circumstances")
+        return part if number is None else part | {"circumstances": seen[number]}
+
+    count = 0
+    for told in record.get("runs", []):
+        run = known.get((told["row"], told["setting"], told["seed"], told.get("key")))
+        if run is None or run.record:
+            continue
+        made = {"made": whole(told["made"])} if "made" in told else {}
+        measures = {split: whole(part) for split, part in told["measures"].items()}
+        run.restore({**told, **made, "measures": measures})
+        count += 1
+    return count
 
 
 def _entries(comparison: Comparison, group: str) -> list[Entry]:
@@ -240,7 +270,6 @@ def _runs(comparison: Comparison) -> tuple[list[dict[str, Any]], list[dict[str, 
                     continue
                 if "made" in record:
                     record["made"] = numbered(record["made"])
-                    record["cost"] = run.cost()
                 del record["making"]
                 parts = record.get("measures", {})
                 record["measures"] = {name: numbered(part) for name, part in parts.items()}

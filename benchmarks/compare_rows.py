@@ -1,7 +1,7 @@
 """The ways that are compared, each with the settings it is tuned over."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .compare_recipes import (
@@ -18,7 +18,7 @@ from .compare_recipes import (
 )
 
 # Whose masks stand for the package in each comparison.
-CHAMPION = {"two": "somf_soft", "three": "somf_three"}
+CHAMPION = {"two": "somf", "three": "somf_three"}
 LINE = {"two": "task_arithmetic", "three": "task_arithmetic_three"}
 # A concrete sample at this temperature is 0 or 1 but for one entry in a hundred.
 _COLD = 0.01
@@ -44,6 +44,7 @@ class Row:
         settings: what it is tuned over, by name; the same names for every seed.
         is_line: all settings are tested, not the chosen one alone.
         is_shared: seeds change nothing.
+        is_single: measured on the first seed alone; what it shows is worth no more time.
         is_needed: its validation is needed, although there is nothing to choose.
     """
 
@@ -53,6 +54,7 @@ class Row:
     settings: dict[str, Making] = field(repr=False)
     is_line: bool = False
     is_shared: bool = False
+    is_single: bool = False
     is_needed: bool = False
 
 
@@ -79,7 +81,7 @@ def _shortened(row: Row) -> Row:
     names = list(row.settings)[:2]
     if row.is_line:
         names += [reference_setting(str(row.group))]
-    return Row(**{**vars(row), "settings": {name: row.settings[name] for name in names}})
+    return replace(row, settings={name: row.settings[name] for name in names})
 
 
 class _Rows:
@@ -92,30 +94,64 @@ class _Rows:
         yield _prepared("aligned", "aligned base", is_shared=True, is_needed=True)
         yield _prepared("math", "math specialist")
         yield _prepared("code", "code specialist")
-        yield self._line("two", (0.1, 0.2, 0.3, 0.4, 0.45, 0.5, 0.6))
-        yield self._soft()
+        yield self._line("two", (0.3, 0.4, 0.5, 0.6))
+        rates = ({"learning_rate": 0.03}, {"learning_rate": 0.3})
+        yield self._own("somf", "somf", ({}, *rates, {"weight": 0.6}))
+        per_weight = {"granularity": "weight"}
+        yield self._own("somf_weight", "somf, one entry a weight", ({}, rates[0]), **per_weight)
         yield Row("dpo", "safety DPO of the plain merge", "two", self._dpo())
-        yield self._untrained("sampled", "untrained_sampled", "task_arithmetic", _TA)
-        yield Row("somf_binary", "somf, binary mask", "two", self._binary())
         yield from self._repairs()
-        yield _prepared("general", "general specialist")
-        yield self._line("three", (0.1, 0.2, 0.25, 0.3, 0.4))
-        yield from self._three()
-        yield Row("somf_no_rescale", "somf, soft, no rescale", "two", self._no_rescale("soft"))
-        yield Row(
-            "somf_binary_no_rescale", "somf, binary, no rescale", "two", self._no_rescale("binary")
-        )
-        yield Row("somf_utility", "somf, soft, utility term", "two", self._utility())
-        yield from self._granularities()
-        yield self._untrained("binary", "untrained_binary", "task_arithmetic", _TA)
+        yield self._untrained("sampled", "untrained_sampled", "task_arithmetic", _TA)
         for fusion, grid in (("dare_linear", _DARE), ("ties", _TIES)):
             plain = {_named(s): Making(merges=(self._plain(fusion, **s),)) for s in grid}
             yield Row(fusion, fusion, "two", plain)
+        yield from self._variants(rates)
+        yield from self._three()
+        yield _prepared("published", "as published, before alignment", is_shared=True)
+        # The published hyper-parameters take one pass over all pairs, in batches of 16.
+        paper = recipe(
+            "somf",
+            GROUPS["two"],
+            0.5,
+            safety_dataset=PAIRS,
+            preset="paper",
+            granularity="weight",
+            max_length=self.learning.max_length,
+            seed=self.seed,
+        )
+        merge = self._masked("task_arithmetic", GROUPS["two"])
+        made = {"as published": Making(learns=paper, merges=(merge,))}
+        yield Row("somf_paper", "somf, preset paper", "two", made, is_single=True)
+
+    def _variants(self, rates: tuple[dict[str, Any], ...]) -> Iterator[Row]:
+        """Yield what differs from the package's own row in one way."""
+        binary = {"mask_kind": "binary"}
+        yield self._single("somf_binary", "somf, binary mask", ({}, *rates), **binary)
+        yield self._single(
+            "somf_weight_binary",
+            "somf, one entry a weight, binary mask",
+            ({}, rates[0]),
+            granularity="weight",
+            **binary,
+        )
+        # The mask starts at 0.95 of a half of the whole change.
+        unscaled = {"mask_rescale": "none", "init_logit": 3.0}
+        yield self._single("somf_no_rescale", "somf, no rescale", ({},), **unscaled)
+        yield self._single(
+            "somf_binary_no_rescale", "somf, binary mask, no rescale", ({},), **unscaled, **binary
+        )
+        yield self._single("somf_base", "somf, reference base", ({},), reference="base")
+        yield self._single("somf_utility", "somf, utility term", ({},), utility_dataset=UTILITY)
+        for name in ("head", "column", "tensor"):
+            # Divided by its mean, a mask of one entry is 1.
+            start = unscaled if name == "tensor" else {}
+            label = f"somf, one entry a {name}"
+            yield self._single(f"somf_{name}", label, ({},), granularity=name, **start)
+        yield self._untrained("binary", "untrained_binary", "task_arithmetic", _TA)
+        for fusion, grid in (("dare_linear", _DARE), ("ties", _TIES)):
             for kind in ("sampled", "binary"):
                 yield self._untrained(kind, f"untrained_{kind}_{fusion}", fusion, grid[:2])
-            masked = {_named(s): self._somf(fusion=fusion, **s) for s in grid[:1]}
-            yield Row(f"somf_{fusion}", f"somf, soft, {fusion}", "two", masked)
-        yield _prepared("published", "as published, before alignment", is_shared=True)
+            yield self._single(f"somf_{fusion}", f"somf, {fusion}", grid[:1], fusion=fusion)
 
     def _line(self, group: str, weights: tuple[float, ...]) -> Row:
         models = GROUPS[group]
@@ -126,55 +162,30 @@ class _Rows:
         label = "task_arithmetic" + " of three" * (group == "three")
         return Row(name, label, group, made, is_line=True)
 
-    def _soft(self) -> Row:
-        settings = (
-            {},
-            {"learning_rate": 0.03},
-            {"learning_rate": 0.3},
-            {"weight": 0.4},
-            {"weight": 0.6},
-            {"reference": "base"},
-        )
-        made = {_named(s) or "defaults": self._somf(**s) for s in settings}
-        return Row("somf_soft", "somf, soft mask", "two", made)
+    def _own(self, name: str, label: str, settings: Iterable[dict[str, Any]], **fixed: Any) -> Row:
+        made = {_named(s) or "defaults": self._somf(**fixed, **s) for s in settings}
+        return Row(name, label, "two", made)
 
-    def _binary(self) -> dict[str, Making]:
-        rates: tuple[dict[str, Any], ...] = ({}, {"learning_rate": 0.03}, {"learning_rate": 0.3})
-        return {_named(s) or "defaults": self._somf(mask_kind="binary", **s) for s in rates}
-
-    def _no_rescale(self, kind: str) -> dict[str, Making]:
-        # The mask starts at a half of the whole change, or at 0.95 of a half of it.
-        starts = ({"weight": 1.0, "init_logit": 0.0}, {"weight": 0.5, "init_logit": 3.0})
-        return {_named(s): self._somf(mask_kind=kind, mask_rescale="none", **s) for s in starts}
-
-    def _utility(self) -> dict[str, Making]:
-        settings = ({"utility_weight": 1.0}, {"utility_weight": 0.1})
-        return {_named(s): self._somf(utility_dataset=UTILITY, **s) for s in settings}
-
-    def _granularities(self) -> Iterator[Row]:
-        for name in ("row", "column", "head", "tensor"):
-            # Divided by its mean, a mask of one entry is 1.
-            start = {"mask_rescale": "none", "init_logit": 3.0} if name == "tensor" else {}
-            settings: tuple[dict[str, Any], ...] = ({}, {"learning_rate": 0.3})
-            made = {
-                _named(s) or "defaults": self._somf(granularity=name, **start, **s)
-                for s in settings
-            }
-            yield Row(f"somf_{name}", f"somf, soft, one entry a {name}", "two", made)
+    def _single(
+        self, name: str, label: str, settings: Iterable[dict[str, Any]], **fixed: Any
+    ) -> Row:
+        return replace(self._own(name, label, settings, **fixed), is_single=True)
 
     def _untrained(self, kind: str, name: str, fusion: str, grid: tuple[Recipe, ...]) -> Row:
         made = {_named(s): self._undirected(kind, fusion, s) for s in grid}
-        return Row(name, f"untrained mask, {kind}, {fusion}", "two", made)
+        is_single = name != "untrained_sampled"
+        return Row(name, f"untrained mask, {kind}, {fusion}", "two", made, is_single=is_single)
 
     def _undirected(self, kind: str, fusion: str, setting: Recipe, group: str = "two") -> Making:
         """A mask that nothing was learned for, drawn from the seed; without a draw it is 1."""
         drawn = {"mask_kind": "sampled", "temperature": _COLD if kind == "binary" else 0.5}
-        learns = recipe("somf", GROUPS["two"], 0.5, safety_dataset=PAIRS, max_steps=0, seed=0)
+        nothing = {**_DEFAULTS, "max_steps": 0, "seed": 0}
+        learns = recipe("somf", GROUPS["two"], 0.5, safety_dataset=PAIRS, **nothing)
         merge = self._masked(fusion, GROUPS[group], **drawn, **setting)
         return Making(learns=learns, merges=(merge,))
 
     def _dpo(self) -> dict[str, Making]:
-        settings = ({"learning_rate": rate} for rate in (1e-6, 3e-6, 1e-5, 3e-5))
+        settings = ({"learning_rate": rate} for rate in (3e-6, 1e-5, 3e-5))
         merges = (reference_merge(),)
         return {_named(s): Making(merges=merges, dpo={**s, **self._pace}) for s in settings}
 
@@ -193,6 +204,8 @@ class _Rows:
             yield Row(name, name, "two", made)
 
     def _three(self) -> Iterator[Row]:
+        yield replace(_prepared("general", "general specialist"), is_single=True)
+        yield replace(self._line("three", (0.2, 0.3, 0.4)), is_single=True)
         weights = ({"weight": 0.3}, {"weight": 0.4})
         three = GROUPS["three"]
         reused = {
@@ -203,13 +216,22 @@ class _Rows:
             )
             for s in weights
         }
-        yield Row("somf_reused", "somf, soft, mask learned on two of three", "three", reused)
-        anew = {_named(s): self._somf(models=three, **s) for s in weights}
-        yield Row("somf_three", "somf, soft, mask learned on three", "three", anew)
-        control = {
-            _named(s): self._undirected("sampled", "task_arithmetic", s, "three") for s in weights
+        made = {
+            "somf_reused": ("somf, mask learned on two of three", reused),
+            "somf_three": (
+                "somf, mask learned on three",
+                {_named(s): self._somf(models=three, **s) for s in weights[:1]},
+            ),
+            "untrained_three": (
+                "untrained mask, sampled, three",
+                {
+                    _named(s): self._undirected("sampled", "task_arithmetic", s, "three")
+                    for s in weights
+                },
+            ),
         }
-        yield Row("untrained_three", "untrained mask, sampled, three", "three", control)
+        for name, (label, settings) in made.items():
+            yield Row(name, label, "three", settings, is_single=True)
 
     @property
     def _pace(self) -> dict[str, Any]:
@@ -231,7 +253,7 @@ class _Rows:
     ) -> Making:
         """Learn a mask by the defaults but for ``changes``, and merge with it."""
         own = {key: changes.pop(key) for key in _FUSION_OWN if key in changes}
-        learned = {"safety_dataset": PAIRS, **self._pace, "learning_rate": 0.1, **changes}
+        learned = {"safety_dataset": PAIRS, **_DEFAULTS, **self._pace, **changes}
         used = {key: changes[key] for key in ("mask_rescale",) if key in changes}
         return Making(
             learns=recipe("somf", models, weight, fusion=fusion, **own, **learned),
@@ -251,6 +273,8 @@ class _Rows:
         return recipe(fusion, GROUPS["two"], weight, **parameters)
 
 
+# What a recipe that sets nothing gets, spelt out: the rows stay what they are when it changes.
+_DEFAULTS: dict[str, Any] = {"granularity": "row", "learning_rate": 0.1}
 _FUSION_OWN = ("density", "normalize")
 _TA: tuple[Recipe, ...] = ({"weight": 0.5}, {"weight": 0.4})
 # The first of each are the settings of arXiv 2405.09055.

@@ -1,7 +1,8 @@
 """One model of the comparison: made, measured and recorded, each once."""
 
 import time
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,15 @@ from .compare_models import FINE_TUNING, OF_A_SEED, SHARED, Models
 from .compare_recipes import Making
 from .compare_rows import Row
 from .compare_splits import SKILLS
-from .compare_store import read_json, removed, write_json
+from .compare_store import claimed, read_json, removed, write_json
 
+LOSS = "_loss"
 MEASURES = {
     "refusals": ("harmful", "refusals (phrases)"),
     "over_refusals": ("harmless", "refusals (phrases)"),
     "preference_accuracy": ("pairs", "preference accuracy"),
     "preference_margin": ("pairs", "preference margin"),
-    **{f"{skill}_loss": (skill, "loss") for skill in SKILLS},
+    **{skill + LOSS: (skill, "loss") for skill in SKILLS},
     "repeated": ("harmful", "repeated 4-grams"),
 }
 # What is still to be done of a run: what it is, told apart from all others, and of which kind.
@@ -37,13 +39,23 @@ class Bench:
         models: that are merged.
         pairs: to learn from.
         sets: to measure on, by split.
-        measuring: how.
+        measuring: how; losses in float32, for a hundredth of what a skill gains is less than the
+            rounding of weights to 16 bits moves them.
     """
 
     models: Models
     pairs: list[Pair]
     sets: dict[str, EvaluationSets]
     measuring: EvaluationSettings
+
+    def parts(self, split: str) -> list[tuple[EvaluationSets, EvaluationSettings]]:
+        """Return what is measured on a split, each part with its settings."""
+        sets = self.sets[split]
+        precise = replace(self.measuring, dtype="float32")
+        return [
+            (replace(sets, skills=()), self.measuring),
+            (EvaluationSets(skills=sets.skills), precise),
+        ]
 
     @cached_property
     def split_keys(self) -> dict[str, str]:
@@ -80,7 +92,12 @@ class Run:
     @cached_property
     def folder(self) -> Path:
         """The folder of the record and, while it is needed, of the model."""
-        return self.place / "runs" / f"{self.name}-{digest(asdict(self.making))[:12]}"
+        return self.place / "runs" / f"{self.name}-{self.key}"
+
+    @cached_property
+    def key(self) -> str:
+        """A digest of how the model comes about."""
+        return digest(asdict(self.making))[:12]
 
     @property
     def record(self) -> dict[str, Any]:
@@ -94,15 +111,20 @@ class Run:
             return None
         return dict(found["values"])
 
+    def claimed(self) -> AbstractContextManager[bool]:
+        """Claim the run for this process, see ``compare_store.claimed``."""
+        return claimed(self.folder / ".lock")
+
     def cost(self) -> dict[str, float] | None:
         """Return the seconds of learning and merging and the peak memory of both.
 
         None for a prepared model, or where the training that the method needs was not timed here.
         """
+        return self.record.get("cost")
+
+    def _cost(self, made: dict[str, Any]) -> dict[str, float] | None:
         making = self.making
-        if making.model or "made" not in self.record:
-            return None
-        parts = [self.record["made"]]
+        parts = [made]
         if making.learns and not making.reuses:
             parts.append(read_json(self._mask_record))
         parts += [self.bench.models.cost(name, self.seed) for name in making.trained]
@@ -133,17 +155,20 @@ class Run:
         """Measure the model on a split, and make it before where it is not there."""
         self._make()
         start = time.perf_counter()
-        evaluation = evaluated(
-            [NamedModel(self.name, str(self._model))],
-            self.bench.sets[split],
-            self.bench.measuring,
-            self.place / "measured",
-            quiet=True,
-        )
-        values = {
-            name: evaluation.row(*place).estimates[self.name].value
-            for name, place in MEASURES.items()
-        }
+        values = {}
+        for sets, measuring in self.bench.parts(split):
+            evaluation = evaluated(
+                [NamedModel(self.name, str(self._model))],
+                sets,
+                measuring,
+                self.folder / "measured",
+                quiet=True,
+            )
+            values |= {
+                name: evaluation.row(*place).estimates[self.name].value
+                for name, place in MEASURES.items()
+                if name.endswith(LOSS) == bool(sets.skills)
+            }
         record = self.record
         record.setdefault("measures", {})[split] = {
             "key": self.bench.split_keys[split],
@@ -200,10 +225,14 @@ class Run:
         return [making.model] if making.model else named
 
     def _make(self) -> None:
-        models = self.bench.models
-        for name in self._needs():
+        models, needs = self.bench.models, self._needs()
+        for name in needs:
             models.made(name, self.seed, self.bench.pairs)
         self.folder.mkdir(parents=True, exist_ok=True)
+        record = self.record
+        # Specialists that another machine made again may differ in the last bits.
+        record["inputs"] = {name: models.digest(name, self.seed) for name in needs}
+        self._write(record)
         if self.making.model or self._own_model.exists():
             return
         names = models.names(self.seed)
@@ -213,20 +242,26 @@ class Run:
         task = {"what": "merge", "recipes": list(self.making.merges), "dpo": self.making.dpo}
         task |= {"names": names, "folder": str(self._own_model), "seed": self.seed}
         made = timed(task, self._kind)
-        record = self.record
         # Made again, the model is the same; what it took the first time counts.
-        record.setdefault("made", made)
+        if "made" not in record:
+            record |= {"made": made, "cost": self._cost(made)}
         self._write(record)
 
     def _learn(self, names: dict[str, str]) -> None:
         folder = self._mask_folder
-        if self._mask_record.exists():
-            return
-        # What an interruption left would be used again, and learning would seem to take no time.
-        removed(folder)
-        folder.mkdir(parents=True)
-        task = {"what": "learn", "recipe": self.making.learns, "folder": str(folder / "mask")}
-        write_json(self._mask_record, timed({**task, "names": names}, self._mask_kind))
+        with claimed(folder.with_name(f"{folder.name}.lock"), wait=True):
+            if self._mask_record.exists():
+                return
+            # What an interruption left would be used again, and seem to have taken no time.
+            removed(folder)
+            folder.mkdir(parents=True)
+            task = {"what": "learn", "recipe": self.making.learns, "folder": str(folder / "mask")}
+            write_json(self._mask_record, timed({**task, "names": names}, self._mask_kind))
+
+    def restore(self, record: dict[str, Any]) -> None:
+        """Take a record of the same making that was written elsewhere."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write(record)
 
     def _write(self, record: dict[str, Any]) -> None:
         told = {
@@ -234,5 +269,6 @@ class Run:
             "setting": self.setting,
             "seed": None if self.row.is_shared else self.seed,
             "making": asdict(self.making),
+            "key": self.key,
         }
         write_json(self.folder / "run.json", told | record)

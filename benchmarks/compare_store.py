@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import click
-
 from somf_mergekit.files import write_whole
 
 
@@ -34,17 +32,21 @@ def removed(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from working in a folder; the system lets go when this one ends.
+def claimed(lock: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Keep other processes from what ``lock`` stands for; the system lets go when this one ends.
 
-    Raises:
-        click.ClickException: another one works there.
+    Args:
+        lock: a file, made where it is not there; it stays.
+        wait: until no other process has it.
+
+    Yields:
+        whether it is this process's; always, where it waits.
     """
-    with (folder / ".lock").open("w") as file:
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise click.ClickException(
-                f"{folder}: another call works there; wait for it, or name another --work folder"
-            ) from error
-        yield
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True

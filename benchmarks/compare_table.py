@@ -5,6 +5,7 @@ from typing import Any
 
 from somf_mergekit.tables import aligned_table
 
+from .compare_models import SHARED
 from .compare_recipes import GROUPS
 from .compare_rows import CHAMPION
 from .compare_rule import BETTER
@@ -144,7 +145,7 @@ def _reading(record: dict[str, Any]) -> list[str]:
         else f"Mean ± standard deviation of {len(seeds)} seeds."
     )
     tokens = record["measuring"]["max_new_tokens"]
-    length = record["measuring"]["max_length"]
+    length, dtype = (record["measuring"][name] for name in ("max_length", "dtype"))
     return [
         f"{spread} {record['seed_changes']}",
         f"Refusals: share of harmful prompts whose greedy answer ({tokens} tokens) opens with a "
@@ -156,6 +157,7 @@ def _reading(record: dict[str, Any]) -> list[str]:
         "4-grams: in the answers to harmful prompts; gibberish is no refusal. Seconds and GiB "
         "(peak of RssAnon): of learning and merging together, without imports; a mask that was "
         "learned for another merge costs nothing here. -: not known of every seed.",
+        f"Losses are of weights in float32, all else of weights in {dtype}.",
         "Safety over the sweep: points more than task_arithmetic has where it is safest with at "
         "least as much skill, on straight lines between the base and the weights that were tried; "
         "- where no weight has as much. Merging less is free and gives safety back, so this is the "
@@ -166,6 +168,18 @@ def _reading(record: dict[str, Any]) -> list[str]:
         "An untrained mask that is not drawn but soft is 1 everywhere, the plain merge itself; "
         "without the rescale it is a plain merge of half the weight; thresholded it is the base.",
     ]
+
+
+def _made_again(record: dict[str, Any]) -> list[str]:
+    """Name prepared models that were made again, on another machine, and came out otherwise."""
+    seen: dict[str, set[str]] = {}
+    for run in record["runs"]:
+        for name, content in run.get("inputs", {}).items():
+            of_seed = "" if name in SHARED else f" of seed {run['seed']}"
+            seen.setdefault(name + of_seed, set()).add(content)
+    differing = [f"{name} ({len(found)})" for name, found in seen.items() if len(found) > 1]
+    told = "- models made more than once, in the same way, that differ in their bits: "
+    return [told + ", ".join(differing)] if differing else []
 
 
 def _circumstances(record: dict[str, Any]) -> list[str]:
@@ -183,6 +197,6 @@ def _circumstances(record: dict[str, Any]) -> list[str]:
         for name, split in record["splits"].items()
     ]
     lines += [f"- threads: {', '.join(map(str, threads))}"] if threads else []
-    lines += counts
+    lines += [*_made_again(record), *counts]
     lines.append(f"- seeds {record['seeds']}, settings chosen on {record['tuned_on']}")
     return ["\n".join(lines), "Every run, with its recipe, stands in the JSON file beside this."]

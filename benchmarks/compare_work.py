@@ -1,14 +1,19 @@
 """What is to be done, in which order, and what is chosen."""
 
 import fnmatch
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from .compare_recipes import GROUPS
 from .compare_rows import LINE, Row, reference_setting
 from .compare_rule import Choice, Measures, Score, chosen, mean_score, score
 from .compare_runs import Bench, Missing, Run
 from .compare_splits import HELD_BACK, VALIDATION
+
+# Seconds until it is looked again whether other calls ended what they were at.
+PAUSE = 30.0
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,9 @@ class Comparison:
         return Run(self.bench, self.rows[seed][row], setting, seed)
 
     def seeds_of(self, row: Row, seeds: Sequence[int]) -> list[int]:
-        """Return the seeds that differ for a row: one of those that change nothing."""
+        """Return those of ``seeds`` that a row is measured under."""
+        if row.is_single:
+            return [seed for seed in seeds if seed == self.seeds[0]]
         return list(seeds)[:1] if row.is_shared else list(seeds)
 
     def matching(self, only: str | None) -> set[str]:
@@ -127,26 +134,57 @@ class Comparison:
     def work_through(
         self, only: str | None, *, keep: bool, on_run: Callable[[Run, str], object]
     ) -> None:
-        """Do what is to be done, row after row, each for all seeds.
+        """Do what is to be done, row after row, each for all seeds; other calls may help.
 
         Args:
             only: see ``matching``.
             keep: leave the models of finished rows where they are.
             on_run: called with each run that is to be measured, and the split; measures it.
         """
+        tried: set[tuple[Path, str]] = set()
+        while self._pass(only, keep, on_run, tried):
+            time.sleep(PAUSE)
+
+    def _pass(
+        self,
+        only: str | None,
+        keep: bool,
+        on_run: Callable[[Run, str], object],
+        tried: set[tuple[Path, str]],
+    ) -> bool:
+        """Do what is to be done, but for what another call is at; return whether one is.
+
+        Args:
+            only, keep, on_run: as of ``work_through``.
+            tried: what was begun; it may have failed, and is not begun again.
+        """
+        is_busy = False
         for row, settings in self.wanted(only):
             for part in (self.validations, self.tests):
                 for run, split in part(row, settings):
-                    if run.measures(split) is None:
-                        on_run(run, split)
+                    if run.measures(split) is not None or (run.folder, split) in tried:
+                        continue
+                    with run.claimed() as is_ours:
+                        is_busy |= not is_ours
+                        # Another call may have ended since.
+                        if is_ours and run.measures(split) is None:
+                            tried.add((run.folder, split))
+                            on_run(run, split)
             if not keep and not self.missing(row, settings):
-                for seed in self.seeds:
-                    for setting in row.settings:
-                        self.run(row.name, setting, seed).drop_model()
+                self._drop_models(row)
+        return is_busy
+
+    def _drop_models(self, row: Row) -> None:
+        for seed in self.seeds_of(row, self.seeds):
+            for setting in row.settings:
+                run = self.run(row.name, setting, seed)
+                with run.claimed() as is_ours:
+                    if is_ours:
+                        run.drop_model()
 
     def _score(self, row: str, setting: str, group: str | None) -> Score | None:
         scores = []
-        for seed in self.tuning:
+        for seed in self.seeds_of(self.rows[self.seeds[0]][row], self.tuning):
             measures = self.measures(row, setting, seed, VALIDATION)
             base = self.prepared("aligned", seed, VALIDATION)
             if measures is None or base is None:

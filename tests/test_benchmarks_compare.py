@@ -12,7 +12,7 @@ import tiny
 from click.testing import CliRunner
 from mergekit.options import MergeOptions
 
-from benchmarks import compare, compare_make, compare_runs, real_data
+from benchmarks import compare, compare_make, compare_runs, compare_work, real_data
 from benchmarks.compare_models import QUICK, Models, Trainings
 from benchmarks.compare_recipes import GROUPS
 from benchmarks.compare_record import record_of
@@ -26,7 +26,7 @@ from benchmarks.compare_rows import (
 from benchmarks.compare_rule import Score, chosen, derived, sweep_safety, verdict
 from benchmarks.compare_runs import MEASURES, Bench, Run
 from benchmarks.compare_splits import SIZES, halves, read_splits, split_prompts
-from benchmarks.compare_store import locked, removed
+from benchmarks.compare_store import claimed, removed
 from benchmarks.compare_table import main_table, markdown
 from benchmarks.compare_work import Comparison
 from benchmarks.real_data import write_sets
@@ -200,7 +200,7 @@ def test_seeds_have_the_same_rows_and_other_draws():
     assert list(one) == list(two)
     for name, row in one.items():
         assert list(row.settings) == list(two[name].settings)
-    assert one["somf_soft"].settings != two["somf_soft"].settings
+    assert one["somf"].settings != two["somf"].settings
     assert one["task_arithmetic"].settings == two["task_arithmetic"].settings
 
 
@@ -249,27 +249,27 @@ def made_up(tmp_path):
 
 def test_the_table_is_that_of_the_runs(made_up):
     comparison, write = made_up
-    for number, setting in enumerate(comparison.rows[0]["somf_soft"].settings):
+    for number, setting in enumerate(comparison.rows[0]["somf"].settings):
         for seed, split in itertools.product((0, 1, 2), ("validation", "test")):
             better_on_test = number if split == "test" else -number
             refusals = 0.5 + better_on_test / 20 + (seed - 1) ** 2 / 40
-            write("somf_soft", setting, seed, split, refusals=refusals, math_loss=0.5)
-    for setting, rate in zip(comparison.rows[0]["dpo"].settings, (0.6, 0.7, 0.5, 0.4), strict=True):
+            write("somf", setting, seed, split, refusals=refusals, math_loss=0.5)
+    for setting, rate in zip(comparison.rows[0]["dpo"].settings, (0.7, 0.5, 0.4), strict=True):
         for seed, split in itertools.product((0, 1, 2), ("validation", "test")):
             write("dpo", setting, seed, split, refusals=rate + seed / 50, math_loss=0.45)
     record = record_of(comparison, "command")
     entries = {(e["row"], e["setting"]): e for e in record["entries"] if e["group"] == "two"}
     # Test would have chosen the last setting; validation chooses the first.
-    assert [key for key in entries if key[0] == "somf_soft"] == [("somf_soft", "defaults")]
-    soft = entries["somf_soft", "defaults"]
+    assert [key for key in entries if key[0] == "somf"] == [("somf", "defaults")]
+    soft = entries["somf", "defaults"]
     values = [
-        comparison.measures("somf_soft", "defaults", seed, "test")["refusals"] for seed in (0, 1, 2)
+        comparison.measures("somf", "defaults", seed, "test")["refusals"] for seed in (0, 1, 2)
     ]
     assert soft["mean"]["refusals"] == pytest.approx(statistics.mean(values))
     assert soft["deviation"]["refusals"] == pytest.approx(statistics.stdev(values))
     text = main_table([e for e in record["entries"] if e["group"] == "two"])
     cell = f"{100 * statistics.mean(values):.0f} ± {100 * statistics.stdev(values):.0f} %"
-    line = next(line for line in text.splitlines() if line.startswith("| somf, soft mask"))
+    line = next(line for line in text.splitlines() if line.startswith("| somf "))
     assert cell in line
     # Where the package loses is computed: this row has more refusals and less loss in every seed.
     assert [loss["row"] for loss in record["losses"]] == ["dpo"]
@@ -277,15 +277,15 @@ def test_the_table_is_that_of_the_runs(made_up):
     assert entries["dpo", "learning rate 3e-06"]["undominated"]
     assert not soft["undominated"]
     whole = markdown(record, None)
-    assert "**Where somf_soft loses**" in whole
+    assert "**Where somf loses**" in whole
     assert "- safety DPO of the plain merge, learning rate 3e-06: safety" in whole
     kept = soft["seeds"]["1"]["derived"]["kept"]
     assert kept == pytest.approx((1.0 - 0.5 + 1.0 - 0.5) / (1.0 - 0.5 + 1.0 - 0.51))
     # The sweep of seed 1 has gain 2 w - 0.02 and safety 0.57 - w: 0.06 at this row's gain, 1.
     assert soft["seeds"]["1"]["derived"]["over_sweep"] == pytest.approx(0.5 - 0.5 - 0.06)
     # All settings stand in the validation table, the chosen one marked.
-    rows = [row for row in record["validation"] if row["row"] == "somf_soft"]
-    assert [row["chosen"] for row in rows] == [True] + [False] * 5
+    rows = [row for row in record["validation"] if row["row"] == "somf"]
+    assert [row["chosen"] for row in rows] == [True] + [False] * 3
     assert len(record["runs"]) == sum(1 for _ in comparison.bench.models.work.rglob("run.json"))
 
 
@@ -328,8 +328,9 @@ def test_what_is_worked_on_brings_what_it_is_measured_against(made_up):
 
 def test_what_an_interruption_leaves_is_not_taken_for_done(made_up, monkeypatch):
     comparison, _ = made_up
-    run = comparison.run("somf_soft", "defaults", 0)
+    run = comparison.run("somf", "defaults", 0)
     monkeypatch.setattr(Models, "made", lambda *_: None)
+    monkeypatch.setattr(Models, "digest", lambda *_: "0" * 12)
     tasks = []
 
     def broken_off(task):
@@ -371,7 +372,7 @@ def whole(data, tmp_path_factory):
     tiny.save_model(tiny.tiny_llama(0, len(tokenizer)), tokenizer, folder / "model")
 
     def call(*options):
-        rows = "somf_soft,dpo,resta,untrained_sampled,dare_linear,somf_reused"
+        rows = "somf,dpo,resta,untrained_sampled,dare_linear,somf_reused"
         arguments = ["--work", folder / "work", "--data", data, "--model", folder / "model"]
         arguments += ["--seeds", "5", "--quick", "--only", rows, *options]
         return CliRunner().invoke(compare.main, list(map(str, arguments)))
@@ -393,7 +394,7 @@ def test_a_whole_comparison_leaves_its_record(whole):
     tested = {(entry["row"], entry["group"]) for entry in record["entries"]}
     assert tested == {
         *((name, "two") for name in ("aligned", "math", "code", "task_arithmetic")),
-        *((name, "two") for name in ("somf_soft", "dpo", "resta", "dare_linear")),
+        *((name, "two") for name in ("somf", "dpo", "resta", "dare_linear")),
         ("untrained_sampled", "two"),
         *((name, "three") for name in ("aligned", "math", "code", "general")),
         *((name, "three") for name in ("task_arithmetic_three", "somf_reused")),
@@ -405,15 +406,15 @@ def test_a_whole_comparison_leaves_its_record(whole):
         assert entry["seeds"]["5"]["cost"] == run.get("cost")
         assert "±" not in text
     # What was not chosen was never tested.
-    for name in ("somf_soft", "dpo", "resta", "dare_linear", "somf_reused"):
+    for name in ("somf", "dpo", "resta", "dare_linear", "somf_reused"):
         splits = [set(run["measures"]) for (row, _), run in runs.items() if row == name]
         assert sorted(map(len, splits)) == [1, 2]
         assert all("validation" in found for found in splits)
     # A mask that was learned for two is used for three, and is no cost there.
     learned = {n: json.loads(f.read_text()) for n, f in mask_records(work).items()}
-    soft, reused = runs["somf_soft", "defaults"], runs["somf_reused", "weight 0.3"]
+    soft, reused = runs["somf", "defaults"], runs["somf_reused", "weight 0.3"]
     makings = record["rows"]
-    learns = makings["somf_soft"]["defaults"]["learns"]
+    learns = makings["somf"]["defaults"]["learns"]
     assert learns == makings["somf_reused"]["weight 0.3"]["learns"]
     assert learns["parameters"]["seed"] == 5
     assert reused["cost"]["seconds"] == reused["made"]["seconds"]
@@ -438,7 +439,7 @@ def test_only_specialists_masks_and_records_are_kept(whole):
         "code",
         "general",
     }
-    # The two of somf_soft and the untrained one.
+    # The two of somf and the untrained one.
     assert len(list(work.glob("seed-5/masks/*/mask/masks.safetensors"))) == 3
 
 
@@ -469,7 +470,7 @@ def test_a_models_weights_differ_as_their_settings_do(whole, monkeypatch):
         for run in record["runs"]
         if "validation" in run["measures"]
     }
-    compared = [key for key in values if key[0] in ("somf_soft", "dpo", "resta", "dare_linear")]
+    compared = [key for key in values if key[0] in ("somf", "dpo", "resta", "dare_linear")]
     assert len({values[key] for key in compared}) == len(compared) == 8
     # Other data under the same folder is refused.
     monkeypatch.setattr(real_data, "HELD_OUT_PAIRS", 6)
@@ -479,14 +480,74 @@ def test_a_models_weights_differ_as_their_settings_do(whole, monkeypatch):
     assert "held_out_pairs.jsonl" in result.output
 
 
-def test_one_call_at_a_time_works_in_a_folder(whole):
+def test_several_calls_share_the_work(made_up, monkeypatch):
+    comparison, write = made_up
+    monkeypatch.setattr(compare_work, "PAUSE", 0)
+    dpo = comparison.rows[0]["dpo"]
+    first = comparison.run("dpo", next(iter(dpo.settings)), 0)
+    done = []
+    other = first.claimed()
+    assert other.__enter__()
+
+    def on_run(run, split):
+        done.append((run.setting, run.seed, split))
+        write(run.row.name, run.setting, run.seed, split)
+        if len(done) == 5:
+            # The other call ends, and has measured what it was at.
+            write("dpo", first.setting, 0, "validation", refusals=0.9)
+            other.__exit__(None, None, None)
+
+    comparison.work_through("dpo", keep=False, on_run=on_run)
+    # Nothing was chosen before the other call had ended, and nothing was done twice.
+    assert len(set(done)) == len(done)
+    validated = [(setting, seed) for setting, seed, split in done if split == "validation"]
+    expected = set(itertools.product(dpo.settings, (0, 1))) - {(first.setting, 0)}
+    assert set(validated) == expected
+    assert done[5:] == [(first.setting, seed, "test") for seed in (0, 1, 2)]
+
+
+def test_what_another_call_is_at_is_not_begun(tmp_path):
+    lock = tmp_path / "folder" / ".lock"
+    with claimed(lock) as ours:
+        assert ours
+        with claimed(lock) as again:
+            assert not again
+    with claimed(lock, wait=True) as ours:
+        assert ours
+
+
+def test_another_machine_goes_on_from_the_record(whole, data, tmp_path, monkeypatch):
     work, call = whole
-    with locked(work):
-        result = call()
-        assert result.exit_code == 1
-        assert "another call works there" in result.output
-        assert call("--list").exit_code == 0
-    assert call().exit_code == 0
+    record = json.loads((work / "compare.json").read_text())
+    monkeypatch.setattr(compare_runs, "evaluated", None)
+    elsewhere = ["--work", tmp_path / "work", "--out", work]
+    result = call("--list", *elsewhere)
+    assert result.exit_code == 0, result.output
+    assert f"{len(record['runs'])} runs are known from the record" in result.output
+    assert "all: 0 steps left" in result.output
+    result = call(*elsewhere)
+    assert result.exit_code == 0, result.output
+    assert json.loads((work / "compare.json").read_text()) == record
+    # A run that would come about otherwise is not taken for the same.
+    changed = {**record, "runs": [{**run, "key": "0" * 12} for run in record["runs"]]}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "compare.json").write_text(json.dumps(changed))
+    result = call("--list", "--work", tmp_path / "new", "--out", tmp_path / "out")
+    assert "known from the record" not in result.output
+    assert "all: 0 steps left" not in result.output
+
+
+def test_models_that_came_out_otherwise_are_told(whole):
+    work, _ = whole
+    record = json.loads((work / "compare.json").read_text())
+    assert "differ in their bits" not in markdown(record, None)
+    run = next(run for run in record["runs"] if run["row"] == "somf")
+    assert set(run["inputs"]) == {"aligned", "math", "code"}
+    run["inputs"]["math"] = run["inputs"]["aligned"] = "0" * 12
+    told = next(x for x in markdown(record, None).splitlines() if "differ in their bits" in x)
+    assert told.endswith("aligned (2), math of seed 5 (2)") or told.endswith(
+        "math of seed 5 (2), aligned (2)"
+    )
 
 
 def test_models_made_before_serve_the_first_seed(whole, data, tmp_path, few_held_out, monkeypatch):
