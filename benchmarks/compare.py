@@ -213,7 +213,7 @@ def _ending_in_order() -> Iterator[None]:
 def _work(
     comparison: Comparison, only: str | None, keep: bool, write: Callable[[], object]
 ) -> list[str]:
-    """Do what is left and write the record after each run; return the names of those that failed."""
+    """Do what is left, write the record after each run, and return the names of failed runs."""
     failed: list[str] = []
     free = shutil.disk_usage(comparison.bench.models.work).free
     click.echo(f"{free / 2**30:.0f} GiB of disk are free")
