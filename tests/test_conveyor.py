@@ -8,7 +8,7 @@ import torch
 from test_learner import TRAJECTORIES, make_problem, trajectory
 from test_streaming import FakeCuda
 
-from somf_mergekit import learn, prepass
+from somf_mergekit import construction, learn
 from somf_mergekit.learner import conveyor, model, streaming
 from somf_mergekit.learner.loop import learn_logits
 from somf_mergekit.learner.pinned import PinnedMemory
@@ -150,7 +150,7 @@ def test_a_mask_learned_from_pinned_memory_is_the_same(
     learn(recipe, tmp_path / "plain")
     cuda, moved = FakeCuda(), []
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
-    monkeypatch.setattr(prepass, "_store", lambda device, folder: PinnedMemory())
+    monkeypatch.setattr(construction, "_store", lambda device, folder: PinnedMemory())
     real = model._move
 
     def watched(whole, placement):

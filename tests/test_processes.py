@@ -162,10 +162,10 @@ def broken(*arguments):
     losses, margins = real(*arguments)
     return (losses * float("nan") if len(calls) > 2 else losses), margins
 passes.preference_losses = broken
-from somf_mergekit import prepass
-free = prepass._free_name
+from somf_mergekit import mask_folder, prepass
+free = mask_folder.free_name
 # As when one process looks before another has written, and one after.
-prepass._free_name = lambda wanted: free(wanted) + "-rank" + __import__("os").environ["RANK"]
+prepass.free_name = lambda wanted: free(wanted) + "-rank" + __import__("os").environ["RANK"]
 from somf_mergekit.cli import main
 main()
 """

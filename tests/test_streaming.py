@@ -11,7 +11,7 @@ import torch
 from mergekit.options import MergeOptions
 from test_learner import TRAJECTORIES, VOCABULARY, make_problem, make_utility, trajectory
 
-from somf_mergekit import machine, prepass
+from somf_mergekit import construction, machine
 from somf_mergekit.errors import RecipeError
 from somf_mergekit.forecast import forecast
 from somf_mergekit.inputs import checked_data
@@ -212,8 +212,8 @@ def test_memory_that_can_not_be_pinned_is_told(monkeypatch):
 
 
 def test_the_store_is_chosen_by_device(monkeypatch, tmp_path):
-    assert isinstance(prepass._store("cpu", str(tmp_path / "a/m")), MappedFiles)
-    assert isinstance(prepass._store("cuda:1", str(tmp_path / "b/m")), PinnedMemory)
+    assert isinstance(construction._store("cpu", str(tmp_path / "a/m")), MappedFiles)
+    assert isinstance(construction._store("cuda:1", str(tmp_path / "b/m")), PinnedMemory)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
