@@ -1,13 +1,12 @@
-"""Learning that shows how far it is, and ends with a sentence where memory runs out."""
+"""Learning that shows how far it is."""
 
 from typing import Any
 
-from . import machine
-from .errors import RecipeError, first_line
 from .learner.checkpoints import Checkpoints, Progress
 from .learner.interruption import LearningInterrupted, stop_requests
 from .learner.loop import StepReport, learn_logits
 from .learner.problem import LearningProblem
+from .out_of_memory import memory_for
 
 
 def learn_with_progress(
@@ -53,17 +52,8 @@ def learn_with_progress(
         learning.update()
 
     try:
-        with stop_requests(checkpoints.stop):
+        with stop_requests(checkpoints.stop), memory_for(lambda: f"step {progress.step + 1}"):
             learn_logits(problem, on_step, on_reference, progress, checkpoints)
-    except (MemoryError, RuntimeError) as error:
-        if not machine.is_out_of_memory(error):
-            raise
-        raise RecipeError(
-            f"the memory was not enough for step {progress.step + 1} ({first_line(error)}). What "
-            "checkpoints have is kept: the same command goes on from there, also with "
-            "--micro-batch-size 1 (SOMF_MICRO_BATCH_SIZE) or --engine streaming (SOMF_ENGINE), "
-            "which need less."
-        ) from error
     finally:
         for shown in bars.values():
             shown.close()

@@ -10,9 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .errors import RecipeError, first_line
+from .files import sync
 from .mask_header import FORMAT, header_digest, tensor_digest, with_digest
 from .masks import (
     CHECKSUMS_KEY,
@@ -47,6 +50,9 @@ def write_masks(
         provenance: JSON-able; stored in ``somf.json`` and in the header of the masks.
         history: one JSON-able row per optimiser step.
         repeats: for tensors whose entries cover several places of an axis: axis and how many.
+
+    Raises:
+        RecipeError: it can't be written; nothing is left of the attempt.
     """
     header = {
         "provenance": provenance,
@@ -69,7 +75,7 @@ def write_packed_masks(folder: str | os.PathLike[str], masks: MaskSet) -> MaskSe
         masks: learned ones; what is told with them stays.
 
     Raises:
-        RecipeError: these are damaged.
+        RecipeError: these are damaged, or can't be written.
     """
     stored = {}
     packed = {}
@@ -109,6 +115,9 @@ def keep_masks(
         folder: must not exist, or be empty.
         masks: the learned ones.
         provenance: of their use; JSON-able, stored in ``somf.json``.
+
+    Raises:
+        RecipeError: it can't be written; nothing is left of the attempt.
     """
     with _new_artifact(folder, provenance) as work:
         place = os.path.join(work, MASKS_FILE)
@@ -121,21 +130,50 @@ def keep_masks(
 
 @contextlib.contextmanager
 def _new_artifact(folder: str | os.PathLike[str], provenance: Mapping[str, Any]) -> Iterator[str]:
-    """Give a folder to fill, which becomes ``folder`` when it is complete."""
+    """Give a folder to fill, which becomes ``folder`` when it is complete, and on the disk.
+
+    Raises:
+        RecipeError: it can't be written; nothing is left of the attempt.
+    """
     target = os.path.abspath(folder)
+    try:
+        with _folder_beside(target) as work:
+            yield work
+            _complete(work, provenance)
+            os.replace(work, target)
+            sync(os.path.dirname(target))
+    except (OSError, SafetensorError) as error:
+        raise RecipeError(
+            f"the mask can't be written to {target}: {first_line(error)}. Make room, or name "
+            "another place, and give the same command again."
+        ) from error
+
+
+@contextlib.contextmanager
+def _folder_beside(target: str) -> Iterator[str]:
+    """Give an empty folder on the disk of ``target``, which is gone at the end unless it moved."""
     os.makedirs(os.path.dirname(target), exist_ok=True)
     work = tempfile.mkdtemp(prefix=".somf-", dir=os.path.dirname(target))
     os.chmod(work, 0o755)
     try:
         yield work
-        checksums = {MASKS_FILE: header_digest(MaskSet(os.path.join(work, MASKS_FILE)).header)}
-        history = os.path.join(work, HISTORY_FILE)
-        if os.path.exists(history):
-            checksums[HISTORY_FILE] = history_digest(history)
-        told = with_digest({**provenance, CHECKSUMS_KEY: checksums})
-        with open(os.path.join(work, PROVENANCE_FILE), "w", encoding="utf-8") as file:
-            json.dump(told, file, indent=2, sort_keys=True)
-            file.write("\n")
-        os.replace(work, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _complete(work: str, provenance: Mapping[str, Any]) -> None:
+    """Write what is told with the masks in ``work``, and put all of it on the disk.
+
+    The checkpoints of a learning go as soon as its mask is written.
+    """
+    checksums = {MASKS_FILE: header_digest(MaskSet(os.path.join(work, MASKS_FILE)).header)}
+    history = os.path.join(work, HISTORY_FILE)
+    if os.path.exists(history):
+        checksums[HISTORY_FILE] = history_digest(history)
+    told = with_digest({**provenance, CHECKSUMS_KEY: checksums})
+    with open(os.path.join(work, PROVENANCE_FILE), "w", encoding="utf-8") as file:
+        json.dump(told, file, indent=2, sort_keys=True)
+        file.write("\n")
+    for name in os.listdir(work):
+        sync(os.path.join(work, name))
+    sync(work)

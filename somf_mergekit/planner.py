@@ -14,9 +14,11 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
+from safetensors import SafetensorError
 
 from . import machine, recipe
-from .errors import RecipeError, raise_together
+from .errors import RecipeError, first_line, raise_together
+from .files import is_of_writing
 from .headers import checkpoint_problems
 from .held_out import warn
 from .inputs import CANT_BE_MADE
@@ -73,7 +75,15 @@ def wrap_run_merge(module: Any) -> None:
             check_writable(out_path)
 
         def merge(config: MergeConfiguration, folder: str, how: MergeOptions) -> Any:
-            return original(config, folder, how, config_source, **further)
+            try:
+                return original(config, folder, how, config_source, **further)
+            except (OSError, SafetensorError) as error:
+                if not is_of_writing(error):
+                    raise
+                raise RecipeError(
+                    f"the merge can't be written to {folder}: {first_line(error)}. Make room, and "
+                    "give the same command again: a mask that was learned is kept, and used again."
+                ) from error
 
         if merge_config.merge_method == recipe.METHOD_NAME:
             return merge_with_report(merge, merge_config, out_path, options)

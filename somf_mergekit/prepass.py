@@ -24,6 +24,7 @@ from .learning_bar import learn_with_progress
 from .mask_files import keep_masks, write_masks
 from .mask_folder import check_folder, free_name, make_room
 from .masks import MASKS_FILE, MaskSet
+from .out_of_memory import memory_for
 from .outcome import comparison, diverged, learned_line, told_divergence
 from .phases import LEARNING, phase
 from .plan import PlannedMerge
@@ -80,7 +81,7 @@ def _learned_mask(
     with learning_folder(folder, together) as place, ExitStack() as ending:
         if data.dropped:
             _say(planned, f"somf: rows of the safety dataset left out: {data.dropped}")
-        with phase("reading task vectors"):
+        with phase("reading task vectors"), memory_for(lambda: "reading task vectors"):
             expected = forecast(planned, data, together)
             _say(planned, f"somf: {expected.told}")
             learning, problem, ways = constructed(planned, folder, data, expected, together, ending)
@@ -120,11 +121,11 @@ def _learned_mask(
             ) from error
         compared: HeldOut | str = data.why_none or "nothing was learned"
         if problem.held_out and progress.step:
-            with phase("held-out pairs"):
+            with phase("held-out pairs"), memory_for(lambda: "held-out pairs"):
                 compared = comparison(planned, problem, quiet)
         if together.is_first:
             make_room(folder)
-        with phase("writing the mask"):
+        with phase("writing the mask"), memory_for(lambda: "writing the mask"):
             masks = artifact(folder, compared)
         checkpoints.remove()
     _say(planned, f"somf: {learned_line(masks, compared)}")

@@ -1,8 +1,11 @@
 """Learning that was stopped goes on where it was, and ends as if it had not been."""
 
+import contextlib
 import json
 import os
 import random
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -16,7 +19,7 @@ from filelock import FileLock
 from safetensors import safe_open
 from test_learner import make_problem
 
-from somf_mergekit import RecipeError, learn
+from somf_mergekit import RecipeError, construction, learn, prepass
 from somf_mergekit.learner import checkpoints as module
 from somf_mergekit.learner.checkpoints import Checkpoints, Progress
 from somf_mergekit.learner.engine import ResidentEngine
@@ -118,20 +121,196 @@ def test_a_checkpoint_that_does_not_count_is_passed_over(tmp_path):
     assert all(bool((t.logits == t.init_logit).all()) for t in other.tensors)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+@contextlib.contextmanager
+def room_for(count):
+    """Files of so many bytes and no more can be written, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (count, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+    _, logits = trajectory(make_problem(**SETTINGS))
     problem = make_problem(**SETTINGS)
-    real, calls = module.write_safetensors, []
+    checkpoints = kept(problem, tmp_path)
 
-    def full(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            raise OSError(28, "No space left on device")
-        return real(*arguments)
+    def on_step(report):
+        if report.step == 3:
+            # A checkpoint is larger than the one before by a row of the record.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (newest(tmp_path).stat().st_size, hard))
 
-    monkeypatch.setattr(module, "write_safetensors", full)
-    with pytest.raises(RecipeError, match=r"No space left.*The last one\s+is as it was"):
-        trajectory(problem, Progress(), kept(problem, tmp_path))
-    assert kept(make_problem(**SETTINGS), tmp_path).latest().step == 2
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with (
+        room_for(hard),
+        pytest.raises(RecipeError, match=r"File too large. The last one\s+is as it was"),
+    ):
+        learn_logits(problem, on_step, nothing, Progress(), checkpoints)
+    assert sorted(path.name.rsplit("-", 1)[0] for path in tmp_path.iterdir()) == [
+        "step-1",
+        "step-2",
+    ]
+    again = make_problem(**SETTINGS)
+    checkpoints = kept(again, tmp_path)
+    _, ends = trajectory(again, checkpoints.latest(), checkpoints)
+    assert all(map(torch.equal, ends, logits))
+
+
+def newest(folder):
+    return max(folder.iterdir(), key=lambda path: path.name)
+
+
+def test_a_disk_without_room_for_a_mask_or_a_merge_loses_nothing(family_recipe, tmp_path):
+    file = tiny.write_recipe(tmp_path / "recipe.yml", family_recipe())
+    with room_for(9000):
+        stopped = tiny.invoke("mergekit-yaml", file, tmp_path / "out")
+    assert stopped.exit_code == 1
+    assert isinstance(stopped.exception, SystemExit), repr(stopped.exception)
+    assert "the mask can't be written to" in stopped.output
+    assert "too large" in stopped.output
+    assert list((tmp_path / "out").iterdir()) == []
+    # Of a mask that is there, and what is to be merged with it.
+    learn(family_recipe(), tmp_path / "mask")
+    with room_for(500):
+        packed = tiny.invoke("mergekit-somf", "pack", tmp_path / "mask", tmp_path / "packed")
+    assert "the mask can't be written to" in packed.output
+    mask = (tmp_path / "mask/masks.safetensors").stat().st_size
+    with room_for(mask + 20_000):
+        stopped = tiny.invoke("mergekit-yaml", file, tmp_path / "out")
+    assert stopped.exit_code == 1
+    assert isinstance(stopped.exception, SystemExit), repr(stopped.exception)
+    assert f"the merge can't be written to {tmp_path / 'out'}: " in stopped.output
+    again = tiny.invoke("mergekit-yaml", file, tmp_path / "out")
+    assert "reusing the mask" in again.output
+    assert (tmp_path / "out/model.safetensors").exists()
+    assert not list(tmp_path.glob("*somf-*"))
+
+
+def test_a_folder_that_can_not_be_written_is_told_and_what_is_kept_stays(family_recipe, tmp_path):
+    place = tmp_path / "place"
+    place.mkdir()
+    file = tiny.write_recipe(tmp_path / "recipe.yml", many_steps(family_recipe))
+    script = tmp_path / "run.py"
+    script.write_text(READ_ONLY)
+    early = tiny.run(sys.executable, script, file, place / "mask", "0")
+    assert early.returncode == 1, early.stderr
+    assert "can't be written: " in early.stderr
+    assert list(place.iterdir()) == []
+    late = tiny.run(sys.executable, script, file, place / "mask", "4", env=AT_EACH_STEP)
+    assert late.returncode == 1, late.stderr
+    assert "a checkpoint can't be written to" in late.stderr
+    assert "Traceback" not in early.stderr + late.stderr
+    assert steps_kept(place / "mask.learning") == 3
+    last = started(file, place / "mask")
+    assert last.wait(timeout=300) == 0
+    assert "going on after step 3" in last.stderr.read()
+
+
+# Whoever runs the tests may write anywhere: what the system would refuse is refused by the process.
+AT_EACH_STEP = {"SOMF_CHECKPOINT_MINUTES": "0"}
+READ_ONLY = """
+import errno, os, sys, tempfile
+*command, step = sys.argv[1:]
+place = os.path.dirname(command[1])
+steps = []
+
+def read_only(event, arguments):
+    writes = event == "open" and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+    if not writes and event not in ("os.mkdir", "os.rename", "os.remove"):
+        return
+    path = str(arguments[0])
+    if os.path.abspath(path).startswith(place):
+        steps.extend([path] * path.endswith(".safetensors.partial") * (event == "open"))
+        if len(steps) >= int(step):
+            raise OSError(errno.EROFS, "Read-only file system", path)
+
+sys.addaudithook(read_only)
+from somf_mergekit.cli import main
+main(["learn", *command])
+"""
+
+
+def events_of(monkeypatch):
+    """The calls, in their order, that put files on the disk, rename and remove them."""
+    found, real = [], {name: getattr(os, name) for name in ("fsync", "replace", "unlink")}
+
+    def fsync(handle):
+        found.append(("sync", Path(os.readlink(f"/proc/self/fd/{handle}")).name))
+        real["fsync"](handle)
+
+    def replaced(old, new):
+        found.append(("rename", Path(new).name))
+        real["replace"](old, new)
+
+    def unlink(path, **options):
+        found.append(("remove", Path(path).name))
+        real["unlink"](path, **options)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replaced)
+    monkeypatch.setattr(os, "unlink", unlink)
+    return found
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_before_others_go(
+    family_recipe, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SOMF_CHECKPOINT_MINUTES", "0")
+    events = events_of(monkeypatch)
+    learn(family_recipe(max_steps=3), tmp_path / "mask")
+    steps = [event for event in events if event[1].startswith("step-") or "learning" in event[1]]
+    names = [name for what, name in steps if what == "rename"]
+    assert [name.split("-")[1] for name in names] == ["1", "2", "3"]
+    writing = [[("sync", f"{n}.partial"), ("rename", n), ("sync", "mask.learning")] for n in names]
+    one, two, three = names
+    removed = [[], [], [("remove", one)]]
+    expected = [e for pair in zip(writing, removed, strict=True) for part in pair for e in part]
+    assert steps == [*expected, ("remove", two), ("remove", three)]
+    ends = [events.index(("sync", name)) for name in ("masks.safetensors", "somf.json")]
+    named = events.index(("rename", "mask"))
+    assert max(ends) < named < events.index(("sync", tmp_path.name)) < events.index(steps[-2])
+
+
+def test_a_checkpoint_is_written_at_the_end_where_much_would_be_lost(tmp_path, monkeypatch):
+    problem = make_problem(**SETTINGS)
+    trajectory(problem, Progress(), kept(problem, tmp_path, seconds=1e9))
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(module, "_END_SECONDS", 0)
+    trajectory(problem, Progress(), kept(problem, tmp_path, seconds=1e9))
+    assert [path.name.rsplit("-", 1)[0] for path in tmp_path.iterdir()] == ["step-6"]
+
+
+def test_a_checkpoint_that_a_disk_has_damaged_does_not_count(tmp_path):
+    problem = make_problem(**SETTINGS)
+    checkpoints = kept(problem, tmp_path)
+    trajectory(problem, Progress(), checkpoints, until=2)
+    path = newest(tmp_path)
+    intact = path.read_bytes()
+    good = (vars(checkpoints.latest()), [tensor.logits.clone() for tensor in problem.tensors])
+    header = 8 + int.from_bytes(intact[:8], "little")
+    counted = []
+    for place in [*range(0, header, 41), *range(header, len(intact), 4999), len(intact) - 1]:
+        damaged = bytearray(intact)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        progress = checkpoints.latest()
+        if progress.step == 1:
+            continue
+        counted.append(place)
+        assert same(vars(progress), good[0]), place
+        assert all(map(torch.equal, (t.logits for t in problem.tensors), good[1])), place
+    # Only blanks between the parts can change.
+    assert len(counted) < 3
+
+
+def same(one, other):
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    return one == other
 
 
 def test_a_file_that_fails_half_way_is_not_there(tmp_path):
@@ -168,9 +347,12 @@ def many_steps(family_recipe):
     return family_recipe(max_steps=40, batch_size=2, epochs=9)
 
 
-def started(file, folder, **environment):
+LEARN = (sys.executable, "-m", "somf_mergekit", "learn")
+
+
+def started(file, folder, command=LEARN, **environment):
     return subprocess.Popen(
-        [sys.executable, "-m", "somf_mergekit", "learn", str(file), str(folder)],
+        [*command, str(file), str(folder)],
         env={**os.environ, "SOMF_CHECKPOINT_MINUTES": "0", **environment},
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
@@ -191,22 +373,48 @@ def wait_for(condition, process):
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code", "command"),
+    [
+        (signal.SIGINT, 130, [tiny.command("mergekit-yaml")]),
+        (signal.SIGTERM, 143, [sys.executable, "-m", "somf_mergekit", "learn"]),
+    ],
+    ids=["SIGINT", "SIGTERM"],
+)
 def test_a_signal_ends_after_a_step_and_the_same_command_goes_on(
-    number, code, family_recipe, tmp_path
+    number, code, command, family_recipe, tmp_path
 ):
     file = tiny.write_recipe(tmp_path / "recipe.yml", many_steps(family_recipe))
-    place = tmp_path / "mask.learning"
-    process = started(file, tmp_path / "mask", SOMF_CHECKPOINT_MINUTES="60")
-    wait_for(lambda: (place / "lock").exists(), process)
-    wait_for(lambda: ignores(process, number), process)
+    learn(many_steps(family_recipe), tmp_path / "whole")
+    out = tmp_path / "out"
+    mask = out / "somf" if command[0].endswith("yaml") else out
+    process = started(file, out, command=command, SOMF_CHECKPOINT_MINUTES="60")
+    told = ""
+    # No checkpoint would be written yet, were it not for the signal.
+    while " 2/40" not in told:
+        sign = process.stderr.read(1)
+        assert sign, told
+        told += sign
     process.send_signal(number)
-    _, told = process.communicate(timeout=120)
+    told += process.communicate(timeout=120)[1]
     assert process.returncode == code, told
-    assert "give the same command again to go on" in told
     assert "Traceback" not in told
-    assert not (tmp_path / "mask").exists()
-    assert steps_kept(place) < 40
+    (step,) = re.findall(
+        r"stopped after step (\d+), which is kept: give the same command again", told
+    )
+    assert 2 <= int(step) < 40
+    assert not mask.exists()
+    assert steps_kept(mask.with_name(f"{mask.name}.learning")) == int(step)
+    again = started(file, out, command=command)
+    told = again.communicate(timeout=300)[1]
+    assert again.returncode == 0, told
+    assert f"going on after step {step}" in told
+    assert_same_mask(mask, tmp_path / "whole")
+
+
+def assert_same_mask(one, other):
+    for name in ("masks.safetensors", "somf.json"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
 @pytest.mark.parametrize(
@@ -243,6 +451,24 @@ def test_where_memory_runs_out_the_same_command_goes_on(
     assert "somf: going on after step 2" in ended.output
 
 
+@pytest.mark.parametrize(
+    ("room", "name", "what"),
+    [
+        (construction, "learning_model", "reading task vectors"),
+        (prepass, "write_masks", "writing the mask"),
+    ],
+)
+def test_memory_that_runs_out_before_or_after_the_steps_is_told(
+    room, name, what, family_recipe, tmp_path, monkeypatch
+):
+    def failing(*_arguments, **_options):
+        raise MemoryError
+
+    monkeypatch.setattr(room, name, failing)
+    with pytest.raises(RecipeError, match=f"memory was not enough for {what} .MemoryError"):
+        learn(family_recipe(max_steps=1), tmp_path / "mask")
+
+
 def test_other_errors_are_not_taken_for_a_lack_of_memory(family_recipe, tmp_path, monkeypatch):
     def failing(self, parts, step, rate_share):
         raise RuntimeError("a fault")
@@ -250,15 +476,6 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(family_recipe, tmp_path
     monkeypatch.setattr(ResidentEngine, "learn", failing)
     with pytest.raises(RuntimeError, match="a fault"):
         learn(family_recipe(max_steps=1), tmp_path / "mask")
-
-
-def ignores(process, number):
-    """Whether a process has a handler of its own for a signal."""
-    for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
-        if line.startswith("SigCgt:"):
-            caught = int(line.split()[1], 16) >> (signal.SIGTERM - 1) & 1
-            return bool(caught)
-    return False
 
 
 def test_a_process_that_is_killed_at_any_moment_can_be_gone_on_with(family_recipe, tmp_path):
@@ -278,8 +495,6 @@ def test_a_process_that_is_killed_at_any_moment_can_be_gone_on_with(family_recip
     assert last.wait(timeout=300) == 0
     assert "going on after step" in last.stderr.read()
     assert not place.exists()
-    # The times of the steps differ, and with them their checksum.
-    name = "masks.safetensors"
-    assert (mask / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert_same_mask(mask, tmp_path / "whole")
     rows = [json.loads(row) for row in (mask / "training.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 41))

@@ -10,10 +10,11 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -21,16 +22,19 @@ from ..digests import json_digest
 from ..errors import RecipeError
 from ..processes import Processes
 from .interruption import LearningInterrupted, StopRequests
-from .safetensors_file import StoredTensor, write_safetensors
+from .safetensors_file import StoredTensor, tensor_bytes, write_safetensors
 from .tensors import MaskedTensor
 
-FORMAT = "somf-checkpoint/1"
+FORMAT = "somf-checkpoint/2"
 GENERATIONS = 2
 # At the end too, where more than this would be lost if the mask could not be written.
 _END_SECONDS = 60
 _HEADER_KEY = "somf"
 _LOGITS, _PAIRS, _RATIOS = "logits/", "reference rows", "reference"
 _TOKENS, _LENGTHS, _UNMASKED = "utility rows", "utility lengths", "utility"
+_KEPT = (_PAIRS, _RATIOS, _TOKENS, _LENGTHS, _UNMASKED)
+# The last tensor of the file: a checksum over the header and all others.
+_CHECKSUM = "checksum"
 
 
 @dataclass
@@ -53,7 +57,8 @@ class Progress:
 class Checkpoints:
     """The checkpoints of one learning, the newest two, in a folder of their own.
 
-    One is complete once it has its name: it is written under another, and synced to the disk.
+    One is complete once it has its name: it is written under another, and synced to the disk. Its
+    checksum tells one that was damaged since.
 
     Attributes:
         stop: whether someone wants this process to end; it does after a step.
@@ -140,7 +145,7 @@ class Checkpoints:
             _LENGTHS: torch.tensor(list(map(len, tokens)), dtype=torch.int64),
             _UNMASKED: torch.cat([torch.empty(0), *tokens]),
         }
-        content = [StoredTensor.of(name, tensor) for name, tensor in kept.items()]
+        content = [StoredTensor.of(name, kept[name]) for name in _KEPT]
         content += [
             StoredTensor(_LOGITS + t.name, t.layout.shape, torch.float32, t.whole_logits)
             for t in self._tensors
@@ -158,8 +163,9 @@ class Checkpoints:
             "history": progress.history,
         }
         path = os.path.join(self._folder, f"step-{progress.step}-{self._key}.safetensors")
+        text = json.dumps(header, sort_keys=True)
         try:
-            write_safetensors(path, content, {_HEADER_KEY: json.dumps(header, sort_keys=True)})
+            write_safetensors(path, _with_checksum(text, content), {_HEADER_KEY: text})
         except OSError as error:
             raise RecipeError(
                 f"a checkpoint can't be written to {self._folder}: {error.strerror}. The last one "
@@ -177,32 +183,32 @@ class Checkpoints:
 
     def _read(self, path: str) -> Progress:
         with safe_open(path, framework="pt") as file:
-            header = json.loads(file.metadata()[_HEADER_KEY])
+            text = file.metadata()[_HEADER_KEY]
+            header, checksum = json.loads(text), xxhash.xxh3_128(text.encode())
             if header["format"] != FORMAT or header["fingerprint"] != self._fingerprint:
                 raise ValueError("of something else")
             shapes = {t.name: file.get_slice(_LOGITS + t.name).get_shape() for t in self._tensors}
             if any(tuple(shapes[t.name]) != t.layout.shape for t in self._tensors):
                 raise ValueError("of other shapes")
+            values = {name: file.get_tensor(name) for name in _KEPT}
+            for name in _KEPT:
+                checksum.update(tensor_bytes(values[name]))
             for tensor in self._tensors:
-                tensor.set_logits(file.get_tensor(_LOGITS + tensor.name))
-            lengths = file.get_tensor(_LENGTHS).tolist()
-            values = file.get_tensor(_UNMASKED).clone().split(lengths) if lengths else ()
+                logits = file.get_tensor(_LOGITS + tensor.name)
+                checksum.update(tensor_bytes(logits))
+                tensor.set_logits(logits)
+            if bytes(file.get_tensor(_CHECKSUM).tolist()) != checksum.digest():
+                raise ValueError("damaged")
+            lengths = values[_LENGTHS].tolist()
+            tokens = values[_UNMASKED].clone().split(lengths) if lengths else ()
             device = self._tensors[0].logits.device
+            pairs = zip(values[_PAIRS].tolist(), values[_RATIOS].tolist(), strict=True)
+            utility = zip(values[_TOKENS].tolist(), tokens, strict=True)
             return Progress(
                 step=int(header["step"]),
                 history=list(header["history"]),
-                reference={
-                    row: (chosen, rejected)
-                    for row, (chosen, rejected) in zip(
-                        file.get_tensor(_PAIRS).tolist(),
-                        file.get_tensor(_RATIOS).tolist(),
-                        strict=True,
-                    )
-                },
-                unmasked={
-                    row: tokens.to(device)
-                    for row, tokens in zip(file.get_tensor(_TOKENS).tolist(), values, strict=True)
-                },
+                reference={row: (chosen, rejected) for row, (chosen, rejected) in pairs},
+                unmasked={row: told.to(device) for row, told in utility},
             )
 
     def _found(self) -> list[tuple[int, str]]:
@@ -213,3 +219,22 @@ class Checkpoints:
             if match:
                 found.append((int(match[1]), os.path.join(self._folder, name)))
         return sorted(found)
+
+
+def _with_checksum(text: str, content: Sequence[StoredTensor]) -> list[StoredTensor]:
+    """Return tensors with a last one: a checksum over ``text`` and what the others give."""
+    checksum = xxhash.xxh3_128(text.encode())
+
+    def counted(stored: StoredTensor) -> StoredTensor:
+        def values() -> Tensor:
+            found = stored.content().detach().to("cpu", stored.dtype)
+            checksum.update(tensor_bytes(found))
+            return found
+
+        return replace(stored, content=values)
+
+    def digest() -> Tensor:
+        return torch.tensor(list(checksum.digest()), dtype=torch.uint8)
+
+    last = StoredTensor(_CHECKSUM, (checksum.digest_size,), torch.uint8, digest)
+    return [*map(counted, content), last]

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..files import sync
+
 _TYPES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.uint8: "U8"}
 # The bytes begin where every type is aligned.
 _ALIGNMENT = 8
@@ -38,6 +40,11 @@ class StoredTensor:
     def of(cls, name: str, tensor: Tensor) -> "StoredTensor":
         """Return a tensor that is at hand."""
         return cls(name, tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor on the CPU as the file has them."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def write_safetensors(
@@ -66,23 +73,12 @@ def write_safetensors(
         with open(partial, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for tensor in tensors:
-                values = tensor.content().detach().to("cpu", tensor.dtype).contiguous()
-                file.write(values.reshape(-1).view(torch.uint8).numpy().data)
+                file.write(tensor_bytes(tensor.content().detach().to("cpu", tensor.dtype)))
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-        _sync_folder(os.path.dirname(path))
+        sync(os.path.dirname(path))
     except BaseException:
         if os.path.exists(partial):
             os.unlink(partial)
         raise
-
-
-def _sync_folder(folder: str) -> None:
-    """Put a folder's list of names on the disk, where the system has such a thing."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
