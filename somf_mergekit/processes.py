@@ -1,5 +1,6 @@
 """The processes that learn one mask together, as torchrun or accelerate launch starts them."""
 
+import json
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -43,12 +44,33 @@ class Processes:
         return total
 
     def gathered(self, values: list[Any]) -> list[Any]:
-        """Return the values of all processes, the first one's first."""
+        """Return the values of all processes, the first one's first.
+
+        They are what JSON knows, and tensors of float32 on one axis; lists in them come as tuples.
+        """
         if self.count == 1:
             return values
-        from accelerate.utils import gather_object
+        return [value for text in self._texts(_as_text(values)) for value in _from_text(text)]
 
-        return list(gather_object(values))
+    def _texts(self, text: str) -> list[str]:
+        """Return the texts of all processes.
+
+        As bytes, for what torch and accelerate have for objects unpickles what the network brings.
+        """
+        import torch
+        from accelerate import PartialState
+
+        own = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        own = own.to(PartialState().device)
+        length = torch.tensor([len(own)], device=own.device)
+        lengths = [torch.empty_like(length) for _ in range(self.count)]
+        torch.distributed.all_gather(lengths, length)
+        padded = own.new_zeros(int(max(lengths)))
+        padded[: len(own)] = own
+        parts = [torch.empty_like(padded) for _ in lengths]
+        torch.distributed.all_gather(parts, padded)
+        contents = zip(parts, lengths, strict=True)
+        return [part[: int(count)].cpu().numpy().tobytes().decode() for part, count in contents]
 
     def of_first(self, value: Any) -> Any:
         """Return the first process' value, in all of them."""
@@ -125,3 +147,22 @@ def _told(names: tuple[str, ...]) -> str | None:
     """Return the first of these environment variables that is a number from 0 up."""
     values = (os.environ.get(name, "") for name in names)
     return next((value for value in values if value.isdecimal()), None)
+
+
+_TENSOR = "tensor"
+
+
+def _as_text(values: list[Any]) -> str:
+    """Return values as JSON, which keeps every digit of a number."""
+    return json.dumps(values, default=lambda tensor: {_TENSOR: tensor.tolist()})
+
+
+def _from_text(text: str) -> list[Any]:
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            import torch
+
+            return torch.tensor(value[_TENSOR], dtype=torch.float32)
+        return tuple(map(plain, value)) if isinstance(value, list) else value
+
+    return [plain(value) for value in json.loads(text)]

@@ -1,6 +1,7 @@
 """Several processes learn one mask together: the same as one, written once."""
 
 import json
+import math
 import os
 import sys
 
@@ -11,7 +12,7 @@ import torch
 from somf_mergekit import MaskSet
 from somf_mergekit.learner import tensors
 from somf_mergekit.learner.engine import LossNotFinite, agreed
-from somf_mergekit.processes import Processes, own_device
+from somf_mergekit.processes import Processes, _as_text, _from_text, own_device
 
 # On a machine with a GPU too, gloo and the CPU are what is tested.
 ENVIRONMENT = {"SOMF_PRECISION": "float32", "ACCELERATE_USE_CPU": "1"}
@@ -250,6 +251,14 @@ def test_what_one_process_sees_stops_all_and_is_told_by_the_first(
     apart = torch.cat([(one.entries(n) - kept.entries(n)).flatten() for n in one.names()])
     assert (apart.abs() < 0.01).float().mean() > 0.98
     assert (one.entries("lm_head.weight") - 0.5).abs().max() > 0.02 * step
+
+
+def test_what_processes_tell_each_other_comes_out_as_it_went_in():
+    told = [(15, True), (3, (0.1, -math.inf)), None, [[1, "é"]], (7, torch.tensor([0.1, 3e-41]))]
+    *found, (row, tensor) = _from_text(_as_text(told))
+    assert found == [(15, True), (3, (0.1, -math.inf)), None, ((1, "é"),)]
+    assert row == 7
+    assert torch.equal(tensor, told[-1][1])
 
 
 def test_shares_are_all_of_the_rows():
