@@ -229,8 +229,12 @@ class MaskSet:
                 self._checked_codes(name)
             except RecipeError as error:
                 found.append(error.message)
+        if os.path.basename(self.path) != MASKS_FILE:
+            return found
         folder = os.path.dirname(self.path)
-        told = (told_checksums(folder) or {}) if os.path.basename(self.path) == MASKS_FILE else {}
+        told = told_checksums(folder)
+        if told is None:
+            return [*found, f"{os.path.join(folder, PROVENANCE_FILE)} is missing"]
         history = os.path.join(folder, HISTORY_FILE)
         if HISTORY_FILE in told:
             if not os.path.exists(history):

@@ -70,6 +70,7 @@ def tensor_checks(
     except Exception as error:  # whatever a damaged file makes of its reader
         yield in_a_line("tensors", WRONG, f"the written weights can't be read: {first_line(error)}")
         return
+    yield from _strays(folder, written)
     tasks = {weight.name: (weight, task) for weight, task in planned.tensors}
     stored = set(written.index.tensor_paths)
     for name in sorted(stored - set(tasks)):
@@ -96,12 +97,21 @@ def _written(folder: str) -> LazyTensorLoader:
     if "model.safetensors" not in files and "model.safetensors.index.json" not in files:
         if any(name.endswith(".bin") for name in files):
             raise RecipeError("the weights are pickled (.bin), which is never opened here")
-        raise RecipeError(f"there are no weights in {folder}")
+        raise FileNotFoundError(f"neither model.safetensors nor its index is in {folder}")
     index = ShardedTensorIndex.from_disk(folder)
     for file in sorted(set(index.tensor_paths.values())):
         if os.path.basename(file) != file or not file.endswith(".safetensors"):
-            raise RecipeError(f"the index of the weights names {file!r}, no safetensors beside it")
+            what = f"the index of the weights names {file!r}, no safetensors beside it"
+            raise RecipeError(what) if file.endswith(".bin") else ValueError(what)
     return LazyTensorLoader(index)
+
+
+def _strays(folder: str, written: LazyTensorLoader) -> Iterator[Check]:
+    """Yield the weights that are no part of what is written, and that others may load instead."""
+    own = set(written.index.tensor_paths.values())
+    for name in sorted(os.listdir(folder)):
+        if name.endswith(".safetensors") and name not in own:
+            yield Check(name, WRONG, "is beside the written weights, and none of them")
 
 
 def _compared(

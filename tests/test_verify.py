@@ -133,6 +133,79 @@ def test_a_damaged_artifact(out, file, place):
     assert "damaged" in told or "another checksum" in told
 
 
+@pytest.fixture(scope="module")
+def in_shards(merge, tmp_path_factory):
+    """The same merge in several files."""
+    folder = tmp_path_factory.mktemp("shards")
+    content = yaml.safe_load((merge / "mergekit_config.yml").read_text())
+    tiny.merged(content, folder / "out", "--out-shard-size", "20K")
+    return folder / "out"
+
+
+ONE, TWO = (f"model-0000{number}-of-00007.safetensors" for number in (1, 2))
+INDEX = "model.safetensors.index.json"
+
+
+def swapped(out):
+    (out / ONE).rename(out / "kept")
+    (out / TWO).rename(out / ONE)
+    (out / "kept").rename(out / TWO)
+
+
+def renamed(out):
+    (out / ONE).rename(out / "other.safetensors")
+
+
+def without_index(out):
+    (out / INDEX).unlink()
+
+
+def led_outside(out):
+    content = json.loads((out / INDEX).read_text())
+    content["weight_map"]["lm_head.weight"] = "../out/" + content["weight_map"]["lm_head.weight"]
+    (out / INDEX).write_text(json.dumps(content))
+
+
+def with_a_whole_file_beside(out):
+    # transformers takes this one where there are both.
+    save_file(tiny.tensors_of(out), out / "model.safetensors", metadata={"format": "pt"})
+
+
+def without_provenance(out):
+    (out / "somf/somf.json").rename(out / "somf/other.json")
+
+
+def without_history(out):
+    (out / "somf/training.jsonl").unlink()
+
+
+def without_mask(out):
+    (out / "somf/masks.safetensors").rename(out / "somf/other.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "subject", "said"),
+    [
+        (swapped, "lm_head.weight", f"{ONE} can't be read"),
+        (renamed, "lm_head.weight", f"{ONE} can't be read"),
+        (renamed, "other.safetensors", "is beside the written weights, and none of them"),
+        (without_index, "tensors", "neither model.safetensors nor its index is in"),
+        (led_outside, "tensors", f"the index of the weights names '../out/{ONE}'"),
+        (with_a_whole_file_beside, "model.safetensors", "and none of them"),
+        (without_provenance, "artifact", "somf.json is missing"),
+        (without_history, "artifact", "training.jsonl is missing"),
+        (without_mask, "artifact", "no such mask"),
+    ],
+)
+def test_files_that_are_not_in_their_place(in_shards, tmp_path, change, subject, said):
+    shutil.copytree(in_shards, tmp_path / "out")
+    assert "right" in verified(tmp_path / "out", "--strict")["tensors"]
+    change(tmp_path / "out")
+    verdict, told = verified(tmp_path / "out", code=1)[subject]
+    assert verdict == "WRONG"
+    assert said in told
+
+
 def test_another_mask_is_noticed_by_what_was_written(out, family_recipe, tmp_path):
     file = tiny.write_recipe(tmp_path / "other.yml", family_recipe(seed=5))
     assert tiny.invoke("mergekit-somf", "learn", file, tmp_path / "other").exit_code == 0
