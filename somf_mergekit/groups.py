@@ -49,3 +49,17 @@ def not_finite(group: TensorGroup) -> str | None:
 
 def _is_float8(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() and tensor.dtype.itemsize == 1
+
+
+def within(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return values with NaN where a float8 can't hold them.
+
+    Casting to some of these types takes the largest number they have, without a word.
+    """
+    if not dtype.is_floating_point or dtype.itemsize > 1:
+        return values
+    of_type = torch.finfo(dtype)
+    _, exponent = math.frexp(of_type.max)
+    # Half of the last step further, rounding still ends at the largest number.
+    largest = of_type.max + of_type.eps * 2.0 ** (exponent - 2)
+    return values.masked_fill(values.abs() > largest, math.nan)

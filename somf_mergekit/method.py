@@ -20,7 +20,7 @@ from torch import Tensor
 from . import recipe
 from .errors import RecipeError
 from .fusions import OwnMethod, fused, fusion_specs
-from .groups import is_finite, is_shared_buffer, not_finite
+from .groups import is_finite, is_shared_buffer, not_finite, within
 from .masks import MaskSet, masks_path
 from .report.vectors import recorded
 from .sums import show_task_vectors
@@ -71,7 +71,7 @@ class SomfMethod(OwnMethod):
         if factor is None:
             if watch is not None:
                 show_task_vectors(group, torch.ones((), device=base.device), watch)
-            result = fused(group, parameters).to(base.dtype)
+            result = within(fused(group, parameters), base.dtype).to(base.dtype)
         else:
             result = fused_masked(group, factor, parameters, watch)
         if not is_finite(result):
