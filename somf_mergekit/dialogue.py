@@ -118,7 +118,10 @@ def _rendered(tokenizer: Any, messages: Sequence[Message], *, open_answer: bool)
         )
     except Exception as error:
         roles = ", ".join(m["role"] for m in messages)
+        told = [m["content"] for m in messages if m["content"] in str(error)]
+        # A template may put into its words what it refuses, which may be harmful.
+        why = type(error).__name__ if any(told) else error
         raise RecipeError(
-            f"the base model's chat template refuses a conversation of the roles {roles}: {error}. "
+            f"the base model's chat template refuses a conversation of the roles {roles}: {why}. "
             "Use prompts without the refused role, or a base model with another template."
         ) from error

@@ -1,6 +1,7 @@
 """Rows of a dataset, from the hub, a file or a folder, and a count of those left out."""
 
 import glob
+import json
 import os
 import random
 from array import array
@@ -106,19 +107,24 @@ def dataset_rows(source: str, split: str = "train", config: str | None = None) -
                 )
             # Else a name with brackets would be a pattern, and other files be read.
             name = glob.escape(path)
-            return datasets.load_dataset(FILE_FORMATS[extension], data_files=name, split="train")
+            kind = FILE_FORMATS[extension]
+            return _of_text(datasets.load_dataset(kind, data_files=name, split="train"))
         if os.path.isdir(path):
             if os.path.exists(os.path.join(path, "state.json")):
-                return datasets.load_from_disk(path)
+                _check_inside(source, path, _saved_files(path))
+                return _of_text(datasets.load_from_disk(path))
             if glob.escape(os.path.abspath(path)) != os.path.abspath(path):
                 raise RecipeError(
                     f"dataset folder {source}: one of *, ? and [ is in its name, which would be "
                     "taken for a pattern; name the folder otherwise"
                 )
-            return datasets.load_dataset(path, name=config, split=split)
+            _check_inside(source, path, _named_files(path, config))
+            return _of_text(datasets.load_dataset(path, name=config, split=split))
         if _looks_like_path(source):
             raise RecipeError(f"dataset {source}: no such file or folder")
-        return datasets.load_dataset(source, name=config, split=split)
+        named = [file for file in _named_files(source, config) if "://" not in file]
+        _check_inside(source, str(datasets.config.HF_CACHE_HOME), named)
+        return _of_text(datasets.load_dataset(source, name=config, split=split))
     except RecipeError:
         raise
     except Exception as error:
@@ -150,3 +156,45 @@ def rows_of_prompts(rows: Any, source: str, *columns: str) -> Iterator[tuple[str
 def _looks_like_path(source: str) -> bool:
     extension = os.path.splitext(source)[1].lower()
     return extension in FILE_FORMATS or source[:1] in "./~" or source.count("/") > 1
+
+
+def _named_files(source: str, config: str | None) -> list[str]:
+    """Return the files that a hub dataset or a folder takes for its data; its README.md may say."""
+    import datasets
+
+    files = datasets.load_dataset_builder(source, name=config).config.data_files or {}
+    return [str(file) for part in files.values() for file in part]
+
+
+def _saved_files(folder: str) -> list[str]:
+    """Return the files that a dataset saved in a folder says it has."""
+    with open(os.path.join(folder, "state.json"), encoding="utf-8") as file:
+        return [os.path.join(folder, part["filename"]) for part in json.load(file)["_data_files"]]
+
+
+def _check_inside(source: str, folder: str, files: Sequence[str]) -> None:
+    """Check that the files that a dataset names as its data lie in its folder.
+
+    Raises:
+        RecipeError: a file does not.
+    """
+    inside = os.path.join(os.path.abspath(folder), "")
+    for file in files:
+        if not os.path.abspath(file).startswith(inside):
+            raise RecipeError(
+                f"dataset {source}: it names {file} as its data, which is not in it; take that out "
+                "of its README.md or state.json, or name the file itself"
+            )
+
+
+def _of_text(rows: Any) -> Any:
+    """Return rows without the columns that are read by opening what they name, such as images."""
+    return rows.remove_columns([name for name, kind in rows.features.items() if _opens(kind)])
+
+
+def _opens(kind: Any) -> bool:
+    if isinstance(kind, dict):
+        return any(map(_opens, kind.values()))
+    if isinstance(kind, (list, tuple)):
+        return any(map(_opens, kind))
+    return hasattr(kind, "decode_example") or _opens(getattr(kind, "feature", ()))

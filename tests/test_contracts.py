@@ -583,6 +583,20 @@ def test_a_split_that_is_not_there_is_an_error(tmp_path):
         datasets.load_dataset(str(tmp_path), split="lost")
 
 
+def test_a_builder_tells_the_files_that_it_will_read(tmp_path):
+    file = tiny.write_jsonl(tmp_path / "train.jsonl", [{"a": "x"}])
+    files = datasets.load_dataset_builder(str(tmp_path)).config.data_files
+    assert [str(name) for part in files.values() for name in part] == [str(file)], (
+        "rows.py looks whether a dataset leads to files outside of it"
+    )
+
+
+def test_what_is_read_by_opening_files_is_known_by_its_kind():
+    for kind in (datasets.Image(), datasets.Audio()):
+        assert hasattr(kind, "decode_example"), "rows.py leaves out such columns"
+    assert not hasattr(datasets.Value("string"), "decode_example")
+
+
 # torch.
 
 
