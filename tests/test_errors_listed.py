@@ -220,6 +220,16 @@ def test_every_entry_of_the_page_is_a_message(texts, page):
     assert not gone, "docs/errors.md lists what the package does not say:\n" + "\n".join(gone)
 
 
+def test_every_entry_says_what_to_make_of_it(page):
+    alone = [
+        plain(entry)[:80]
+        for entry in re.split(r"^(?=- `|#)", page, flags=re.MULTILINE)
+        if entry.startswith("- `")
+        and len(words(re.sub(r"\A- (`+).+?\1", "", entry, flags=re.DOTALL))) < 5
+    ]
+    assert not alone, "docs/errors.md names without cause or remedy:\n" + "\n".join(alone)
+
+
 def test_what_is_left_out_is_there_to_be_left_out(texts):
     assert set(MODULES) <= {text.module for text in texts}
     assert set(CALLS) <= {text.call for text in texts}

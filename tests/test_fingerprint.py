@@ -32,9 +32,9 @@ def recipe(folder, **parameters):
     return tiny.recipe(folder / "base", [folder / "math", folder / "code"], **values | parameters)
 
 
-def learned(folder, content=None):
+def learned(folder, content=None, *options):
     file = tiny.write_recipe(folder / "recipe.yml", content or recipe(folder))
-    result = tiny.invoke("mergekit-somf", "learn", file, folder / "mask")
+    result = tiny.invoke("mergekit-somf", "learn", file, folder / "mask", *options)
     assert result.exit_code == 0, result.output
     return " ".join(result.output.split())
 
@@ -130,9 +130,21 @@ def test_what_changes_a_mask_is_named_and_the_old_one_kept(own_family, change, n
 
 def test_versions_that_differ_are_named(own_family, monkeypatch):
     learned(own_family)
-    real = provenance.version
-    monkeypatch.setattr(provenance, "version", lambda n: "0" if n == "torch" else real(n))
-    assert "versions (torch): a new one" in learned(own_family)
+    with monkeypatch.context() as other:
+        other.setattr(provenance, "version", lambda name: "0")
+        told = learned(own_family)
+    assert "versions (mergekit, somf-mergekit, torch, transformers): a new one" in told
+
+
+def test_code_of_the_base_decides_a_mask_where_it_may_be_run(own_family):
+    learned(own_family)
+    (own_family / "base/own.py").write_text("# one")
+    assert "reusing the mask" in learned(own_family)
+    changed = "was learned with other model configuration: a new one"
+    for text in ("# one", "# two"):
+        (own_family / "base/own.py").write_text(text)
+        assert changed in learned(own_family, None, "--trust-remote-code")
+    assert "reusing the mask" in learned(own_family, None, "--trust-remote-code")
 
 
 def test_what_does_not_change_a_mask_leaves_it(own_family):
