@@ -245,9 +245,10 @@ def _kills(results: Path) -> list[str]:
         "## Learning that is killed",
         "",
         "`python -m benchmarks.kills`: SIGKILL at moments that a seed draws, the same command",
-        "again each time, until learning ends with the mask of a run that was never stopped.",
+        "again each time, until learning ends. The mask, and what is told with it, is compared",
+        "byte for byte with that of a run that was never stopped.",
         "",
-        "| engine | steps | kills | while a checkpoint was written | same mask at the end |",
+        "| engine | steps | kills | while a checkpoint was written | the same at the end |",
         "|---|---|---|---|---|",
         *(
             f"| {record['engine']} | {record['steps']} | {record['kills']} "

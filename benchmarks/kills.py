@@ -17,7 +17,8 @@ from .real_table import circumstances
 from .speed_models import BASE, SPECIALISTS, WEIGHT, make_models
 
 STEPS = 60
-MASK = "masks.safetensors"
+# All of an artifact but the times of its steps.
+FILES = ("masks.safetensors", "somf.json")
 
 
 @click.command()
@@ -129,8 +130,9 @@ def _step(work: Path) -> int:
 
 
 def _compare(work: Path) -> None:
-    if (work / "mask" / MASK).read_bytes() != (work / "whole" / MASK).read_bytes():
-        raise click.ClickException("the mask differs from that of the run never stopped")
+    for name in FILES:
+        if (work / "mask" / name).read_bytes() != (work / "whole" / name).read_bytes():
+            raise click.ClickException(f"{name} differs from that of the run never stopped")
 
 
 if __name__ == "__main__":
