@@ -178,9 +178,10 @@ def _check_inside(source: str, folder: str, files: Sequence[str]) -> None:
     Raises:
         RecipeError: a file does not.
     """
-    inside = os.path.join(os.path.abspath(folder), "")
+    # datasets names files where the folder really is, when its name is a link.
+    places = [os.path.join(place(folder), "") for place in (os.path.abspath, os.path.realpath)]
     for file in files:
-        if not os.path.abspath(file).startswith(inside):
+        if not os.path.abspath(file).startswith(tuple(places)):
             raise RecipeError(
                 f"dataset {source}: it names {file} as its data, which is not in it; take that out "
                 "of its README.md or state.json, or name the file itself"

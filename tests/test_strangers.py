@@ -144,6 +144,13 @@ def test_a_dataset_leads_to_no_file_outside_of_it(lead, outside, tmp_path):
         dataset_rows(str(tmp_path / "data"))
 
 
+def test_a_folder_may_be_named_by_a_link(tmp_path):
+    (tmp_path / "data").mkdir()
+    tiny.write_jsonl(tmp_path / "data/train.jsonl", tiny.preference_rows(3))
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    assert len(dataset_rows(str(tmp_path / "link"))) == 3
+
+
 def test_a_dataset_of_the_hub_leads_to_no_file_of_this_machine(monkeypatch):
     files = {"train": ["hf://datasets/a/b@0/train.jsonl", "/etc/hosts"]}
     builder = SimpleNamespace(config=SimpleNamespace(data_files=files))
