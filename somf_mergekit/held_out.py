@@ -151,7 +151,7 @@ def verdict(told: Mapping[str, Any], mask_kind: Any) -> str | None:
     margin = " The margin is larger, which the accuracy of few pairs may not show." * is_larger
     binary = "" if mask_kind == "soft" else "mask_kind: soft, which is closer to what was learned; "
     return (
-        "NOT SAFER THAN WITHOUT THE MASK, as far as pairs tell that it has not learned from: their "
+        "NOT SHOWN TO BE SAFER THAN WITHOUT THE MASK: on pairs that it has not learned from, the "
         "preference accuracy is not above the plain fusion's.\n"
         f"When the mask was learned, on {found.line}.{margin}\n"
         "The merge is written all the same. Measure it before you use it (mergekit-somf evaluate). "
