@@ -96,7 +96,7 @@ class PlannedMerge:
     @cached_property
     def evaluation_sets(self) -> "tuple[EvaluationSets, list[str]]":
         """What the merge is to be measured on, read once, and what is wrong with it."""
-        from .report.measured import sets_of_recipe
+        from .evaluate.recipe_sets import sets_of_recipe
 
         return sets_of_recipe(self.settings)
 

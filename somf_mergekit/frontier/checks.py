@@ -10,6 +10,7 @@ from mergekit.options import MergeOptions
 
 from ..errors import RecipeError, raise_together
 from ..evaluate.checks import checked_participants
+from ..evaluate.recipe_sets import named_sources
 from ..evaluate.sets import EvaluationSets, read_sets
 from ..evaluate.settings import EvaluationSettings, NamedModel
 from ..fusion_check import weights_problem
@@ -17,7 +18,7 @@ from ..plan import PlannedMerge, task_parameters
 from ..planner import planned_merge
 from ..processes import started
 from ..recipe_check import recipe_problems
-from ..report.measured import base_of, named_sources
+from ..report.measured import base_of
 from .axes import axes_problems
 from .masks import WantedMask, relearning_problem, wanted_masks
 from .over import MASK, WEIGHT, Swept, swept_parameters
