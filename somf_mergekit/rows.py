@@ -96,6 +96,10 @@ def dataset_rows(source: str, split: str = "train", config: str | None = None) -
     """
     import datasets
 
+    if hasattr(datasets.config, "HF_DATASETS_TRUST_REMOTE_CODE"):
+        # Before datasets 4, it would ask on the terminal whether to run code that comes with a
+        # dataset, and raise an error from a timer later on where there is none to ask.
+        datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False
     path = os.path.expanduser(source)
     try:
         if os.path.isfile(path):

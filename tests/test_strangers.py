@@ -3,6 +3,7 @@
 import ast
 import json
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -118,6 +119,9 @@ def test_code_that_comes_with_a_model_or_its_data_is_not_run(family, tmp_path):
         result = tiny.invoke("mergekit-yaml", file, tmp_path / f"out-{source[5:6]}")
         assert result.exception is None or isinstance(result.exception, SystemExit)
         assert not ran.exists()
+        # Nor was it asked whether it may be run.
+        assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+        assert signal.alarm(0) == 0
     assert result.exit_code == 0, result.output
 
 
