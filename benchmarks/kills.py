@@ -95,6 +95,8 @@ def _recipe(work: Path) -> Path:
         "parameters": {
             "safety_dataset": str(work / "pairs.jsonl"),
             "max_steps": STEPS,
+            # The finest mask has the largest checkpoints.
+            "granularity": "weight",
             "epochs": 10,
             "batch_size": 4,
             "max_length": 32,

@@ -5,6 +5,8 @@ from typing import Any
 import click
 
 import somf_mergekit
+from somf_mergekit.granularity import GRANULARITIES
+from somf_mergekit.recipe import Settings
 
 # Public shapes; no weights are loaded.
 SHAPES = {
@@ -21,8 +23,14 @@ _GIB = 1 << 30
 @click.option("--batch-size", default=16, show_default=True, help="Pairs a step.")
 @click.option("--micro-batch", default=4, show_default=True, help="Pairs at once.")
 @click.option("--max-length", default=128, show_default=True)
-def main(batch_size: int, micro_batch: int, max_length: int) -> None:
-    """Print the table: bfloat16, a linear fusion of any number of models, granularity weight."""
+@click.option(
+    "--granularity",
+    type=click.Choice(GRANULARITIES),
+    default=Settings.model_fields["granularity"].default,
+    show_default=True,
+)
+def main(batch_size: int, micro_batch: int, max_length: int, granularity: str) -> None:
+    """Print the table: bfloat16, a linear fusion of any number of models."""
     somf_mergekit.register()
     from somf_mergekit.forecast import Need, engine_needs
     from somf_mergekit.machine import RESIDENT, STREAMING
@@ -33,7 +41,7 @@ def main(batch_size: int, micro_batch: int, max_length: int) -> None:
     )
     click.echo("|---|---|---|---|---|---|")
     for label, shape in SHAPES.items():
-        config, tensors = _model(shape)
+        config, tensors = _model(shape, granularity)
         on_cpu, on_gpu = (
             engine_needs(
                 config,
@@ -59,7 +67,7 @@ def main(batch_size: int, micro_batch: int, max_length: int) -> None:
 
 
 def _model(
-    shape: tuple[int, int, int, int, int, int, bool],
+    shape: tuple[int, int, int, int, int, int, bool], granularity: str
 ) -> tuple[Any, dict[str, Any]]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -84,7 +92,7 @@ def _model(
             kept_as=name,
             shape=tuple(weight.shape),
             has_vocabulary="embed" in name,
-            granularity="weight",
+            granularity=granularity,
             kept_tensors=1,
         )
         for name, weight in model.named_parameters()

@@ -206,6 +206,8 @@ def _ours(
         "somf",
         safety_dataset=str(folder / "pairs.jsonl"),
         max_steps=options["steps"],
+        # The finest mask takes most.
+        granularity="weight",
         batch_size=options["batch_size"],
         max_length=options["max_length"],
         # A new mask each time, the same in all processes: one that is there would be used again.

@@ -55,7 +55,7 @@ class Settings(BaseModel):
         "own parameters keep their meaning.",
     )
     granularity: Literal["weight", "row", "column", "head", "tensor"] = Field(
-        "weight",
+        "row",
         json_schema_extra=_PER_TENSOR,
         description="What one entry of the mask covers: one weight, a row (output), a column "
         "(input), an attention head (rows in other tensors), or the whole tensor.",
@@ -177,6 +177,7 @@ class Settings(BaseModel):
 # 5,135 pairs (321 steps; theirs had 160 to 900), a rate of 1e-3 to 1e-2 on the logits.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
+        "granularity": "weight",
         "temperature": 0.5,
         "init_logit": 0.0,
         "mask_rescale": "mean",

@@ -58,6 +58,8 @@ def family_recipe(family):
             "max_steps": 3,
             "batch_size": 4,
             "max_length": 48,
+            # The finest mask is where most can go wrong; a given one has its own.
+            "granularity": None if "mask" in parameters else "weight",
         } | parameters
         values = {key: value for key, value in values.items() if value is not None}
         return tiny.recipe(family / "base", [family / "math", family / "code"], **values)

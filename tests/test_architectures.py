@@ -165,6 +165,7 @@ def test_check_counts_experts_that_are_put_together_when_loaded(tmp_path, family
         [tmp_path / name for name in WEIGHTS],
         safety_dataset=str(family / "pairs.jsonl"),
         max_length=48,
+        granularity="weight",
     )
     file = tiny.write_recipe(tmp_path / "recipe.yml", recipe)
     result = tiny.invoke("mergekit-somf", "check", file)

@@ -13,6 +13,7 @@ from somf_mergekit.recipe_check import read_recipe
 
 PAGE = Path(__file__).parent.parent / "docs/recipe.md"
 PAPER = {
+    "granularity": "weight",
     "temperature": 0.5,
     "init_logit": 0.0,
     "mask_rescale": "mean",
