@@ -108,7 +108,7 @@ def _entries(comparison: Comparison, group: str) -> list[Entry]:
         if row.group != group and not is_reference:
             continue
         choice = comparison.choice(row)
-        settings = list(row.settings) if row.is_line else [choice.setting] if choice else []
+        settings = list(row.settings) if row.tests_all else [choice.setting] if choice else []
         for setting in settings:
             entry = _entry(comparison, group, row, setting)
             if entry["seeds"]:
@@ -141,6 +141,7 @@ def _entry(comparison: Comparison, group: str, row: Row, setting: str) -> Entry:
         "group": group,
         "is_merge": row.group is not None or row.name == "aligned",
         "is_line": row.is_line,
+        "tests_all": row.tests_all,
         "of_seeds": len(comparison.seeds),
         "seeds": seeds,
         "mean": {name: mean(values) for name, values in known.items()},

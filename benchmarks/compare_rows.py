@@ -42,7 +42,8 @@ class Row:
         label: in the table.
         group: a key of GROUPS; None for a model that is no merge.
         settings: what it is tuned over, by name; the same names for every seed.
-        is_line: all settings are tested, not the chosen one alone.
+        is_line: its settings are a sweep of the plain merge, the line to beat.
+        tests_all: all settings are tested, not the chosen one alone.
         is_shared: seeds change nothing.
         is_single: measured on the first seed alone; what it shows is worth no more time.
         is_needed: its validation is needed, although there is nothing to choose.
@@ -53,6 +54,7 @@ class Row:
     group: str | None
     settings: dict[str, Making] = field(repr=False)
     is_line: bool = False
+    tests_all: bool = False
     is_shared: bool = False
     is_single: bool = False
     is_needed: bool = False
@@ -99,7 +101,9 @@ class _Rows:
         yield self._own("somf", "somf", ({}, *rates, {"weight": 0.6}))
         per_weight = {"granularity": "weight"}
         yield self._own("somf_weight", "somf, one entry a weight", ({}, rates[0]), **per_weight)
-        yield Row("dpo", "safety DPO of the plain merge", "two", self._dpo())
+        # The strongest rival: that a rule chose its rate would be too little to say of it.
+        dpo = "safety DPO of the plain merge"
+        yield Row("dpo", dpo, "two", self._dpo(), tests_all=True)
         yield from self._repairs()
         yield self._untrained("sampled", "untrained_sampled", "task_arithmetic", _TA)
         for fusion, grid in (("dare_linear", _DARE), ("ties", _TIES)):
@@ -160,7 +164,7 @@ class _Rows:
         }
         name = LINE[group]
         label = "task_arithmetic" + " of three" * (group == "three")
-        return Row(name, label, group, made, is_line=True)
+        return Row(name, label, group, made, is_line=True, tests_all=True)
 
     def _own(self, name: str, label: str, settings: Iterable[dict[str, Any]], **fixed: Any) -> Row:
         made = {_named(s) or "defaults": self._somf(**fixed, **s) for s in settings}

@@ -28,6 +28,9 @@ COLUMNS = (
     ("seconds", "seconds", 1, 0, ""),
     ("peak_bytes", "GiB", 2.0**-30, 1, ""),
 )
+# What a first look wants to know, as the README shows it.
+SUMMARY = ("refusals", "over_refusals", "preference_accuracy", "math_loss", "code_loss", "kept")
+SUMMARY += ("seconds", "peak_bytes")
 UNDOMINATED = "*"
 _NOTHING = "-"
 
@@ -41,6 +44,7 @@ def markdown(record: dict[str, Any], plot: str | None) -> str:
     """
     parts = ["# Ways to merge specialists safely, compared", f"`{record['command']}`"]
     parts += [f"![safety against skill]({plot})"] if plot else []
+    parts += ["## In short", summary_table(record)]
     for group, heading in HEADINGS.items():
         entries = [entry for entry in record["entries"] if entry["group"] == group]
         if any(entry["is_line"] for entry in entries):
@@ -58,19 +62,30 @@ def main_table(entries: Sequence[dict[str, Any]]) -> str:
     header = ["model", "setting", *(heading for _, heading, *_ in COLUMNS), f"against {champion}"]
     rows = [header]
     for entry in entries:
-        label = entry["label"] + f" {UNDOMINATED}" * entry["undominated"]
-        if len(entry["seeds"]) < entry["of_seeds"]:
-            label += f" ({len(entry['seeds'])} of {entry['of_seeds']} seeds)"
         found = entry["verdict"]
         rows.append(
             [
-                label,
+                entry["label"] + f" {UNDOMINATED}" * entry["undominated"] + _of_seeds(entry),
                 _setting(entry),
                 *(_cell(entry, *column) for column in COLUMNS),
                 found["is"] if found else _NOTHING,
             ]
         )
     return aligned_table(rows, labels=2)
+
+
+def summary_table(record: dict[str, Any]) -> str:
+    """Return what was tested of the merges of two, in few columns, as the README shows it."""
+    entries = [entry for entry in record["entries"] if entry["group"] == "two"]
+    columns = [column for column in COLUMNS if column[0] in SUMMARY]
+    rows = [["model", *(heading for _, heading, *_ in columns)]]
+    for entry in entries:
+        setting = f", {entry['setting']}" if entry["setting"] not in ("", "defaults") else ""
+        label = entry["label"] + setting + _of_seeds(entry)
+        # A specialist has a skill of its own: the sum over both says little of it.
+        kept = {} if entry["is_merge"] else {"mean": {**entry["mean"], "kept": None}}
+        rows.append([label, *(_cell({**entry, **kept}, *column) for column in columns)])
+    return aligned_table(rows, labels=1)
 
 
 def validation_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -95,12 +110,17 @@ def validation_table(rows: Sequence[dict[str, Any]]) -> str:
     return aligned_table(table, labels=2)
 
 
+def _of_seeds(entry: dict[str, Any]) -> str:
+    known, asked = len(entry["seeds"]), entry["of_seeds"]
+    return f" ({known} of {asked} seeds)" if known < asked else ""
+
+
 def _setting(entry: dict[str, Any]) -> str:
     note = "" if entry["qualifies"] else ", none qualifies"
     return (
         entry["setting"]
-        + f" (chosen{note})" * (entry["chosen"] and entry["is_line"])
-        + (note if entry["chosen"] and not entry["is_line"] else "")
+        + f" (chosen{note})" * (entry["chosen"] and entry["tests_all"])
+        + (note if entry["chosen"] and not entry["tests_all"] else "")
     )
 
 

@@ -81,9 +81,9 @@ class Comparison:
                 yield self.run(row.name, setting, seed), VALIDATION
 
     def tests(self, row: Row, settings: Sequence[str]) -> Iterator[tuple[Run, str]]:
-        """Yield what is tested: of a row that is no line, the chosen setting, once it is known."""
+        """Yield what is tested: the chosen setting, once it is known, or all of them."""
         found = list(settings)
-        if not row.is_line and len(found) > 1:
+        if not row.tests_all and len(found) > 1:
             choice = self.choice(row)
             found = [choice.setting] if choice else []
         for seed in self.seeds_of(row, self.seeds):

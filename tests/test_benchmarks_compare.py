@@ -27,7 +27,7 @@ from benchmarks.compare_rule import Score, chosen, derived, sweep_safety, verdic
 from benchmarks.compare_runs import MEASURES, Bench, Run
 from benchmarks.compare_splits import SIZES, halves, read_splits, split_prompts
 from benchmarks.compare_store import claimed, removed
-from benchmarks.compare_table import main_table, markdown
+from benchmarks.compare_table import main_table, markdown, summary_table
 from benchmarks.compare_work import Comparison
 from benchmarks.real_data import write_sets
 from somf_mergekit.evaluate import EvaluationSets, EvaluationSettings
@@ -254,7 +254,7 @@ def test_the_table_is_that_of_the_runs(made_up):
             better_on_test = number if split == "test" else -number
             refusals = 0.5 + better_on_test / 20 + (seed - 1) ** 2 / 40
             write("somf", setting, seed, split, refusals=refusals, math_loss=0.5)
-    for setting, rate in zip(comparison.rows[0]["dpo"].settings, (0.7, 0.5, 0.4), strict=True):
+    for setting, rate in zip(comparison.rows[0]["dpo"].settings, (0.7, 0.3, 0.2), strict=True):
         for seed, split in itertools.product((0, 1, 2), ("validation", "test")):
             write("dpo", setting, seed, split, refusals=rate + seed / 50, math_loss=0.45)
     record = record_of(comparison, "command")
@@ -289,19 +289,29 @@ def test_the_table_is_that_of_the_runs(made_up):
     assert len(record["runs"]) == sum(1 for _ in comparison.bench.models.work.rglob("run.json"))
 
 
+RECORD = Path(__file__).parents[1] / "benchmarks/results/compare.json"
+
+
+def test_the_readme_and_the_results_show_the_record():
+    record = json.loads(RECORD.read_text())
+    assert markdown(record, "compare.png") == RECORD.with_suffix(".md").read_text()
+    assert RECORD.with_suffix(".png").exists()
+    assert summary_table(record) in (RECORD.parents[2] / "README.md").read_text()
+
+
 def test_choosing_sees_validation_alone(made_up):
     comparison, write = made_up
-    settings = list(comparison.rows[0]["dpo"].settings)
-    row = comparison.rows[0]["dpo"]
+    settings = list(comparison.rows[0]["resta"].settings)
+    row = comparison.rows[0]["resta"]
     for number, setting in enumerate(settings):
-        write("dpo", setting, 0, "validation", refusals=number / 10, math_loss=0.4)
-        write("dpo", setting, 0, "test", refusals=1 - number / 10, math_loss=0.4)
-        write("dpo", setting, 2, "validation", refusals=1 - number / 10, math_loss=0.4)
+        write("resta", setting, 0, "validation", refusals=number / 10, math_loss=0.4)
+        write("resta", setting, 0, "test", refusals=1 - number / 10, math_loss=0.4)
+        write("resta", setting, 2, "validation", refusals=1 - number / 10, math_loss=0.4)
     # Seed 1 tunes too, and is not validated yet; seed 2 does not tune.
     assert comparison.choice(row) is None
     assert not list(comparison.tests(row, settings))
     for number, setting in enumerate(settings):
-        write("dpo", setting, 1, "validation", refusals=number / 10, math_loss=0.4)
+        write("resta", setting, 1, "validation", refusals=number / 10, math_loss=0.4)
     assert comparison.choice(row).setting == settings[-1]
     tested = [(run.seed, run.setting, split) for run, split in comparison.tests(row, settings)]
     assert tested == [(seed, settings[-1], "test") for seed in (0, 1, 2)]
@@ -406,10 +416,14 @@ def test_a_whole_comparison_leaves_its_record(whole):
         assert entry["seeds"]["5"]["cost"] == run.get("cost")
         assert "±" not in text
     # What was not chosen was never tested.
-    for name in ("somf", "dpo", "resta", "dare_linear", "somf_reused"):
+    for name in ("somf", "resta", "dare_linear", "somf_reused"):
         splits = [set(run["measures"]) for (row, _), run in runs.items() if row == name]
         assert sorted(map(len, splits)) == [1, 2]
         assert all("validation" in found for found in splits)
+    # But of the strongest rival all of it was.
+    assert [set(r["measures"]) for (row, _), r in runs.items() if row == "dpo"] == [
+        {"validation", "test"}
+    ] * 2
     # A mask that was learned for two is used for three, and is no cost there.
     learned = {n: json.loads(f.read_text()) for n, f in mask_records(work).items()}
     soft, reused = runs["somf", "defaults"], runs["somf_reused", "weight 0.3"]
@@ -483,8 +497,8 @@ def test_a_models_weights_differ_as_their_settings_do(whole, monkeypatch):
 def test_several_calls_share_the_work(made_up, monkeypatch):
     comparison, write = made_up
     monkeypatch.setattr(compare_work, "PAUSE", 0)
-    dpo = comparison.rows[0]["dpo"]
-    first = comparison.run("dpo", next(iter(dpo.settings)), 0)
+    resta = comparison.rows[0]["resta"]
+    first = comparison.run("resta", next(iter(resta.settings)), 0)
     done = []
     other = first.claimed()
     assert other.__enter__()
@@ -492,18 +506,18 @@ def test_several_calls_share_the_work(made_up, monkeypatch):
     def on_run(run, split):
         done.append((run.setting, run.seed, split))
         write(run.row.name, run.setting, run.seed, split)
-        if len(done) == 5:
+        if len(done) == 7:
             # The other call ends, and has measured what it was at.
-            write("dpo", first.setting, 0, "validation", refusals=0.9)
+            write("resta", first.setting, 0, "validation", refusals=0.9)
             other.__exit__(None, None, None)
 
-    comparison.work_through("dpo", keep=False, on_run=on_run)
+    comparison.work_through("resta", keep=False, on_run=on_run)
     # Nothing was chosen before the other call had ended, and nothing was done twice.
     assert len(set(done)) == len(done)
     validated = [(setting, seed) for setting, seed, split in done if split == "validation"]
-    expected = set(itertools.product(dpo.settings, (0, 1))) - {(first.setting, 0)}
+    expected = set(itertools.product(resta.settings, (0, 1))) - {(first.setting, 0)}
     assert set(validated) == expected
-    assert done[5:] == [(first.setting, seed, "test") for seed in (0, 1, 2)]
+    assert done[7:] == [(first.setting, seed, "test") for seed in (0, 1, 2)]
 
 
 def test_what_another_call_is_at_is_not_begun(tmp_path):
