@@ -47,6 +47,8 @@ def demo_recipes(
     somf = {
         "safety_dataset": pairs,
         "fusion": "task_arithmetic",
+        # So small a model has few rows: a mask of them costs it more of its skills.
+        "granularity": "weight",
         "learning_rate": settings.mask.learning_rate,
         "batch_size": settings.mask_batch_size,
         "sft_weight": settings.mask_sft_weight,
