@@ -213,7 +213,7 @@ class Run:
         parameters = self.making.learns["parameters"] if self.making.learns else {}
         if parameters.get("max_steps") == 0:
             return "an untrained mask"
-        fusion = parameters.get("fusion")
+        fusion = parameters.get("fusion", "task_arithmetic")
         utility = " with a utility term" if "utility_dataset" in parameters else ""
         return f"a mask for {fusion}{utility}"
 
