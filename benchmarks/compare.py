@@ -118,7 +118,8 @@ def main(
         raise click.ClickException(f"no row is called {only}; there are {names}")
     command = _command(options, quick)
     restored = restore(comparison, read_json(out / f"{NAME}.json"))
-    click.echo(f"{restored} runs are known from the record in {out}") if restored else None
+    if restored:
+        click.echo(f"{restored} runs are known from the record in {out}")
     if listed:
         click.echo(listing(comparison, only))
         return

@@ -228,7 +228,6 @@ class Run:
         models, needs = self.bench.models, self._needs()
         for name in needs:
             models.made(name, self.seed, self.bench.pairs)
-        self.folder.mkdir(parents=True, exist_ok=True)
         record = self.record
         # Specialists that another machine made again may differ in the last bits.
         record["inputs"] = {name: models.digest(name, self.seed) for name in needs}
@@ -260,7 +259,6 @@ class Run:
 
     def restore(self, record: dict[str, Any]) -> None:
         """Take a record of the same making that was written elsewhere."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._write(record)
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -271,4 +269,5 @@ class Run:
             "making": asdict(self.making),
             "key": self.key,
         }
+        self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "run.json", told | record)

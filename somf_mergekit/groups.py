@@ -19,7 +19,7 @@ def is_shared_buffer(group: TensorGroup) -> bool:
 
 def are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Return whether two tensors of one dtype have the same shape and entries."""
-    if one.dtype == other.dtype and _is_float8(one):
+    if one.dtype == other.dtype and _is_float8(one.dtype):
         # torch compares no float8.
         one, other = one.float(), other.float()
     return torch.equal(one, other)
@@ -30,7 +30,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
     # NaN and infinity spread to the extremes, which cost a fraction of a look at each entry.
     if tensor.numel() == 0:
         return True
-    if _is_float8(tensor):
+    if _is_float8(tensor.dtype):
         # torch finds no extremes of float8.
         tensor = tensor.float()
     return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))
@@ -47,19 +47,19 @@ def not_finite(group: TensorGroup) -> str | None:
     return None
 
 
-def _is_float8(tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.dtype.itemsize == 1
+def _is_float8(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize == 1
 
 
-def within(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return values with NaN where a float8 can't hold them.
+def as_type(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return values as another type, with NaN where a float8 can't hold them.
 
     Casting to some of these types takes the largest number they have, without a word.
     """
-    if not dtype.is_floating_point or dtype.itemsize > 1:
-        return values
+    if not _is_float8(dtype):
+        return values.to(dtype)
     of_type = torch.finfo(dtype)
     _, exponent = math.frexp(of_type.max)
     # Half of the last step further, rounding still ends at the largest number.
     largest = of_type.max + of_type.eps * 2.0 ** (exponent - 2)
-    return values.masked_fill(values.abs() > largest, math.nan)
+    return values.masked_fill(values.abs() > largest, math.nan).to(dtype)

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import recipe
 from .errors import RecipeError
 from .fusions import OwnMethod, fused, fusion_specs
-from .groups import is_finite, is_shared_buffer, not_finite, within
+from .groups import as_type, is_finite, is_shared_buffer, not_finite
 from .masks import MaskSet, masks_path
 from .report.vectors import recorded
 from .sums import show_task_vectors
@@ -71,7 +71,7 @@ class SomfMethod(OwnMethod):
         if factor is None:
             if watch is not None:
                 show_task_vectors(group, torch.ones((), device=base.device), watch)
-            result = within(fused(group, parameters), base.dtype).to(base.dtype)
+            result = as_type(fused(group, parameters), base.dtype)
         else:
             result = fused_masked(group, factor, parameters, watch)
         if not is_finite(result):

@@ -2,7 +2,8 @@
 
 import collections
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import click
@@ -81,7 +82,7 @@ def _learned_mask(
     with learning_folder(folder, together) as place, ExitStack() as ending:
         if data.dropped:
             _say(planned, f"somf: rows of the safety dataset left out: {data.dropped}")
-        with phase("reading task vectors"), memory_for(lambda: "reading task vectors"):
+        with _stage("reading task vectors"):
             expected = forecast(planned, data, together)
             _say(planned, f"somf: {expected.told}")
             learning, problem, ways = constructed(planned, folder, data, expected, together, ending)
@@ -121,11 +122,11 @@ def _learned_mask(
             ) from error
         compared: HeldOut | str = data.why_none or "nothing was learned"
         if problem.held_out and progress.step:
-            with phase("held-out pairs"), memory_for(lambda: "held-out pairs"):
+            with _stage("held-out pairs"):
                 compared = comparison(planned, problem, quiet)
         if together.is_first:
             make_room(folder)
-        with phase("writing the mask"), memory_for(lambda: "writing the mask"):
+        with _stage("writing the mask"):
             masks = artifact(folder, compared)
         checkpoints.remove()
     _say(planned, f"somf: {learned_line(masks, compared)}")
@@ -157,6 +158,13 @@ def _written(
     )
     together.wait()
     return written
+
+
+@contextmanager
+def _stage(name: str) -> Iterator[None]:
+    """Time a part of the pre-pass, and name it where memory runs out in it."""
+    with phase(name), memory_for(lambda: name):
+        yield
 
 
 def _say(planned: PlannedMerge, text: str) -> None:

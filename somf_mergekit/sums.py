@@ -14,7 +14,7 @@ from mergekit.merge_methods.base import TensorEntry, TensorGroup
 from torch import Tensor
 
 from .fusions import fused
-from .groups import within
+from .groups import as_type
 from .pieces import row_blocks
 
 # Is shown task vectors, (models, rows, ...), and the rows' factor; may write over the former.
@@ -65,7 +65,7 @@ class WeightedSum:
                 difference = self._combined(vectors, base)
                 watch(vectors, factor[rows])
             difference.mul_(factor[rows])
-            result[rows] = within(difference.add_(base, alpha=self.of_base), stored.dtype)
+            result[rows] = as_type(difference.add_(base, alpha=self.of_base), stored.dtype)
         return result
 
     def whole_differences(self, group: TensorGroup) -> Tensor:

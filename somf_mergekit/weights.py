@@ -18,7 +18,7 @@ from .fusions import (
     with_tensors,
 )
 from .granularity import Layout
-from .groups import within
+from .groups import as_type
 from .pieces import row_blocks
 from .shards import Shard
 from .sums import Watch, show_task_vectors, weighted_sum
@@ -152,5 +152,4 @@ def fused_masked(
         return weighted_sum(group, values).masked(group, factor, watch)
     if watch is not None:
         show_task_vectors(group, factor, watch)
-    dtype = group.base.tensor.dtype
-    return within(fused(masked_group(group, factor), values), dtype).to(dtype)
+    return as_type(fused(masked_group(group, factor), values), group.base.tensor.dtype)
