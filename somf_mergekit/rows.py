@@ -122,13 +122,10 @@ def dataset_rows(source: str, split: str = "train", config: str | None = None) -
                     f"dataset folder {source}: one of *, ? and [ is in its name, which would be "
                     "taken for a pattern; name the folder otherwise"
                 )
-            _check_inside(source, path, _named_files(path, config))
-            return _of_text(datasets.load_dataset(path, name=config, split=split))
+            return _of_text(_built(source, split, config, path))
         if _looks_like_path(source):
             raise RecipeError(f"dataset {source}: no such file or folder")
-        named = [file for file in _named_files(source, config) if "://" not in file]
-        _check_inside(source, str(datasets.config.HF_CACHE_HOME), named)
-        return _of_text(datasets.load_dataset(source, name=config, split=split))
+        return _of_text(_built(source, split, config))
     except RecipeError:
         raise
     except Exception as error:
@@ -162,12 +159,23 @@ def _looks_like_path(source: str) -> bool:
     return extension in FILE_FORMATS or source[:1] in "./~" or source.count("/") > 1
 
 
-def _named_files(source: str, config: str | None) -> list[str]:
-    """Return the files that a hub dataset or a folder takes for its data; its README.md may say."""
+def _built(source: str, split: str, config: str | None, folder: str | None = None) -> Any:
+    """Return the rows of a hub dataset, or of the one in a folder; its README.md names the files.
+
+    Raises:
+        RecipeError: it names files of this machine that are not its own.
+    """
     import datasets
 
-    files = datasets.load_dataset_builder(source, name=config).config.data_files or {}
-    return [str(file) for part in files.values() for file in part]
+    # What datasets.load_dataset does, with a look in between.
+    builder = datasets.load_dataset_builder(folder or source, name=config)
+    parts = (builder.config.data_files or {}).values()
+    files = [str(file) for part in parts for file in part]
+    if folder is None:
+        files = [file for file in files if "://" not in file]
+    _check_inside(source, folder or str(datasets.config.HF_CACHE_HOME), files)
+    builder.download_and_prepare()
+    return builder.as_dataset(split=split)
 
 
 def _saved_files(folder: str) -> list[str]:
