@@ -16,7 +16,7 @@ from PIL import Image
 import somf_mergekit
 from somf_mergekit import RecipeError
 from somf_mergekit.dialogue import prompt_ids, user_prompt
-from somf_mergekit.frontier.making import _file_name
+from somf_mergekit.frontier.points import file_name
 from somf_mergekit.learner import passes
 from somf_mergekit.preferences import preference_pairs
 from somf_mergekit.rows import dataset_rows
@@ -165,7 +165,7 @@ def test_a_dataset_of_the_hub_leads_to_no_file_of_this_machine(monkeypatch):
 
 @pytest.mark.parametrize("label", ["safety_dataset=../../x", "/etc/x", "..", "a=\x00\n/../b"])
 def test_a_value_that_is_swept_over_names_no_other_folder(label):
-    name = f"{_file_name(label)}-0"
+    name = f"{file_name(label)}-0"
     assert Path(name).name == name
     assert name.isprintable()
 

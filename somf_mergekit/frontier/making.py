@@ -1,7 +1,6 @@
 """One point after the other: merged, measured, deleted; what is known is not made again."""
 
 import contextlib
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -24,7 +23,7 @@ from ..recipe_blocks import plain
 from ..report.record import unmasked_merge
 from .axes import found_measures
 from .over import FUSION, KIND, TEMPERATURE
-from .points import PLAIN, Point, with_mask
+from .points import PLAIN, Point, file_name, with_mask
 
 MEASURED_FOLDER, KEPT_FOLDER, WORK_FOLDER = "measured", "merges", "merging"
 # Parameters of somf that say how a mask is applied.
@@ -81,7 +80,7 @@ class Making:
         measuring = asdict(self.settings) | {"place": self.settings.place}
         record = json_digest(["frontier", key, self.sets.digest, measuring])
         store = Store(self.out / MEASURED_FOLDER)
-        kept = self.out / KEPT_FOLDER / f"{_file_name(point.label)}-{key[:8]}"
+        kept = self.out / KEPT_FOLDER / f"{file_name(point.label)}-{key[:8]}"
         if store.has_value(record) and (kept.exists() or not self.keep):
             return dict(store.value(record))
         with self._merged(point, masks, kept) as folder:
@@ -128,7 +127,3 @@ class Making:
             distances=False,
         )
         return found_measures(evaluation, model.name)
-
-
-def _file_name(label: str) -> str:
-    return re.sub(r"[^\w=.+-]+", "_", label)[:80].strip("._")

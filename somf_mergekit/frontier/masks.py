@@ -1,6 +1,5 @@
 """The masks of a frontier: which there are, which are known, and how long the others take."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from ..prepass import mask_for
 from ..provenance import differences, learning_fingerprint, resolved_learning
 from ..report.curve import training_history
 from .over import MASK
-from .points import RECIPE_LABEL, Point, values_text, with_mask, with_values
+from .points import RECIPE_LABEL, Point, file_name, values_text, with_mask, with_values
 
 OWN_FOLDER, FURTHER_FOLDER = "mask", "masks"
 
@@ -152,9 +151,9 @@ def _wanted(
 def _folder(out: Path, values: Mapping[str, Any]) -> Path:
     """Return the folder of a mask learned with other values than the recipe's."""
     text = values_text(values)
-    name = re.sub(r"[^\w=.+-]+", "_", text.replace(", ", ",")).strip("._")
+    name = file_name(text)
     if name != text:
-        name = f"{name[:80]}-{json_digest(text)[:8]}"
+        name = f"{name}-{json_digest(text)[:8]}"
     return out / FURTHER_FOLDER / name
 
 

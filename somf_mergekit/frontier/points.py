@@ -1,6 +1,7 @@
 """The points of a frontier: a recipe with other values, each with the mask that it takes."""
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,6 +107,11 @@ def value_text(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:.12g}" if isinstance(value, float) else str(value)
+
+
+def file_name(text: str) -> str:
+    """Return a text as the name of a file or folder, which other texts may share."""
+    return re.sub(r"[^\w=.+-]+", "_", text)[:80].strip("._")
 
 
 def _scaled(setting: Any, factor: float) -> Any:
