@@ -169,8 +169,8 @@ class Checkpoints:
         except OSError as error:
             raise RecipeError(
                 f"a checkpoint can't be written to {self._folder}: {error.strerror}. The last one "
-                "is as it was: make room, or name another place with --work-dir (SOMF_WORK_DIR), "
-                "and give the same command again to go on."
+                "is as it was: make room and give the same command again to go on; another place, "
+                "named with --work-dir (SOMF_WORK_DIR), starts anew."
             ) from error
         for _, old in self._found()[:-GENERATIONS]:
             os.unlink(old)
