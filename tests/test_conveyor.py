@@ -10,6 +10,7 @@ from test_streaming import FakeCuda
 
 from somf_mergekit import construction, learn
 from somf_mergekit.learner import conveyor, model, streaming
+from somf_mergekit.learner.layered import LayeredModel
 from somf_mergekit.learner.loop import learn_logits
 from somf_mergekit.learner.pinned import PinnedMemory
 from somf_mergekit.learner.streaming import StreamingEngine
@@ -73,10 +74,10 @@ def test_layers_are_computed_with_on_the_device_alone(elsewhere, monkeypatch):
     engine = problem.engine
     rooms = [slot.room for slot in engine._conveyor._slots]
     seen = set()
-    real = StreamingEngine._called
+    real = LayeredModel.called
 
     def watched(self, number, *arguments):
-        for tensor in self._of_layer[number]:
+        for tensor in engine._of_layer[number]:
             for own in (tensor.base, tensor.merged.fused, tensor.logits):
                 places = [own.data_ptr() - room.data_ptr() for room in rooms]
                 inside = [
@@ -86,7 +87,7 @@ def test_layers_are_computed_with_on_the_device_alone(elsewhere, monkeypatch):
                 seen.add(inside.index(True))
         return real(self, number, *arguments)
 
-    monkeypatch.setattr(StreamingEngine, "_called", watched)
+    monkeypatch.setattr(LayeredModel, "called", watched)
     homes = [(t.base, t.merged, t.logits) for t in problem.tensors]
     trajectory(problem)
     assert seen == {0, 1}
@@ -123,16 +124,16 @@ def test_a_layer_comes_while_the_one_before_is_computed_with(elsewhere, monkeypa
         return real(self, number, layer)
 
     monkeypatch.setattr(conveyor._Slot, "fill", noted)
-    called = StreamingEngine._called
+    called = LayeredModel.called
 
     def computed(self, number, *arguments):
         asked.append(("computed", number))
         return called(self, number, *arguments)
 
-    monkeypatch.setattr(StreamingEngine, "_called", computed)
+    monkeypatch.setattr(LayeredModel, "called", computed)
     engine._conveyor.forget()
     learn_logits(problem, lambda report: None, lambda done, total: None)
-    last = len(engine._layers) - 1
+    last = len(engine._model) - 1
     for number in range(1, last + 1):
         assert asked.index(("comes", number)) < asked.index(("computed", number - 1))
     # Forward every layer comes once, and on the way back the last two are still there.

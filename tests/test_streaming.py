@@ -16,6 +16,7 @@ from somf_mergekit.errors import RecipeError
 from somf_mergekit.forecast import forecast
 from somf_mergekit.inputs import checked_data
 from somf_mergekit.learner import engine, streaming
+from somf_mergekit.learner.layered import LayeredModel
 from somf_mergekit.learner.layers import StreamingImpossible
 from somf_mergekit.learner.logprobs import token_batch
 from somf_mergekit.learner.mapped import MappedFiles
@@ -54,9 +55,9 @@ def held_bytes(tensor):
 def test_one_layer_has_weights_at_a_time(monkeypatch):
     problem = make_problem(runs=streaming.StreamingEngine, max_steps=2)
     runs = problem.engine
-    layers = [set(map(id, layer.parameters())) for layer in runs._layers]
+    layers = [set(map(id, layer.parameters())) for layer in runs._model._layers]
     most = []
-    real = streaming.StreamingEngine._called
+    real = LayeredModel.called
 
     def watching(self, *arguments):
         held = [
@@ -67,7 +68,7 @@ def test_one_layer_has_weights_at_a_time(monkeypatch):
         most.append(len(held))
         return real(self, *arguments)
 
-    monkeypatch.setattr(streaming.StreamingEngine, "_called", watching)
+    monkeypatch.setattr(LayeredModel, "called", watching)
     trajectory(problem)
     assert set(most) == {1}
     assert all(
