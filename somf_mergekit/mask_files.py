@@ -8,25 +8,22 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import RecipeError, first_line
 from .files import sync
-from .mask_header import FORMAT, header_digest, tensor_digest, with_digest
-from .masks import (
+from .mask_codes import encoded_probability, packed_bits
+from .mask_folder import (
     CHECKSUMS_KEY,
-    HEADER_KEY,
     HISTORY_FILE,
     MASKS_FILE,
     PROVENANCE_FILE,
-    MaskSet,
-    encoded_probability,
     history_digest,
 )
+from .mask_header import FORMAT, HEADER_KEY, header_digest, tensor_digest, with_digest
+from .masks import MaskSet
 
 
 def write_masks(
@@ -82,8 +79,7 @@ def write_packed_masks(folder: str | os.PathLike[str], masks: MaskSet) -> MaskSe
     for name in masks.stored_names():
         entries = masks.entries(name)
         packed[name] = list(entries.shape)
-        bits = np.packbits((entries > 0.5).view(-1).numpy())
-        stored[name] = torch.from_numpy(bits)
+        stored[name] = packed_bits(entries)
     header = {**masks.header, "packed": packed}
     with _new_artifact(folder, masks.provenance) as work:
         _save(work, stored, header)

@@ -17,6 +17,8 @@ from .digests import json_digest
 from .errors import RecipeError
 from .granularity import Layout
 
+# Under which safetensors keeps it.
+HEADER_KEY = "somf"
 # The first format has no checksums; it is read, and no longer written.
 FORMAT, UNCHECKED_FORMAT = "somf-mask/2", "somf-mask/1"
 _DIGEST_KEY = "digest"

@@ -1,81 +1,28 @@
-"""The mask artifact: a folder with masks.safetensors, somf.json and training.jsonl.
-
-A probability p is stored in one byte as code = ceil(256 p) - 1 and read as (code + 0.5) / 256: the
-error is at most 1/512, and p > 0.5 holds after reading exactly where it held before. A packed
-artifact stores in one bit whether p > 0.5, and reads 1 or 0.
+"""The mask artifact, opened: its entries tensor by tensor.
 
 Nothing in an artifact is ever unpickled, and no name in it becomes a path. Checksums tell damage,
-see ``mask_header``; somf.json has those of the other files.
+see ``mask_header``; ``mask_folder`` has its files, ``mask_codes`` how entries are stored.
 """
 
-import json
-import math
 import os
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .digests import file_digest, json_digest
 from .errors import RecipeError
 from .granularity import Layout
-from .mask_header import (
-    checked_header,
-    damaged,
-    header_digest,
-    json_content,
-    tensor_digest,
+from .mask_codes import LEVELS, bit_counts, decoded_probability, level_counts, unpacked_bits
+from .mask_folder import (
+    MASKS_FILE,
+    PROVENANCE_FILE,
+    history_problem,
+    masks_path,
+    told_checksums,
 )
+from .mask_header import HEADER_KEY, checked_header, damaged, header_digest, tensor_digest
 from .masking import mask_factor, mask_from_probabilities
-from .pieces import pieces
-
-MASKS_FILE = "masks.safetensors"
-PROVENANCE_FILE = "somf.json"
-HISTORY_FILE = "training.jsonl"
-LEVELS = 256
-HEADER_KEY = "somf"
-# In somf.json: the checksums of the other files, and of itself.
-CHECKSUMS_KEY = "checksums"
-_MOST_BYTES = 1 << 26
-
-
-def encoded_probability(probability: Tensor) -> Tensor:
-    """Return probabilities as uint8 codes in the same shape, on the CPU."""
-    return _codes(probability).to("cpu", torch.uint8)
-
-
-def history_digest(path: str | os.PathLike[str]) -> str:
-    """Return the SHA-256 of what a file tells of the steps of learning but for their times.
-
-    So the record of a mask that is learned once more, or in two parts, is the same. Of a damaged
-    file it is that of its bytes.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file]
-        return json_digest([{k: v for k, v in row.items() if k != "seconds"} for row in rows])
-    except (ValueError, AttributeError, RecursionError):
-        return file_digest(path)
-
-
-def stored_probability(probability: Tensor) -> Tensor:
-    """Return probabilities as they are read again once they have been stored, float32."""
-    return _codes(probability).add_(0.5).div_(LEVELS)
-
-
-def decoded_probability(codes: Tensor) -> Tensor:
-    """Return uint8 codes as float32 probabilities in the same shape."""
-    found = torch.empty(codes.shape)
-    flat, flat_codes = found.view(-1), codes.reshape(-1)
-    for part in pieces(len(flat)):
-        flat[part].copy_(flat_codes[part]).add_(0.5).div_(LEVELS)
-    return found
-
-
-def _codes(probability: Tensor) -> Tensor:
-    return torch.ceil(probability.float() * LEVELS).sub_(1).clamp_(0, LEVELS - 1)
 
 
 class MaskSet:
@@ -157,9 +104,7 @@ class MaskSet:
         stored = self._stored_name(name)
         codes = self._checked_codes(stored)
         if stored in self._packed:
-            shape = self._packed[stored]
-            bits = np.unpackbits(codes.numpy(), count=math.prod(shape))
-            return torch.from_numpy(bits).view(shape).float()
+            return unpacked_bits(codes, self._packed[stored])
         return decoded_probability(codes)
 
     def histogram(self, name: str) -> Tensor:
@@ -171,13 +116,9 @@ class MaskSet:
         """
         stored = self._stored_name(name)
         codes = self._checked_codes(stored)
-        if stored not in self._packed:
-            # Counted as the bytes they are: much faster than as floats.
-            return torch.bincount(codes.flatten(), minlength=LEVELS)
-        counts = torch.zeros(LEVELS, dtype=torch.long)
-        kept = int(np.unpackbits(codes.numpy()).sum())
-        counts[-1], counts[0] = kept, math.prod(self._packed[stored]) - kept
-        return counts
+        if stored in self._packed:
+            return bit_counts(codes, self._packed[stored])
+        return level_counts(codes)
 
     def levels(self) -> Tensor:
         """Return the probabilities that entries can have, (256,), float64, ascending."""
@@ -235,13 +176,8 @@ class MaskSet:
         told = told_checksums(folder)
         if told is None:
             return [*found, f"{os.path.join(folder, PROVENANCE_FILE)} is missing"]
-        history = os.path.join(folder, HISTORY_FILE)
-        if HISTORY_FILE in told:
-            if not os.path.exists(history):
-                found.append(f"{history} is missing")
-            elif history_digest(history) != told[HISTORY_FILE]:
-                found.append(f"{history} has another checksum than when written")
-        return found
+        problem = history_problem(folder, told)
+        return [*found, problem] if problem else found
 
     def _checked_codes(self, stored: str) -> Tensor:
         what = f"mask {self.path}: its tensor {stored}"
@@ -277,53 +213,3 @@ class MaskSet:
         if stored not in self._shapes:
             raise KeyError(f"no mask for {name} in {self.path}")
         return stored
-
-
-def told_checksums(folder: str) -> dict[str, str] | None:
-    """Return the checksums that an artifact's ``somf.json`` has, by file; None where it is missing.
-
-    Raises:
-        RecipeError: it can't be read, or is damaged.
-    """
-    path = os.path.join(folder, PROVENANCE_FILE)
-    what = f"{path}, which tells where a mask is from,"
-    try:
-        with open(path, "rb") as file:
-            text = file.read(_MOST_BYTES + 1)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise RecipeError(f"{what} can't be read: {error}") from error
-    if len(text) > _MOST_BYTES:
-        raise damaged(what, f"it has more than {_MOST_BYTES:,} bytes")
-    content = json_content(text, what)
-    if not isinstance(content, dict):
-        raise damaged(what, "it is no JSON object")
-    told = content.get(CHECKSUMS_KEY, {})
-    if told and content.get("digest") != header_digest(content):
-        raise damaged(what, "it has another checksum than when written")
-    if not isinstance(told, dict) or not all(isinstance(value, str) for value in told.values()):
-        raise damaged(what, f"{CHECKSUMS_KEY} are not texts by file")
-    return told
-
-
-def masks_path(source: str) -> str:
-    """Return the masks file that ``source`` (file, artifact or merge folder) means.
-
-    Raises:
-        RecipeError: there is none.
-    """
-    source = os.path.expanduser(source)
-    candidates = [
-        os.path.join(source, MASKS_FILE),
-        os.path.join(source, "somf", MASKS_FILE),
-    ]
-    if os.path.isfile(source):
-        return source
-    for candidate in candidates:
-        if os.path.isfile(candidate):
-            return candidate
-    raise RecipeError(
-        f"mask {source}: no such mask; expected a file or a folder with {MASKS_FILE}, as "
-        "`mergekit-somf learn` and somf merges write"
-    )

@@ -21,7 +21,8 @@ from . import recipe
 from .errors import RecipeError
 from .fusions import OwnMethod, fused, fusion_specs
 from .groups import as_type, is_finite, is_shared_buffer, not_finite
-from .masks import MaskSet, masks_path
+from .mask_folder import masks_path
+from .masks import MaskSet
 from .report.vectors import recorded
 from .sums import show_task_vectors
 from .weights import fused_masked

@@ -9,7 +9,8 @@ from .learner.divergence import Evidence, LearningDiverged
 from .learner.held_out import held_out_margins
 from .learner.problem import LearningProblem
 from .learner.tensors import Content
-from .masks import HISTORY_FILE, MASKS_FILE, MaskSet
+from .mask_folder import HISTORY_FILE, MASKS_FILE
+from .masks import MaskSet
 from .objectives import PREFERENCES
 from .plan import PlannedMerge
 from .provenance import told_settings

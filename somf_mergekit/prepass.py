@@ -23,8 +23,8 @@ from .learner.model import LearningModel
 from .learner.recovery import gone_back
 from .learning_bar import learn_with_progress
 from .mask_files import keep_masks, write_masks
-from .mask_folder import check_folder, free_name, make_room
-from .masks import MASKS_FILE, MaskSet
+from .mask_folder import MASKS_FILE, check_folder, free_name, make_room
+from .masks import MaskSet
 from .out_of_memory import memory_for
 from .outcome import comparison, diverged, learned_line, told_divergence
 from .phases import LEARNING, phase

@@ -24,7 +24,7 @@ from somf_mergekit.held_out import (
 )
 from somf_mergekit.inputs import checked_data
 from somf_mergekit.learner import loop
-from somf_mergekit.masks import decoded_probability, encoded_probability, stored_probability
+from somf_mergekit.mask_codes import decoded_probability, encoded_probability, stored_probability
 from somf_mergekit.planner import planned_merge
 from somf_mergekit.preferences import EncodedPair, Pair
 from somf_mergekit.recipe_check import read_recipe

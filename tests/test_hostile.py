@@ -18,7 +18,7 @@ from somf_mergekit import MaskSet, RecipeError, register
 from somf_mergekit.answers import answered_prompts, encoded_answers, prompts_alone
 from somf_mergekit.groups import are_equal, is_finite
 from somf_mergekit.mask_files import write_masks, write_packed_masks
-from somf_mergekit.masks import MASKS_FILE
+from somf_mergekit.mask_folder import MASKS_FILE
 from somf_mergekit.preferences import encoded_pairs, preference_pairs
 from somf_mergekit.rows import dataset_rows
 

@@ -13,7 +13,8 @@ from ..digests import json_digest
 from ..errors import RecipeError
 from ..inputs import SafetyData, checked_data, given_mask
 from ..learner.loop import step_count
-from ..masks import MASKS_FILE, MaskSet
+from ..mask_folder import MASKS_FILE
+from ..masks import MaskSet
 from ..plan import PlannedMerge
 from ..planner import planned_merge
 from ..prepass import mask_for

@@ -6,8 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..mask_codes import stored_probability
 from ..masking import concrete_piece, logit_of
-from ..masks import stored_probability
 
 
 class Mask(Protocol):

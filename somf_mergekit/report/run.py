@@ -13,7 +13,8 @@ import click
 from .. import machine
 from ..errors import first_line
 from ..held_out import warn
-from ..masks import MaskSet, masks_path
+from ..mask_folder import masks_path
+from ..masks import MaskSet
 from ..phases import phase, timed
 from ..plan import PlannedMerge
 from ..provenance import told_settings
