@@ -68,6 +68,7 @@ class HeldOut(BaseModel):
         pairs: how many.
         mask_kind: that the merge was compared under, as a recipe says it.
         plain_fusion, merge: what they came to.
+        raised: of how many pairs the margin is larger under the merge; None where it isn't told.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -76,6 +77,7 @@ class HeldOut(BaseModel):
     mask_kind: Any
     plain_fusion: Scores
     merge: Scores
+    raised: int | None = Field(None, ge=0)
 
     @classmethod
     def of(cls, plain: Sequence[float], merged: Sequence[float], mask_kind: Any) -> "HeldOut":
@@ -85,6 +87,7 @@ class HeldOut(BaseModel):
             mask_kind=mask_kind,
             plain_fusion=_scores(plain),
             merge=_scores(merged),
+            raised=sum(after > before for before, after in zip(plain, merged, strict=True)),
         )
 
     @property
@@ -147,8 +150,10 @@ def verdict(told: Mapping[str, Any], mask_kind: Any) -> str | None:
     if found.is_above:
         return None
     plain, merge = (scores.margin or 0 for scores in (found.plain_fusion, found.merge))
-    is_larger = merge > plain
-    margin = " The margin is larger, which the accuracy of few pairs may not show." * is_larger
+    margin = ""
+    if merge > plain:
+        of = "" if found.raised is None else f", and that of {found.raised} of the pairs"
+        margin = f" The mean margin is larger{of}, which the accuracy of few pairs may not show."
     binary = "" if mask_kind == "soft" else "mask_kind: soft, which is closer to what was learned; "
     return (
         "NOT SHOWN TO BE SAFER THAN WITHOUT THE MASK: on pairs that it has not learned from, the "

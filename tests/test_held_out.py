@@ -12,7 +12,7 @@ from mergekit.options import MergeOptions
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from somf_mergekit import learn
-from somf_mergekit.evaluate.likelihood import preference_accuracy
+from somf_mergekit.evaluate.likelihood import preference_margins
 from somf_mergekit.held_out import (
     LEAST,
     MOST,
@@ -94,9 +94,9 @@ def data_of(content):
     return checked_data(planned_merge(read_recipe(content), MergeOptions()))
 
 
-def measured(folder, pairs):
+def margins(folder, pairs):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return preference_accuracy(model, pairs, batch_size=8)
+    return preference_margins(model, pairs, batch_size=8)
 
 
 @pytest.mark.parametrize("engine", ["resident", "streaming"])
@@ -120,10 +120,11 @@ def test_the_numbers_are_those_of_the_written_merges(
     assert (len(data.pairs), len(data.held_out)) == (56, 24)
     found = told["held_out"]
     assert (found["pairs"], found["mask_kind"]) == (24, mask_kind)
-    for key, folder in (("plain_fusion", "plain"), ("merge", "out")):
-        accuracy, margin = measured(tmp_path / folder, data.held_out)
-        assert found[key]["accuracy"] == accuracy
-        assert found[key]["margin"] == pytest.approx(margin, rel=1e-3, abs=1e-4)
+    before, after = (margins(tmp_path / name, data.held_out) for name in ("plain", "out"))
+    for key, values in (("plain_fusion", before), ("merge", after)):
+        assert found[key]["accuracy"] == sum(value > 0 for value in values) / 24
+        assert found[key]["margin"] == pytest.approx(sum(values) / 24, rel=1e-3, abs=1e-4)
+    assert found["raised"] == sum(b > a for a, b in zip(before, after, strict=True))
     assert abs(found["merge"]["margin"] - found["plain_fusion"]["margin"]) > 0.5
     assert found["is_above"] is (found["merge"]["accuracy"] > found["plain_fusion"]["accuracy"])
 
@@ -297,8 +298,11 @@ def test_what_counts_as_above():
     # Nothing can be above all.
     assert verdict(held([1, 2], [1, 2]), "soft") is None
     # A larger margin is told, and does not count.
-    larger = "The margin is larger"
-    assert larger in verdict(held([-1, 2], [-0.5, 2]), "soft")
+    larger = "The mean margin is larger"
+    earlier = held([-1, 2], [-0.5, 2])
+    assert f"{larger}, and that of 1 of the pairs, which" in verdict(earlier, "soft")
+    del earlier["held_out"]["raised"]
+    assert f"{larger}, which" in verdict(earlier, "soft")
     assert larger not in verdict(held([-1, 2], [-1.5, 2]), "soft")
     assert "mask_kind: soft" in verdict(held([-1, 2], [-1, 2], "binary"), "binary")
     assert "mask_kind: soft" not in verdict(held([-1, 2], [-1, 2]), "soft")

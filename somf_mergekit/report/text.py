@@ -122,9 +122,11 @@ def _held_out(report: Report) -> Iterator[str]:
         [["merge", "preference accuracy", "margin"]]
         + [[label, f"{100 * s.accuracy:.1f} %", number(s.margin)] for label, s in rows]
     )
+    raised = "" if found.raised is None else f" The mask raises that of {found.raised:,} pairs."
     yield (
         f"On {found.pairs:,} pairs that the mask has not learned from: how often the safe answer "
         "is likelier per token than the unsafe one, and by how many nats a token on average."
+        + raised
     )
 
 
