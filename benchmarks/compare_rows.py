@@ -138,17 +138,22 @@ class _Rows:
             granularity="weight",
             **binary,
         )
-        # The mask starts at 0.95 of a half of the whole change.
+        # Starts at the plain merge of a half of all changes, and learns how much of each is added.
+        whole = {"mask_rescale": "none", "weight": 1.0, "init_logit": 0.0}
+        # Starts at 0.95 of it, and can only take away.
         unscaled = {"mask_rescale": "none", "init_logit": 3.0}
-        yield self._single("somf_no_rescale", "somf, no rescale", ({},), **unscaled)
+        starts = ({}, {"weight": 1.0, "init_logit": 0.0})
+        yield self._single("somf_no_rescale", "somf, no rescale", starts, **unscaled)
         yield self._single(
-            "somf_binary_no_rescale", "somf, binary mask, no rescale", ({},), **unscaled, **binary
+            "somf_binary_no_rescale", "somf, binary mask, no rescale", starts, **unscaled, **binary
         )
         yield self._single("somf_base", "somf, reference base", ({},), reference="base")
         yield self._single("somf_utility", "somf, utility term", ({},), utility_dataset=UTILITY)
+        longer = {"max_steps": 4 * self.learning.steps}
+        yield self._single("somf_longer", "somf, four times the steps", ({},), **longer)
         for name in ("head", "column", "tensor"):
             # Divided by its mean, a mask of one entry is 1.
-            start = unscaled if name == "tensor" else {}
+            start = whole if name == "tensor" else {}
             label = f"somf, one entry a {name}"
             yield self._single(f"somf_{name}", label, ({},), granularity=name, **start)
         yield self._untrained("binary", "untrained_binary", "task_arithmetic", _TA)
@@ -167,7 +172,7 @@ class _Rows:
         return Row(name, label, group, made, is_line=True, tests_all=True)
 
     def _own(self, name: str, label: str, settings: Iterable[dict[str, Any]], **fixed: Any) -> Row:
-        made = {_named(s) or "defaults": self._somf(**fixed, **s) for s in settings}
+        made = {_named(s) or "defaults": self._somf(**{**fixed, **s}) for s in settings}
         return Row(name, label, "two", made)
 
     def _single(
