@@ -5,8 +5,7 @@ BIN := $(VENV)/bin
 DEMO ?= demo-output
 BENCH ?=
 
-.PHONY: demo test test-hostile test-versions lint format bench bench-speed bench-safety bench-compare dist \
-	check-dist clean
+.PHONY: demo test test-hostile test-versions lint format bench bench-compare dist check-dist clean
 
 demo: $(VENV)/ready
 	$(BIN)/mergekit-somf demo $(DEMO)
@@ -33,13 +32,8 @@ format: $(VENV)/ready
 	$(BIN)/ruff format .
 
 # BENCH="--data DIR" uses local files instead of hub ids; each command's --help says more.
-bench: bench-speed bench-safety
-
-bench-speed: $(VENV)/ready
+bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.speed $(BENCH)
-
-bench-safety: $(VENV)/ready
-	$(BIN)/python -m benchmarks.real_model $(BENCH) run
 
 # Takes many hours; a call that is broken off is called again. BENCH="--list" says what is left.
 bench-compare: $(VENV)/ready

@@ -24,7 +24,7 @@ from .compare_splits import HELD_BACK, SIZES, VALIDATION, Sizes, read_splits
 from .compare_store import claimed, read_json, write_json
 from .compare_table import markdown
 from .compare_work import Comparison
-from .real_model import PUBLISHED_MODEL
+from .real_training import PUBLISHED_MODEL
 
 # The bootstrap's intervals are not used: what counts is the spread over seeds.
 # Models are measured as most are run, in bfloat16; but see Bench for losses.
@@ -58,16 +58,10 @@ def _seeds(context: click.Context, parameter: click.Parameter, value: str | None
 @click.option(
     "--data",
     type=click.Path(file_okay=False, exists=True, path_type=Path),
-    help="Folder with the sets as JSON lines, as in real_model.  [default: from the hub]",
+    help="Folder with the sets as JSON lines (names in real_data.py).  [default: from the hub]",
 )
 @click.option(
     "--model", default=PUBLISHED_MODEL, show_default=True, help="Hub id or folder to start from."
-)
-@click.option(
-    "--models",
-    "made_before",
-    type=click.Path(file_okay=False, exists=True, path_type=Path),
-    help="Folder made by `real_model prepare`: its base, and its specialists for the first seed.",
 )
 @click.option("--seeds", default="0,1,2", show_default=True, callback=_seeds)
 @click.option(
@@ -140,7 +134,6 @@ def read_comparison(
     work: Path,
     data: Path | None,
     model: str,
-    made_before: Path | None,
     seeds: tuple[int, ...],
     tune: tuple[int, ...] | None,
     quick: bool,
@@ -158,8 +151,6 @@ def read_comparison(
         data=data and data.resolve(),
         source=model,
         trainings=QUICK if quick else Trainings(),
-        made_before=made_before and made_before.resolve(),
-        first=seeds[0],
     )
     work.mkdir(parents=True, exist_ok=True)
     pairs, held_out = models.write_sets()

@@ -11,8 +11,8 @@ from typing import Any
 import somf_mergekit
 
 from . import compare_make
+from .circumstances import circumstances
 from .compare_store import read_json
-from .real_table import circumstances
 
 
 def known_seconds(work: Path) -> dict[str, float]:

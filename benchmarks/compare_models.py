@@ -63,16 +63,12 @@ class Models:
         data: of the sets, None for the hub.
         source: hub id or folder of the published model.
         trainings: of the others.
-        made_before: folder with models of ``real_model prepare``, for the seed ``first``.
-        first: the seed whose specialists they are.
     """
 
     work: Path
     data: Path | None
     source: str
     trainings: Trainings
-    made_before: Path | None = None
-    first: int = 0
 
     def folder(self, name: str, seed: int) -> Path:
         """Return where the model ``name`` is for a seed."""
@@ -88,36 +84,31 @@ class Models:
         """Write what is learned from, and return pairs to learn from and held-out ones.
 
         Raises:
-            click.ClickException: the work folder, or the models made before, saw other data, or
-                another published model.
+            click.ClickException: the work folder saw other data, or another published model.
         """
         with tempfile.TemporaryDirectory(dir=self.work) as incoming:
             found = write_sets(Path(incoming), self.data)
             self._take_sets(Path(incoming))
-        published = self.folder("published", self.first)
-        if published.exists() and not published.is_symlink():
+        published = self.folder("published", 0)
+        if published.exists():
             # It is there: all that happens is that another source is refused.
             make_published(published, self.source)
         return found
 
     def _take_sets(self, incoming: Path) -> None:
-        now = _digests(incoming)
-        earlier = _digests(self.made_before) if self.made_before else {}
-        # What harmless examples there are decides no model.
-        earlier.pop(HARMLESS, None)
-        for place, digests in ((self.work, _digests(self.work)), (self.made_before, earlier)):
-            differing = [name for name, value in digests.items() if now[name] != value]
-            if differing:
-                raise click.ClickException(
-                    f"{place}: the models there were made with other data than is given now "
-                    f"({', '.join(differing)}): give the same --data, or another folder"
-                )
+        now, earlier = _digests(incoming), _digests(self.work)
+        differing = [name for name, value in earlier.items() if now[name] != value]
+        if differing:
+            raise click.ClickException(
+                f"{self.work}: the models there were made with other data than is given now "
+                f"({', '.join(differing)}): give the same --data, or another folder"
+            )
         for name in now:
             os.replace(incoming / name, self.work / name)
 
     def is_there(self, name: str, seed: int) -> bool:
-        """Return whether a model is made, or was made before."""
-        return (self.folder(name, seed) / "config.json").exists() or bool(self._before(name, seed))
+        """Return whether a model is made."""
+        return (self.folder(name, seed) / "config.json").exists()
 
     def made(self, name: str, seed: int, pairs: Sequence[Pair]) -> Path:
         """Return the folder of a model, which is made where it must be."""
@@ -126,10 +117,7 @@ class Models:
             return self._made(folder, name, seed, pairs)
 
     def _made(self, folder: Path, name: str, seed: int, pairs: Sequence[Pair]) -> Path:
-        before = self._before(name, seed)
-        if before and not folder.exists():
-            os.symlink(before.resolve(), folder)
-        if (folder / "config.json").exists():
+        if self.is_there(name, seed):
             self._check(folder, name, seed)
             return folder
         if name in SHARED:
@@ -158,19 +146,13 @@ class Models:
         of_it = self.trainings.aligned if name == "aligned" else self.trainings.of(name, seed)
         return asdict(of_it)
 
-    def _before(self, name: str, seed: int) -> Path | None:
-        if not self.made_before or (name not in SHARED and seed != self.first):
-            return None
-        folder = self.made_before / name
-        return folder if (folder / "config.json").exists() else None
-
     def _check(self, folder: Path, name: str, seed: int) -> None:
-        """Check that a model is what it would be made as; a quick trial takes any that is given.
+        """Check that a model is what it would be made as.
 
         Raises:
             click.ClickException: it was fine-tuned otherwise.
         """
-        if name == "published" or (self.trainings == QUICK and self.made_before):
+        if name == "published":
             return
         expected, told = self.training(name, seed), read_json(folder / "training.json")
         if {key: told.get(key) for key in expected} != expected:

@@ -7,6 +7,7 @@ from typing import Any
 
 from somf_mergekit.frontier import undominated
 
+from .circumstances import circumstances
 from .compare_models import OF_A_SEED, SHARED
 from .compare_recipes import GROUPS
 from .compare_rows import CHAMPION, LINE, Row, reference_setting
@@ -21,7 +22,6 @@ from .compare_rule import (
 )
 from .compare_splits import HELD_BACK, VALIDATION, split_counts
 from .compare_work import Comparison
-from .real_table import circumstances
 
 SEED_CHANGES = (
     "A seed changes which examples the specialists (and the model tuned for safety) are fine-tuned "

@@ -11,11 +11,12 @@ from somf_mergekit.evaluate import EvaluationSets, Skill
 from somf_mergekit.preferences import Pair
 
 from .real_data import HARMFUL, SPLIT_SEED, TEST, TRAIN, examples_of, prompts_of
-from .real_measures import HARMLESS_CHARACTERS
 
 VALIDATION, HELD_BACK = "validation", "test"
 SPLITS = (VALIDATION, HELD_BACK)
 SKILLS = ("math", "code", "general")
+# Harmless prompts are no longer than the harmful ones by much.
+HARMLESS_CHARACTERS = 400
 _T = TypeVar("_T")
 
 

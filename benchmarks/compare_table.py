@@ -28,7 +28,7 @@ COLUMNS = (
     ("seconds", "seconds", 1, 0, ""),
     ("peak_bytes", "GiB", 2.0**-30, 1, ""),
 )
-# What a first look wants to know, as the README shows it.
+# What a first look wants to know.
 SUMMARY = ("refusals", "over_refusals", "preference_accuracy", "math_loss", "code_loss", "kept")
 SUMMARY += ("seconds", "peak_bytes")
 UNDOMINATED = "*"
@@ -74,9 +74,17 @@ def main_table(entries: Sequence[dict[str, Any]]) -> str:
     return aligned_table(rows, labels=2)
 
 
-def summary_table(record: dict[str, Any]) -> str:
-    """Return what was tested of the merges of two, in few columns, as the README shows it."""
+def summary_table(record: dict[str, Any], names: Sequence[str] | None = None) -> str:
+    """Return what was tested in few columns, as the documentation shows it.
+
+    Args:
+        record: see ``compare_record.record_of``.
+        names: of the rows, in this order; None for all merges of two and what they are made of.
+    """
     entries = [entry for entry in record["entries"] if entry["group"] == "two"]
+    if names is not None:
+        of_row = {name: [e for e in record["entries"] if e["row"] == name] for name in names}
+        entries = [entry for name in names for entry in _once(of_row[name])]
     columns = [column for column in COLUMNS if column[0] in SUMMARY]
     rows = [["model", *(heading for _, heading, *_ in columns)]]
     for entry in entries:
@@ -86,6 +94,11 @@ def summary_table(record: dict[str, Any]) -> str:
         kept = {} if entry["is_merge"] else {"mean": {**entry["mean"], "kept": None}}
         rows.append([label, *(_cell({**entry, **kept}, *column) for column in columns)])
     return aligned_table(rows, labels=1)
+
+
+def _once(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return entries of one group: what is no merge stands in each."""
+    return [entry for entry in entries if entry["group"] == entries[0]["group"]]
 
 
 def validation_table(rows: Sequence[dict[str, Any]]) -> str:

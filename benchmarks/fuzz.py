@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from .real_table import circumstances
+from .circumstances import circumstances
 
 RESULT = "reliability.md"
 ROOT = Path(__file__).parent

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 import yaml
 
-from .real_table import circumstances
+from .circumstances import circumstances
 from .speed_models import BASE, SPECIALISTS, WEIGHT, make_models
 
 STEPS = 60

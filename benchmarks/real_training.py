@@ -15,6 +15,7 @@ from somf_mergekit.preferences import Pair
 
 from .real_data import TRAIN, drawn, examples_of
 
+PUBLISHED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Shares of the aligned base's examples. "safe" are the safe answers of the preference pairs, of
 # which one in five refuses; "refusing" are those, for a base that refuses and doesn't only evade.
 ALIGNMENT_SHARES = {"refusing": 0.1, "safe": 0.4, "general": 0.2, "math": 0.15, "code": 0.15}

@@ -34,7 +34,11 @@ UNTIMED_STEPS = 1
     show_default=True,
     help=f"A shape with random weights ({', '.join(SHAPES)}), a hub id, or a folder.",
 )
-@click.option("--data", type=click.Path(exists=True, path_type=Path), help="As in real_model.")
+@click.option(
+    "--data",
+    type=click.Path(exists=True, path_type=Path),
+    help="Folder with the pairs as JSON lines (name in real_data.py).  [default: from the hub]",
+)
 @click.option("--work", type=click.Path(path_type=Path), default=Path(__file__).parent / "work")
 @click.option("--steps", default=4, show_default=True, help="Steps a way; the first is not timed.")
 @click.option("--batch-size", default=16, show_default=True, help="Pairs a step.")

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .real_table import circumstances
+from .circumstances import circumstances
 
 WAYS = {
     "plain_dpo": "plain DPO, all weights by AdamW",

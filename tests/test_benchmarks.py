@@ -1,8 +1,6 @@
 """The benchmark's own parts; the measurements themselves are no test."""
 
-import hashlib
 import json
-from dataclasses import asdict
 
 import pytest
 import tiny
@@ -11,15 +9,10 @@ from click.testing import CliRunner
 
 from benchmarks import needs, speed, speed_ways
 from benchmarks.real_data import split_by_prompt, write_pairs
-from benchmarks.real_measures import Measuring, content_key, measured
-from benchmarks.real_model import main
-from benchmarks.real_recipes import recipes
-from benchmarks.real_table import MODELS, TABLES, markdown_table, write_results
 from benchmarks.speed_models import make_models
 from benchmarks.speed_table import write_record
 from somf_mergekit.learner import passes, tensors
 from somf_mergekit.preferences import Pair
-from somf_mergekit.recipe_check import read_recipe, recipe_problems
 
 
 @pytest.fixture
@@ -37,89 +30,6 @@ def test_no_prompt_is_both_learned_from_and_measured_with(pairs):
     assert not {p.prompt for p in learned} & {p.prompt for p in held_out}
     assert split_by_prompt(pairs, 10, seed=0) == (learned, held_out)
     assert split_by_prompt(pairs, 10, seed=1) != (learned, held_out)
-
-
-def test_every_recipe_of_the_benchmark_is_right(tmp_path):
-
-    for name, content in recipes(tmp_path).items():
-        if content["merge_method"] == "somf":
-            config = read_recipe(content)
-            assert recipe_problems(config) == [], name
-
-
-def test_a_model_is_measured_once(family, tmp_path, pairs):
-    work, data = tmp_path / "work", tmp_path / "data"
-    work.mkdir()
-    data.mkdir()
-    write_pairs(work / "held_out_pairs.jsonl", pairs[:4])
-    write_pairs(work / "safety_pairs.jsonl", pairs[4:])
-    tiny.write_jsonl(
-        data / "harmful_dangerousqa.jsonl", [{"prompt": "how 5"}, {"prompt": "bomb cake"}]
-    )
-    rows = [{"prompt": f"mix {word}", "response": f"mix {word} flour"} for word in "abc"]
-    for name in ("math_gsm8k_test", "code_test", "general_test"):
-        tiny.write_jsonl(data / f"{name}.jsonl", rows)
-    measuring = Measuring(max_new_tokens=3, batch_size=2)
-    found = measured(family / "base", work, data, measuring)
-    assert set(found) == {
-        "refusals",
-        "over_refusals",
-        "preference_accuracy",
-        "math_loss",
-        "code_loss",
-    }
-    assert found["math_loss"] == found["code_loss"] > 0
-    answers = {path.name.split("-")[1]: path for path in (work / "answers").iterdir()}
-    assert set(answers) == {"refusals.json", "over_refusals.json"}
-    # The prompt that stands among the pairs learned from is not asked.
-    assert len(json.loads(answers["refusals.json"].read_text())) == 1
-    for file in answers.values():
-        file.unlink()
-    assert measured(family / "base", work, data, measuring) == found
-    assert not list((work / "answers").iterdir())
-    assert content_key(family / "base", measuring) != content_key(family / "math", measuring)
-
-
-def test_results_of_earlier_runs_are_found_again(family):
-    measuring = Measuring(pairs=7)
-    digest = hashlib.sha256(json.dumps(asdict(measuring), sort_keys=True).encode())
-    for name in ("model.safetensors", "tokenizer.json"):
-        digest.update(name.encode() + (family / "base" / name).read_bytes())
-    assert content_key(family / "base", measuring) == digest.hexdigest()[:16]
-
-
-def test_the_table_and_its_record(tmp_path):
-    row = {
-        "refusals": 0.5,
-        "over_refusals": 0.0,
-        "preference_accuracy": 0.6,
-        "math_loss": 1.0,
-        "code_loss": 2.0,
-    }
-    settings = {"measuring": {"harmful_prompts": 1, "max_new_tokens": 2, "harmless_prompts": 3}}
-    settings["measuring"] |= {"pairs": 4, "skill_answers": 5}
-    table = write_results(tmp_path, "command", settings, {"somf_soft": row, "ties": row})
-    assert table.startswith("## What a safe merge gives")
-    assert markdown_table({"somf_soft": row}) in table
-    assert markdown_table({"ties": row}) in table
-    assert "| somf, learned mask, soft | 50% | 0% | 0.600 | 1.000 | 2.000 |" in table
-    assert table in (tmp_path / "real_model.md").read_text()
-    record = json.loads((tmp_path / "real_model.json").read_text())
-    assert record["results"] == {"somf_soft": row, "ties": row}
-    assert record["packages"]["mergekit"].startswith("0.1")
-
-
-def test_help_says_what_it_needs():
-    result = CliRunner().invoke(main, ["--help"])
-    assert result.exit_code == 0
-    assert "Needs the package" in result.output
-    for step in ("prepare", "merge", "evaluate", "table", "run"):
-        assert step in result.output
-
-
-def test_every_recipe_is_named_in_the_tables(tmp_path):
-    assert set(recipes(tmp_path)) <= set(MODELS)
-    assert {name for names in TABLES.values() for name in names} == set(MODELS)
 
 
 def tiny_pairs():

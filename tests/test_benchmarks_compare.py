@@ -12,8 +12,8 @@ import tiny
 from click.testing import CliRunner
 from mergekit.options import MergeOptions
 
-from benchmarks import compare, compare_make, compare_runs, compare_work, real_data
-from benchmarks.compare_models import QUICK, Models, Trainings
+from benchmarks import compare, compare_docs, compare_make, compare_runs, compare_work, real_data
+from benchmarks.compare_models import Models, Trainings
 from benchmarks.compare_recipes import GROUPS
 from benchmarks.compare_record import record_of
 from benchmarks.compare_rows import (
@@ -289,14 +289,33 @@ def test_the_table_is_that_of_the_runs(made_up):
     assert len(record["runs"]) == sum(1 for _ in comparison.bench.models.work.rglob("run.json"))
 
 
-RECORD = Path(__file__).parents[1] / "benchmarks/results/compare.json"
+def test_the_documentation_and_the_results_show_the_record():
+    results = compare_docs.RECORD
+    record = json.loads(results.read_text())
+    assert markdown(record, "compare.png") == results.with_suffix(".md").read_text()
+    assert results.with_suffix(".png").exists()
+    marked = 0
+    for page in compare_docs.PAGES:
+        text = page.read_text()
+        assert compare_docs.shown(text, record) == text, page.name
+        marked += text.count("<!-- compared: ")
+    assert marked
 
 
-def test_the_readme_and_the_results_show_the_record():
-    record = json.loads(RECORD.read_text())
-    assert markdown(record, "compare.png") == RECORD.with_suffix(".md").read_text()
-    assert RECORD.with_suffix(".png").exists()
-    assert summary_table(record) in (RECORD.parents[2] / "README.md").read_text()
+def test_a_marked_table_is_written_anew_from_the_record():
+    record = json.loads(compare_docs.RECORD.read_text())
+    page = "before\n\n<!-- compared: somf aligned -->\n\n| old |\n| rows |\n\nafter\n"
+    found = compare_docs.shown(page, record)
+    rows = [line.split("|")[1].strip() for line in found.splitlines() if line.startswith("|")]
+    assert rows[2:] == ["somf", "aligned base"]
+    assert found.startswith("before\n\n<!-- compared: somf aligned -->\n\n|")
+    assert found.endswith(" |\n\nafter\n")
+    assert compare_docs.shown(found, record) == found
+    # A mark without a table yet.
+    assert compare_docs.shown(page.replace("| old |\n| rows |\n\n", ""), record) == found
+    assert summary_table(record, ["task_arithmetic"]).count("weight 0.") == 4
+    with pytest.raises(click.ClickException, match="not in the record: lost"):
+        compare_docs.shown(page.replace("aligned", "lost"), record)
 
 
 def test_choosing_sees_validation_alone(made_up):
@@ -564,36 +583,17 @@ def test_models_that_came_out_otherwise_are_told(whole):
     )
 
 
-def test_models_made_before_serve_the_first_seed(whole, data, tmp_path, few_held_out, monkeypatch):
-    work, _ = whole
-    before = tmp_path / "before"
-    before.mkdir()
-    for name in ("safety_pairs.jsonl", "held_out_pairs.jsonl"):
-        (before / name).write_bytes((work / name).read_bytes())
-    for place in (work / "models", work / "seed-5" / "models"):
-        for folder in filter(Path.is_dir, place.iterdir()):
-            (before / folder.name).symlink_to(folder)
-
-    def models(trainings, folder):
-        folder.mkdir(exist_ok=True)
-        return Models(folder, data, "org/model", trainings, before, 5)
-
-    found = models(QUICK, tmp_path / "work")
-    found.write_sets()
-    monkeypatch.setattr(compare_make, "in_a_process", None)
-    for name in ("published", "aligned", "math", "code", "general"):
-        assert found.is_there(name, 5)
-        made = found.made(name, 5, [])
-        assert made.resolve() == (before / name).resolve()
-        assert found.made(name, 5, []) == made
-    assert not found.is_there("math", 6)
-    assert not found.is_there("safe", 5)
-    # They were fine-tuned for two steps, which will not do for a whole comparison.
-    with pytest.raises(click.ClickException, match="other settings"):
-        models(Trainings(), tmp_path / "work").made("math", 5, [])
-    (before / "held_out_pairs.jsonl").write_text("{}\n")
-    with pytest.raises(click.ClickException, match="other data"):
-        models(QUICK, tmp_path / "other").write_sets()
+def test_a_model_that_was_made_with_other_settings_is_refused(tmp_path):
+    models = Models(tmp_path, None, "org/model", Trainings())
+    folder = models.folder("math", 5)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    expected = models.training("math", 5)
+    (folder / "training.json").write_text(json.dumps({"parent": "aligned", **expected}))
+    assert models.made("math", 5, []) == folder
+    (folder / "training.json").write_text(json.dumps({**expected, "steps": 2}))
+    with pytest.raises(click.ClickException, match="math was made with other settings"):
+        models.made("math", 5, [])
 
 
 def test_a_failed_run_is_told_and_tried_again(whole, monkeypatch):

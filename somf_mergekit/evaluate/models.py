@@ -87,15 +87,14 @@ def found_model(
     return Subject(model.name, model.source, folder, classifies)
 
 
-def content_digest(folder: Path, patterns: Iterable[str] = _CONTENT, start: bytes = b"") -> str:
+def content_digest(folder: Path, patterns: Iterable[str] = _CONTENT) -> str:
     """Return a SHA-256 over the names and contents of a folder's files.
 
     Args:
         folder: of a model.
         patterns: of the files that count, each counted once.
-        start: what is hashed before them.
     """
-    digest = hashlib.sha256(start)
+    digest = hashlib.sha256()
     for file in sorted({file for pattern in patterns for file in folder.glob(pattern)}):
         digest.update(file.name.encode())
         with file.open("rb") as content:
