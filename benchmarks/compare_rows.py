@@ -143,7 +143,8 @@ class _Rows:
         # Starts at 0.95 of it, and can only take away.
         unscaled = {"mask_rescale": "none", "init_logit": 3.0}
         starts = ({}, {"weight": 1.0, "init_logit": 0.0})
-        yield self._single("somf_no_rescale", "somf, no rescale", starts, **unscaled)
+        # As good as the default on the first seed: the others tell which it should be.
+        yield self._own("somf_no_rescale", "somf, no rescale", starts, **unscaled)
         yield self._single(
             "somf_binary_no_rescale", "somf, binary mask, no rescale", starts, **unscaled, **binary
         )
