@@ -138,11 +138,11 @@ class _Rows:
             granularity="weight",
             **binary,
         )
-        # Starts at the plain merge of a half of all changes, and learns how much of each is added.
-        whole = {"mask_rescale": "none", "weight": 1.0, "init_logit": 0.0}
-        # Starts at 0.95 of it, and can only take away.
+        # Starts at 0.95 of the plain merge, and can only take away.
         unscaled = {"mask_rescale": "none", "init_logit": 3.0}
-        starts = ({}, {"weight": 1.0, "init_logit": 0.0})
+        # Starts at the plain merge, a half of all changes, and learns how much of each is added.
+        whole = {"weight": 1.0, "init_logit": 0.0}
+        starts = ({}, whole)
         # As good as the default on the first seed: the others tell which it should be.
         yield self._own("somf_no_rescale", "somf, no rescale", starts, **unscaled)
         yield self._single(
@@ -154,7 +154,7 @@ class _Rows:
         yield self._single("somf_longer", "somf, four times the steps", ({},), **longer)
         for name in ("head", "column", "tensor"):
             # Divided by its mean, a mask of one entry is 1.
-            start = whole if name == "tensor" else {}
+            start = {**unscaled, **whole} if name == "tensor" else {}
             label = f"somf, one entry a {name}"
             yield self._single(f"somf_{name}", label, ({},), granularity=name, **start)
         yield self._untrained("binary", "untrained_binary", "task_arithmetic", _TA)
