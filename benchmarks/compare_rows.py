@@ -145,6 +145,8 @@ class _Rows:
         starts = ({}, whole)
         # As good as the default on the first seed: the others tell which it should be.
         yield self._own("somf_no_rescale", "somf, no rescale", starts, **unscaled)
+        normed = {"objective": "dpo_norm", "beta": 5.0}
+        yield self._own("somf_normed", "somf, length-normalized DPO", ({},), **normed)
         yield self._single(
             "somf_binary_no_rescale", "somf, binary mask, no rescale", starts, **unscaled, **binary
         )

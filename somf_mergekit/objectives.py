@@ -3,7 +3,9 @@
 from torch import Tensor
 from torch.nn import functional
 
-PREFERENCES = ("dpo", "ipo", "hinge")
+PREFERENCES = ("dpo", "dpo_norm", "ipo", "hinge")
+# Those that compare log-probabilities per token, where the others take sums.
+PER_TOKEN = ("dpo_norm", "ipo")
 
 
 def preference_losses(objective: str, log_ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
@@ -12,6 +14,8 @@ def preference_losses(objective: str, log_ratio: Tensor, beta: float) -> tuple[T
     h = (log pi(y+) - log pi(y-)) - (log pi_ref(y+) - log pi_ref(y-)).
 
     - ``dpo``: -log sigmoid(beta h) (arXiv 2305.18290, equation 7);
+    - ``dpo_norm``: the same of log-probabilities per token (length-normalized DPO, arXiv
+      2411.15124), so that long answers weigh no more than short ones;
     - ``ipo``: (h - 1 / (2 beta))^2 (arXiv 2310.12036, equation 17), where h is taken from
       log-probabilities per token, as its authors do;
     - ``hinge``: max(0, 1 - beta h) (arXiv 2305.10425; with a reference, arXiv 2309.06657).
@@ -28,7 +32,7 @@ def preference_losses(objective: str, log_ratio: Tensor, beta: float) -> tuple[T
         ValueError: ``objective`` is unknown.
     """
     margins = beta * log_ratio
-    if objective == "dpo":
+    if objective in ("dpo", "dpo_norm"):
         return -functional.logsigmoid(margins), margins
     if objective == "ipo":
         return (log_ratio - 1 / (2 * beta)).square(), margins

@@ -3,7 +3,7 @@
 import fnmatch
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .declared import Parameter, parameters_of, pattern_text, table_rows
 
@@ -12,6 +12,8 @@ METHOD_NAME = "somf"
 # Marks of a parameter, see ``declared.Parameter``.
 _MERGE: dict[str, Any] = {"merge": True}
 _PER_TENSOR: dict[str, Any] = {"merge": True, "per_tensor": True}
+# Log-probabilities per token are smaller than sums: beta as in arXiv 2411.15124.
+_BETA_PER_TOKEN = 5.0
 
 
 class Settings(BaseModel):
@@ -85,7 +87,7 @@ class Settings(BaseModel):
         json_schema_extra=_PER_TENSOR,
         description="`mean`: divide the mask by its mean, tensor by tensor; `none`: do not.",
     )
-    objective: Literal["dpo", "ipo", "hinge", "sft"] = Field(
+    objective: Literal["dpo", "dpo_norm", "ipo", "hinge", "sft"] = Field(
         "dpo",
         description="What is learned from the pairs: a preference loss, or `sft`, the likelihood "
         "of the safe answers alone (needs no unsafe ones).",
@@ -119,7 +121,12 @@ class Settings(BaseModel):
         60, ge=0, description="Optimiser steps, at most; 0 leaves the mask untrained."
     )
     batch_size: int = Field(8, ge=1, description="Pairs an optimiser step.")
-    beta: float = Field(0.1, gt=0, le=100, description="Strength of DPO's pull to the reference.")
+    beta: float = Field(
+        0.1,
+        gt=0,
+        le=100,
+        description="Strength of the pull to the reference; 5 for `dpo_norm` where not given.",
+    )
     max_length: int = Field(
         128, ge=8, description="Tokens of a prompt with an answer; longer ones are cut."
     )
@@ -171,6 +178,13 @@ class Settings(BaseModel):
         description="Prompts with right answers, for the report, each set under a name: "
         "`math=FILE,code=FILE`.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_beta(cls, values: Any) -> Any:
+        if values.get("objective") == "dpo_norm":
+            return {"beta": _BETA_PER_TOKEN, **values}
+        return values
 
 
 # The hyper-parameters of arXiv 2405.09055 and its authors' runs: 16 pairs a step, one pass over

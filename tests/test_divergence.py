@@ -66,6 +66,9 @@ def test_the_limit_has_the_objectives_scale():
     assert limit_of([0.01]) == pytest.approx(TIMES * dpo)
     assert limit_of([3.0]) == TIMES * 3.0
     assert limit_of([0.01], objective="hinge") == pytest.approx(TIMES * hinge)
+    assert limit_of([0.01], objective="dpo_norm") == pytest.approx(
+        TIMES * math.log1p(math.exp(5.0))
+    )
     assert limit_of([25.0], objective="ipo") == pytest.approx(TIMES * 36.0)
     assert limit_of([0.0], objective="ipo", beta=1.0) == pytest.approx(TIMES * 2.25)
     assert limit_of([0.0], objective="sft") == pytest.approx(TIMES * math.log(2))
@@ -87,15 +90,16 @@ def noisy(draw, objective, beta, spread):
         "ipo": lambda h: (h - 1 / (2 * beta)) ** 2,
         "sft": lambda h: abs(h),
     }
+    losses["dpo_norm"] = losses["dpo"]
     return sum(map(losses[objective], ratios)) / 8
 
 
 @pytest.mark.parametrize("beta", [0.01, 0.1, 1.0, 10.0])
-@pytest.mark.parametrize("objective", ["dpo", "ipo", "hinge", "sft"])
+@pytest.mark.parametrize("objective", ["dpo", "dpo_norm", "ipo", "hinge", "sft"])
 def test_noise_is_no_explosion(objective, beta):
     for seed in range(20):
         draw = random.Random(f"{objective}/{beta}/{seed}")
-        spread = 1.0 if objective in ("ipo", "sft") else 20.0
+        spread = 1.0 if objective in ("dpo_norm", "ipo", "sft") else 20.0
         losses = [noisy(draw, objective, beta, spread) for _ in range(900)]
         assert watched(losses, objective=objective, beta=beta) is None
         # One that starts next to nothing, as where the base is the reference and hardly changed.

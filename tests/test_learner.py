@@ -134,16 +134,16 @@ def plain_loss(settings, chosen, rejected, reference):
     likelihood = -chosen.mean()
     if settings.objective == "sft":
         return likelihood
+    per_token = settings.objective in ("dpo_norm", "ipo")
+    of = torch.mean if per_token else torch.sum
+    ratio = (of(chosen) - of(rejected)) - (of(reference[0]) - of(reference[1]))
+    margin = settings.beta * ratio
     if settings.objective == "ipo":
-        ratio = (chosen.mean() - rejected.mean()) - (reference[0].mean() - reference[1].mean())
         loss = (ratio - 1 / (2 * settings.beta)) ** 2
+    elif settings.objective == "hinge":
+        loss = torch.clamp(1 - margin, min=0)
     else:
-        ratio = (chosen.sum() - rejected.sum()) - (reference[0].sum() - reference[1].sum())
-        margin = settings.beta * ratio
-        if settings.objective == "dpo":
-            loss = -torch.log(torch.sigmoid(margin))
-        else:
-            loss = torch.clamp(1 - margin, min=0)
+        loss = -torch.log(torch.sigmoid(margin))
     return loss + settings.sft_weight * likelihood
 
 
@@ -220,6 +220,7 @@ TRAJECTORIES = {
     "reference merged": {"reference": "merged", "mask_rescale": "none", "beta": 0.5},
     "reference base": {"reference": "base"},
     "reference redrawn": {"reference": "redrawn"},
+    "dpo_norm": {"objective": "dpo_norm"},
     "ipo": {"objective": "ipo", "beta": 0.2},
     "hinge": {"objective": "hinge", "beta": 0.5},
     "sft": {"objective": "sft"},

@@ -16,6 +16,7 @@ from somf_mergekit.dialogue import user_prompt
     ("objective", "formula"),
     [
         ("dpo", lambda h: math.log(1 + math.exp(-0.3 * h))),
+        ("dpo_norm", lambda h: math.log(1 + math.exp(-0.3 * h))),
         ("ipo", lambda h: (h - 1 / 0.6) ** 2),
         ("hinge", lambda h: max(0.0, 1 - 0.3 * h)),
     ],
@@ -25,7 +26,7 @@ def test_preference_losses(objective, formula):
     losses, margins = objectives.preference_losses(objective, torch.tensor(ratios), 0.3)
     assert losses.tolist() == pytest.approx([formula(h) for h in ratios], rel=1e-5)
     assert margins.tolist() == pytest.approx([0.3 * h for h in ratios])
-    with pytest.raises(ValueError, match="expected one of dpo, ipo, hinge"):
+    with pytest.raises(ValueError, match="expected one of dpo, dpo_norm, ipo, hinge"):
         objectives.preference_losses("other", torch.zeros(1), 0.3)
 
 
@@ -131,10 +132,12 @@ def merged(recipe, folder):
     return MaskSet.open(folder), [json.loads(row) for row in history]
 
 
-@pytest.mark.parametrize("objective", ["dpo", "ipo", "hinge", "sft"])
+@pytest.mark.parametrize("objective", ["dpo", "dpo_norm", "ipo", "hinge", "sft"])
 def test_whole_merges(family_recipe, tmp_path, objective):
     masks, history = merged(family_recipe(objective=objective), tmp_path / "out")
-    assert masks.provenance["settings"]["objective"] == objective
+    settings = masks.provenance["settings"]
+    assert settings["objective"] == objective
+    assert settings["beta"] == (5 if objective == "dpo_norm" else 0.1)
     assert all(row["loss"] > 0 for row in history)
     assert all((row["accuracy"] is None) == (objective == "sft") for row in history)
     assert (masks.entries("lm_head.weight") - 0.5).abs().max() > 0.02

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from ..objectives import PREFERENCES, preference_losses
+from ..objectives import PER_TOKEN, PREFERENCES, preference_losses
 from ..recipe import Settings
 
 # The loss has exploded when it is so many times what it usually is, so many steps in a row.
 TIMES, IN_A_ROW = 5, 5
 # A loss is never judged against less than that of a pair whose safe answer has lost so many nats
-# to the unsafe one since the reference: ipo's are of a token.
+# to the unsafe one since the reference; some objectives take those of a token.
 _LOST, _LOST_A_TOKEN = 10.0, 1.0
 # The same for a likelihood, and for the distance from the unmasked merge, in nats a token.
 _NATS = math.log(2)
@@ -174,6 +174,6 @@ def least_judged(settings: Settings) -> float:
     least = _NATS * (settings.utility_weight if settings.utility_dataset else 0.0)
     if settings.objective not in PREFERENCES:
         return least + _NATS
-    lost = _LOST_A_TOKEN if settings.objective == "ipo" else _LOST
+    lost = _LOST_A_TOKEN if settings.objective in PER_TOKEN else _LOST
     losses, _ = preference_losses(settings.objective, torch.tensor([-lost]), settings.beta)
     return least + float(losses) + settings.sft_weight * _NATS

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..objectives import PREFERENCES, divergences, preference_losses, sft_losses
+from ..objectives import PER_TOKEN, PREFERENCES, divergences, preference_losses, sft_losses
 from .divergence import Evidence, LearningDiverged
 from .engine import LossNotFinite, Part
 from .logprobs import TokenBatch, answer_sums, token_batch
@@ -222,13 +222,13 @@ class Passes:
     def _pair_log_probs(
         self, rows: list[int], log_probs: Tensor, owners: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return log-probabilities of the safe and the unsafe answers (per token for ``ipo``) and
+        """Return log-probabilities of the safe and the unsafe answers (per token for PER_TOKEN) and
         the sft loss of the safe ones, (rows,) each.
         """
         count = len(rows)
         sums, tokens = answer_sums(log_probs, owners, 2 * count)
         likelihoods = sft_losses(sums[:count], tokens[:count])
-        if self.settings.objective == "ipo":
+        if self.settings.objective in PER_TOKEN:
             sums = sums / tokens
         return sums[:count], sums[count:], likelihoods
 
