@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from .logprobs import answer_sums, token_batch
-from .problem import LearningProblem, pair_length
+from .problem import LearningProblem
+from .sequences import pair_batch, pair_length, pair_log_probs
 from .tensors import Content, State
 
 
@@ -26,20 +26,12 @@ def held_out_margins(
         return pair_length(pairs[row])
 
     parts = list(problem.parts(together.share(list(range(len(pairs)))), length))
-    batches = (
-        token_batch(
-            [(pairs[row].prompt, pairs[row].chosen) for row in part]
-            + [(pairs[row].prompt, pairs[row].rejected) for row in part],
-            problem.engine.device,
-        )
-        for part in parts
-    )
+    batches = (pair_batch([pairs[row] for row in part], problem.engine.device) for part in parts)
     own: list[tuple[int, float]] = []
     found = problem.evaluated(batches, len(parts), State(content))
-    for part, (log_probs, owners) in zip(parts, found, strict=True):
-        sums, tokens = answer_sums(log_probs, owners, 2 * len(part))
-        means = sums / tokens
-        margins = means[: len(part)] - means[len(part) :]
+    for part, result in zip(parts, found, strict=True):
+        means = pair_log_probs(*result, len(part)).per_token()
+        margins = means.chosen - means.rejected
         own += zip(part, margins.tolist(), strict=True)
         on_pairs(len(part))
     return [margin for _, margin in sorted(together.gathered(own))]

@@ -10,6 +10,7 @@ from functools import partial
 from ..objectives import PREFERENCES
 from ..recipe import Settings
 from .checkpoints import Checkpoints, Progress
+from .comparison import Comparison
 from .divergence import LossWatch
 from .passes import Passes
 from .problem import LearningProblem
@@ -100,15 +101,16 @@ def learn_logits(
     plan = batches(len(problem.pairs), settings, steps)
     has_utility = problem.utility and settings.utility_weight > 0
     utility_plan = batches(len(problem.utility), settings, steps, "utility/") if has_utility else []
-    passes = Passes(problem, progress.reference, progress.unmasked)
-    passes.compare(_used(problem, plan), _used(problem, utility_plan), on_reference)
+    comparison = Comparison(problem, progress.reference, progress.unmasked)
+    comparison.compute(_used(problem, plan), _used(problem, utility_plan), on_reference)
+    passes = Passes(problem, comparison)
     watch = LossWatch.after(settings, progress.history)
     for step, batch in enumerate(plan[:until]):
         if step < progress.step:
             continue
         start = time.perf_counter()
         if settings.objective in PREFERENCES and settings.reference == "redrawn":
-            passes.redraw(step, batch)
+            comparison.redraw(step, batch)
         share = rate_share(step, steps)
         shown = passes.learn(batch, utility_plan[step] if has_utility else [], step, share)
         margins = shown.margins

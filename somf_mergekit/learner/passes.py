@@ -1,18 +1,19 @@
-"""The losses of learning, and what they are compared with."""
+"""The losses of learning, step by step."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..objectives import PER_TOKEN, PREFERENCES, divergences, preference_losses, sft_losses
+from ..objectives import PREFERENCES, divergences, preference_losses, sft_losses
+from .comparison import Comparison
 from .divergence import Evidence, LearningDiverged
 from .engine import LossNotFinite, Part
-from .logprobs import TokenBatch, answer_sums, token_batch
-from .problem import LearningProblem, pair_length
-from .tensors import Content, State
+from .logprobs import TokenBatch, answer_sums
+from .problem import LearningProblem
+from .sequences import example_batch, pair_batch, pair_log_probs
 
 
 @dataclass
@@ -35,52 +36,17 @@ class Losses:
 
 
 class Passes:
-    """The passes of learning, with what they are compared with."""
+    """The passes of learning."""
 
-    def __init__(
-        self,
-        problem: LearningProblem,
-        reference: dict[int, tuple[float, float]] | None = None,
-        unmasked: dict[int, Tensor] | None = None,
-    ):
-        """Take a problem, and what is known already.
-
-        Args:
-            problem: what is learned from.
-            reference: log-probabilities of each pair's answers under the reference, by its row.
-            unmasked: of each utility answer's tokens under the unmasked merge, likewise.
-        """
+    def __init__(self, problem: LearningProblem, comparison: Comparison):
+        """Take what is learned from, and what it is compared with."""
         self.problem = problem
         self.settings = problem.settings
-        self.reference = {} if reference is None else reference
-        self.unmasked = {} if unmasked is None else unmasked
+        self.comparison = comparison
         # Squared norms of the logits' gradients in the latest update, and its step.
         self._names = [tensor.name for tensor in problem.tensors]
         self._squares: list[float] = []
         self._updated = 0
-
-    def compare(
-        self, rows: list[int], utility_rows: list[int], on_reference: Callable[[int, int], None]
-    ) -> None:
-        """Compute what stays the same for all steps, where it is not known."""
-        settings = self.settings
-        if settings.objective not in PREFERENCES or settings.reference == "redrawn":
-            rows = []
-        rows = [row for row in rows if row not in self.reference]
-        utility_rows = [row for row in utility_rows if row not in self.unmasked]
-        done = len(self.unmasked) + len(self.reference)
-        total = len(rows) + len(utility_rows)
-        for _ in self._keep_unmasked(utility_rows):
-            on_reference(len(self.unmasked) + len(self.reference) - done, total)
-        content = Content.BASE if settings.reference == "base" else Content.SOFT
-        for _ in self._keep_reference(rows, State(content)):
-            on_reference(len(self.unmasked) + len(self.reference) - done, total)
-
-    def redraw(self, step: int, batch: list[int]) -> None:
-        """Take the merge under a new draw of the untrained mask as this batch's reference."""
-        own = self.problem.together.share(batch)
-        for _ in self._keep_reference(own, State(Content.UNTRAINED_SAMPLE, step)):
-            pass
 
     def learn(self, batch: list[int], utility: list[int], step: int, rate_share: float) -> Losses:
         """Take a step by a batch's mean loss and its weighted utility term; return what it showed.
@@ -99,12 +65,12 @@ class Passes:
         shown = Losses(0.0, [], 0.0 if utility else None)
         parts = [
             Part(self._pair_batch(rows), self._pair_loss(rows, 1 / len(batch), step, shown))
-            for rows in self.problem.parts(together.share(batch), self._pair_length)
+            for rows in self.problem.pair_parts(together.share(batch))
         ]
         tokens = sum(len(self.problem.utility[row].answer) for row in utility)
         parts += [
             Part(self._utility_batch(rows), self._utility_loss(rows, 1 / tokens, step, shown))
-            for rows in self.problem.parts(together.share(utility), self._utility_length)
+            for rows in self.problem.utility_parts(together.share(utility))
         ]
         try:
             self.problem.engine.learn(parts, step, rate_share)
@@ -164,7 +130,9 @@ class Passes:
         self, rows: list[int], share: float, step: int, shown: Losses
     ) -> Callable[[Tensor, Tensor], Tensor]:
         def loss(log_probs: Tensor, owners: Tensor) -> Tensor:
-            apart = divergences(log_probs, torch.cat([self.unmasked[row] for row in rows]))
+            apart = divergences(
+                log_probs, torch.cat([self.comparison.unmasked[row] for row in rows])
+            )
             wrong = owners[~torch.isfinite(apart)].unique().tolist()
             shown.wrong_utility += [self.problem.utility[rows[place]].row for place in wrong]
             total = _finite_sum(apart, step) * share
@@ -179,65 +147,23 @@ class Passes:
         settings = self.settings
         if settings.objective not in PREFERENCES:
             return sft_losses(*answer_sums(log_probs, owners, len(rows))), []
-        chosen, rejected, likelihoods = self._pair_log_probs(rows, log_probs, owners)
-        fixed = torch.tensor([self.reference[row] for row in rows], device=log_probs.device)
-        log_ratio = (chosen - rejected) - (fixed[:, 0] - fixed[:, 1])
+        found = pair_log_probs(log_probs, owners, len(rows))
+        log_ratio = self.comparison.log_ratios(rows, found)
         losses, margins = preference_losses(settings.objective, log_ratio, settings.beta)
         if settings.sft_weight:
+            likelihoods = sft_losses(found.chosen, found.chosen_tokens)
             losses = losses + settings.sft_weight * likelihoods
         return losses, margins.tolist()
 
-    def _keep_unmasked(self, rows: list[int]) -> Iterator[None]:
-        parts = list(self.problem.parts(rows, self._utility_length))
-        found = self.problem.evaluated(
-            map(self._utility_batch, parts), len(parts), State(Content.UNMASKED)
-        )
-        for part, (log_probs, owners) in zip(parts, found, strict=True):
-            for place, row in enumerate(part):
-                self.unmasked[row] = log_probs[owners == place]
-            yield
-
-    def _keep_reference(self, rows: list[int], state: State) -> Iterator[None]:
-        parts = list(self.problem.parts(rows, self._pair_length))
-        found = self.problem.evaluated(map(self._pair_batch, parts), len(parts), state)
-        for part, result in zip(parts, found, strict=True):
-            chosen, rejected, _ = self._pair_log_probs(part, *result)
-            values = zip(chosen.tolist(), rejected.tolist(), strict=True)
-            self.reference.update(zip(part, values, strict=True))
-            yield
-
     def _pair_batch(self, rows: list[int]) -> TokenBatch:
-        """Return the safe answers of pairs, then the unsafe ones where the objective takes both."""
         pairs = [self.problem.pairs[row] for row in rows]
-        sequences = [(pair.prompt, pair.chosen) for pair in pairs]
-        if self.settings.objective in PREFERENCES:
-            sequences += [(pair.prompt, pair.rejected) for pair in pairs]
-        return token_batch(sequences, self.problem.engine.device)
+        is_safe_alone = self.settings.objective not in PREFERENCES
+        return pair_batch(pairs, self.problem.engine.device, is_safe_alone)
 
     def _utility_batch(self, rows: list[int]) -> TokenBatch:
-        examples = [self.problem.utility[row] for row in rows]
-        sequences = [(example.prompt, example.answer) for example in examples]
-        return token_batch(sequences, self.problem.engine.device)
-
-    def _pair_log_probs(
-        self, rows: list[int], log_probs: Tensor, owners: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return log-probabilities of the safe and the unsafe answers (per token for PER_TOKEN) and
-        the sft loss of the safe ones, (rows,) each.
-        """
-        count = len(rows)
-        sums, tokens = answer_sums(log_probs, owners, 2 * count)
-        likelihoods = sft_losses(sums[:count], tokens[:count])
-        if self.settings.objective in PER_TOKEN:
-            sums = sums / tokens
-        return sums[:count], sums[count:], likelihoods
-
-    def _pair_length(self, row: int) -> int:
-        return pair_length(self.problem.pairs[row])
-
-    def _utility_length(self, row: int) -> int:
-        example = self.problem.utility[row]
-        return len(example.prompt) + len(example.answer)
+        return example_batch(
+            [self.problem.utility[row] for row in rows], self.problem.engine.device
+        )
 
 
 def _finite_sum(losses: Tensor, step: int) -> Tensor:

@@ -9,6 +9,7 @@ from ..processes import ALONE, Processes
 from ..recipe import Settings
 from .engine import Engine, TokenLogProbs
 from .logprobs import TokenBatch
+from .sequences import example_length, pair_length
 from .tensors import MaskedTensor, State
 
 
@@ -45,13 +46,16 @@ class LearningProblem:
             return ()
         return self.engine.evaluate(batches, state)
 
+    def pair_parts(self, rows: Iterable[int]) -> Iterator[list[int]]:
+        """Cut rows of the pairs into micro-batches, see ``parts``."""
+        return self.parts(rows, lambda row: pair_length(self.pairs[row]))
+
+    def utility_parts(self, rows: Iterable[int]) -> Iterator[list[int]]:
+        """Cut rows of the utility examples into micro-batches, see ``parts``."""
+        return self.parts(rows, lambda row: example_length(self.utility[row]))
+
     def parts(self, rows: Iterable[int], length: Callable[[int], int]) -> Iterator[list[int]]:
         """Cut rows into micro-batches of like length, so that little of them is padding."""
         order = sorted(rows, key=length)
         for start in range(0, len(order), self.micro_batch):
             yield order[start : start + self.micro_batch]
-
-
-def pair_length(pair: EncodedPair) -> int:
-    """Return the tokens of a pair's longer sequence."""
-    return len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
