@@ -13,7 +13,8 @@ from mergekit.merge_methods.base import (
 )
 
 from .errors import RecipeError
-from .fusions import fused, known_fusions, masked_group, takes_base
+from .fusion_methods import known_fusions, takes_base
+from .fusions import fused, masked_group
 from .recipe import parameters
 
 # The value of a parameter without a default where only the kind of a fusion is asked for.

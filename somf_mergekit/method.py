@@ -19,7 +19,8 @@ from torch import Tensor
 
 from . import recipe
 from .errors import RecipeError
-from .fusions import OwnMethod, fused, fusion_specs
+from .fusion_methods import OwnMethod, fusion_specs
+from .fusions import fused
 from .groups import as_type, is_finite, is_shared_buffer, not_finite
 from .mask_folder import masks_path
 from .masks import MaskSet

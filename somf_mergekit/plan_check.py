@@ -7,7 +7,7 @@ from mergekit.config import ConditionalParameter, MergeConfiguration
 from mergekit.merge_methods.base import ParameterScope
 
 from .fusion_check import fusing_problem
-from .fusions import known_fusions
+from .fusion_methods import known_fusions
 from .plan import PlannedMerge, source_names, task_parameters
 from .recipe_blocks import parameter_blocks
 

@@ -10,7 +10,7 @@ from typing import Any
 from mergekit.io.tasks import LoaderCache
 
 from .digests import file_digest, json_digest
-from .fusions import fusion_arguments
+from .fusion_methods import fusion_arguments
 from .held_out import KEY, HeldOut
 from .inputs import SafetyData
 from .learner.tensors import MaskedTensor

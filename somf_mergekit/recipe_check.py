@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from .contracts import MERGING, check_contracts
 from .errors import RecipeError, raise_together
 from .fusion_check import count_problem, name_problem
-from .fusions import known_fusions
+from .fusion_methods import known_fusions
 from .model_check import configuration_problems, weight_problems
 from .recipe import METHOD_NAME, parameters
 from .recipe_blocks import model_blocks, parameter_blocks

@@ -35,7 +35,7 @@ from mergekit.tokenizer import PermutedVocabulary
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from somf_mergekit import contracts, fusions
+from somf_mergekit import contracts, fusion_methods, fusions
 from somf_mergekit.contracts import CONTRACTS, LEARNING, MERGING, Contract, check_contracts
 from somf_mergekit.errors import RecipeError
 
@@ -136,8 +136,8 @@ def fused(fusion, given, models=2, **parameters):
 def test_methods_are_singletons_found_by_name():
     assert registry.get("ties") is registry.get("ties")
     assert registry.get("ties") in set(registry.registered_methods()), (
-        "fusions.py keeps what it has found of mergekit's methods under the tuple of them: they "
-        "must be hashable and stay the same objects"
+        "fusion_methods.py keeps what it has found of mergekit's methods under the tuple of them: "
+        "they must be hashable and stay the same objects"
     )
     with pytest.raises(ValueError, match="already registered"):
         registry.register(registry.get("ties"))
@@ -147,7 +147,7 @@ def test_methods_are_singletons_found_by_name():
 
 def test_the_fusions_that_are_treated_apart_are_there():
     named = {*fusions.SUMS, *fusions._LINEAR_WHEN_DENSE, *fusions._RANDOMLY_DROPPED}
-    assert named <= set(fusions.known_fusions()), (
+    assert named <= set(fusion_methods.known_fusions()), (
         "fusions.py learns through these in closed form; under another name they would be slow"
     )
 
@@ -168,7 +168,7 @@ def test_a_contract_tells_how_many_models_a_method_takes():
     with pytest.raises(ValueError, match=r"at most|exactly"):
         slerp.validate_ids(["base", "m0", "m1"], "base")
     assert registry.get("linear").spec.contract.base is BasePolicy.IGNORED, (
-        "fusions.takes_base leaves the base out for methods that ignore it"
+        "fusion_methods.takes_base leaves the base out for methods that ignore it"
     )
 
 

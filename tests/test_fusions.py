@@ -16,7 +16,7 @@ from mergekit.merge_methods.base import (
 )
 from mergekit.merge_methods.easy_define import merge_method
 
-from somf_mergekit import MaskSet, RecipeError, fusions, pieces, weights
+from somf_mergekit import MaskSet, RecipeError, fusion_methods, fusions, pieces, weights
 from somf_mergekit.granularity import Storage, mask_layout
 from somf_mergekit.shards import Shard
 from somf_mergekit.trimming import largest
@@ -76,7 +76,7 @@ def group_of(models=2, shape=(12, 16), seed=0):
 def values_of(fusion, models=2, **changes):
     """Parameters as the planner resolves them: those that a fusion takes per model as mappings."""
     values = {"fusion": fusion, "seed": 0}
-    for spec in fusions.fusion_specs():
+    for spec in fusion_methods.fusion_specs():
         value = {**own_parameters(fusion), **changes}.get(spec.name)
         shared = spec.scope.value == "shared"
         values[spec.name] = value if shared else dict.fromkeys(range(models), value)
@@ -117,7 +117,7 @@ def test_every_fusion_learns_a_mask_and_writes_the_fusion_of_masked_models(
 
 
 def test_registered_fusions_are_all_tested():
-    assert set(fusions.known_fusions()) == set(WITH_TWO) | set(WITH_ONE)
+    assert set(fusion_methods.known_fusions()) == set(WITH_TWO) | set(WITH_ONE)
 
 
 def written(weight, factor):

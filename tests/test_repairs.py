@@ -11,7 +11,7 @@ from mergekit.merge_methods.base import TensorEntry, TensorGroup, TensorMetadata
 from repair_formulas import REFERENCE
 from safetensors.torch import save_file
 
-from somf_mergekit import RecipeError, fusions
+from somf_mergekit import RecipeError, fusion_methods
 from somf_mergekit.repairs.catalogue import REPAIRS
 
 PARAMETERS = {
@@ -237,7 +237,7 @@ def test_roles_in_memory(roles, said):
 
 
 def test_repairs_are_no_fusions_of_somf(family_recipe, tmp_path):
-    assert not set(REPAIRS) & set(fusions.known_fusions())
+    assert not set(REPAIRS) & set(fusion_methods.known_fusions())
     message = tiny.refused(family_recipe(fusion="resta"), tmp_path)
     assert "'resta' is no method of mergekit that is known" in message
 

@@ -10,7 +10,7 @@ from mergekit.merge_methods.base import MergeMethod
 from pydantic import TypeAdapter, ValidationError
 
 from ..declared import Parameter
-from ..fusions import known_fusions
+from ..fusion_methods import known_fusions
 from ..recipe import parameters
 from ..value_check import nearest
 

@@ -15,7 +15,7 @@ from mergekit.merge_methods.base import (
 from torch import Tensor
 
 from ..errors import RecipeError
-from ..fusions import OwnMethod
+from ..fusion_methods import OwnMethod
 from ..groups import is_finite, is_shared_buffer, not_finite
 from .catalogue import ALIGNED, FINE_TUNED, REPAIRS, ROLE, Repair
 
