@@ -107,6 +107,7 @@ def _trained(start: Path, folder: Path, source: Path, settings: dict[str, Any]) 
 
     model, tokenizer = load_saved(start)
     steps = settings["max_steps"]
+    settings = {"objective": "dpo", **settings}
     own = Settings(**{k: v for k, v in settings.items() if k != "learning_rate"})
     encoded = preference_data(dataset_rows(str(source)), str(source), tokenizer, own).pairs
     plan = [
@@ -120,7 +121,7 @@ def _trained(start: Path, folder: Path, source: Path, settings: dict[str, Any]) 
         for group in optimizer.param_groups:
             group["lr"] = settings["learning_rate"] * rate_share(step, steps)
 
-    dpo_seconds(model, optimizer, plan, before_step)
+    dpo_seconds(model, optimizer, plan, before_step, own.objective, own.beta)
     save_whole(model, tokenizer, folder, settings)
     return folder
 

@@ -97,13 +97,18 @@ class _Rows:
         yield _prepared("math", "math specialist")
         yield _prepared("code", "code specialist")
         yield self._line("two", (0.3, 0.4, 0.5, 0.6))
+        yield Row("somf", "somf", "two", {"defaults": self._somf()})
         rates = ({"learning_rate": 0.03}, {"learning_rate": 0.3})
-        yield self._own("somf", "somf", ({}, *rates, {"weight": 0.6}))
+        settings = ({}, *rates, {"weight": 0.6})
+        yield self._own("somf_dpo", "", settings)
         per_weight = {"granularity": "weight"}
-        yield self._own("somf_weight", "somf, one entry a weight", ({}, rates[0]), **per_weight)
+        yield self._own("somf_weight", "one entry a weight", ({}, rates[0]), **per_weight)
         # The strongest rival: that a rule chose its rate would be too little to say of it.
         dpo = "safety DPO of the plain merge"
         yield Row("dpo", dpo, "two", self._dpo(), tests_all=True)
+        normed = self._dpo(objective="dpo_norm", beta=_DEFAULTS["beta"])
+        label = "length-normalized safety DPO of the plain merge"
+        yield Row("dpo_norm", label, "two", normed, tests_all=True, is_single=True)
         yield from self._repairs()
         yield self._untrained("sampled", "untrained_sampled", "task_arithmetic", _TA)
         for fusion, grid in (("dare_linear", _DARE), ("ties", _TIES)):
@@ -128,12 +133,12 @@ class _Rows:
         yield Row("somf_paper", "somf, preset paper", "two", made, is_single=True)
 
     def _variants(self, rates: tuple[dict[str, Any], ...]) -> Iterator[Row]:
-        """Yield what differs from the package's own row in one way."""
+        """Yield what differs in one way from a mask that the published objective is learned by."""
         binary = {"mask_kind": "binary"}
-        yield self._single("somf_binary", "somf, binary mask", ({}, *rates), **binary)
+        yield self._single("somf_binary", "binary mask", ({}, *rates), **binary)
         yield self._single(
             "somf_weight_binary",
-            "somf, one entry a weight, binary mask",
+            "one entry a weight, binary mask",
             ({}, rates[0]),
             granularity="weight",
             **binary,
@@ -143,27 +148,28 @@ class _Rows:
         # Starts at the plain merge, a half of all changes, and learns how much of each is added.
         whole = {"weight": 1.0, "init_logit": 0.0}
         starts = ({}, whole)
-        # As good as the default on the first seed: the others tell which it should be.
-        yield self._own("somf_no_rescale", "somf, no rescale", starts, **unscaled)
-        normed = {"objective": "dpo_norm", "beta": 5.0}
-        yield self._own("somf_normed", "somf, length-normalized DPO", ({},), **normed)
+        yield self._own("somf_no_rescale", "no rescale", starts, **unscaled)
         yield self._single(
-            "somf_binary_no_rescale", "somf, binary mask, no rescale", starts, **unscaled, **binary
+            "somf_binary_no_rescale",
+            "binary mask, no rescale",
+            starts,
+            **unscaled,
+            **binary,
         )
-        yield self._single("somf_base", "somf, reference base", ({},), reference="base")
-        yield self._single("somf_utility", "somf, utility term", ({},), utility_dataset=UTILITY)
+        yield self._single("somf_base", "reference base", ({},), reference="base")
+        yield self._single("somf_utility", "utility term", ({},), utility_dataset=UTILITY)
         longer = {"max_steps": 4 * self.learning.steps}
-        yield self._single("somf_longer", "somf, four times the steps", ({},), **longer)
+        yield self._single("somf_longer", "four times the steps", ({},), **longer)
         for name in ("head", "column", "tensor"):
             # Divided by its mean, a mask of one entry is 1.
             start = {**unscaled, **whole} if name == "tensor" else {}
-            label = f"somf, one entry a {name}"
+            label = f"one entry a {name}"
             yield self._single(f"somf_{name}", label, ({},), granularity=name, **start)
         yield self._untrained("binary", "untrained_binary", "task_arithmetic", _TA)
         for fusion, grid in (("dare_linear", _DARE), ("ties", _TIES)):
             for kind in ("sampled", "binary"):
                 yield self._untrained(kind, f"untrained_{kind}_{fusion}", fusion, grid[:2])
-            yield self._single(f"somf_{fusion}", f"somf, {fusion}", grid[:1], fusion=fusion)
+            yield self._single(f"somf_{fusion}", fusion, grid[:1], fusion=fusion)
 
     def _line(self, group: str, weights: tuple[float, ...]) -> Row:
         models = GROUPS[group]
@@ -174,14 +180,16 @@ class _Rows:
         label = "task_arithmetic" + " of three" * (group == "three")
         return Row(name, label, group, made, is_line=True, tests_all=True)
 
-    def _own(self, name: str, label: str, settings: Iterable[dict[str, Any]], **fixed: Any) -> Row:
-        made = {_named(s) or "defaults": self._somf(**{**fixed, **s}) for s in settings}
-        return Row(name, label, "two", made)
+    def _own(self, name: str, change: str, settings: Iterable[dict[str, Any]], **fixed: Any) -> Row:
+        made = {
+            _named(s) or "defaults": self._somf(**{**_PUBLISHED, **fixed, **s}) for s in settings
+        }
+        return Row(name, ", ".join(filter(None, ("somf, DPO", change))), "two", made)
 
     def _single(
-        self, name: str, label: str, settings: Iterable[dict[str, Any]], **fixed: Any
+        self, name: str, change: str, settings: Iterable[dict[str, Any]], **fixed: Any
     ) -> Row:
-        return replace(self._own(name, label, settings, **fixed), is_single=True)
+        return replace(self._own(name, change, settings, **fixed), is_single=True)
 
     def _untrained(self, kind: str, name: str, fusion: str, grid: tuple[Recipe, ...]) -> Row:
         made = {_named(s): self._undirected(kind, fusion, s) for s in grid}
@@ -196,10 +204,11 @@ class _Rows:
         merge = self._masked(fusion, GROUPS[group], **drawn, **setting)
         return Making(learns=learns, merges=(merge,))
 
-    def _dpo(self) -> dict[str, Making]:
+    def _dpo(self, **objective: Any) -> dict[str, Making]:
         settings = ({"learning_rate": rate} for rate in (3e-6, 1e-5, 3e-5))
         merges = (reference_merge(),)
-        return {_named(s): Making(merges=merges, dpo={**s, **self._pace}) for s in settings}
+        fixed = {**objective, **self._pace}
+        return {_named(s): Making(merges=merges, dpo={**s, **fixed}) for s in settings}
 
     def _repairs(self) -> Iterator[Row]:
         for name, settings in _REPAIRS.items():
@@ -286,7 +295,14 @@ class _Rows:
 
 
 # What a recipe that sets nothing gets, spelt out: the rows stay what they are when it changes.
-_DEFAULTS: dict[str, Any] = {"granularity": "row", "learning_rate": 0.1}
+_DEFAULTS: dict[str, Any] = {
+    "granularity": "row",
+    "learning_rate": 0.1,
+    "objective": "dpo_norm",
+    "beta": 5.0,
+}
+# The objective of arXiv 2405.09055, which the masks were learned by that show what else matters.
+_PUBLISHED: dict[str, Any] = {"objective": "dpo", "beta": 0.1}
 _FUSION_OWN = ("density", "normalize")
 _TA: tuple[Recipe, ...] = ({"weight": 0.5}, {"weight": 0.4})
 # The first of each are the settings of arXiv 2405.09055.

@@ -10,9 +10,10 @@ from torch import Tensor
 from somf_mergekit import machine
 from somf_mergekit.learner.engine import autocast_to
 from somf_mergekit.learner.logprobs import answer_log_probs, output_head, token_batch
-from somf_mergekit.objectives import preference_losses
+from somf_mergekit.objectives import PER_TOKEN, preference_losses
 from somf_mergekit.preferences import EncodedPair
 
+# As published with DPO (arXiv 2305.18290).
 BETA = 0.1
 
 
@@ -21,6 +22,8 @@ def dpo_seconds(
     optimizer: torch.optim.Optimizer,
     batches: Sequence[Sequence[list[EncodedPair]]],
     before_step: Callable[[int], object] = lambda step: None,
+    objective: str = "dpo",
+    beta: float = BETA,
 ) -> list[float]:
     """Train ``model`` in place and return the seconds of each step.
 
@@ -32,19 +35,23 @@ def dpo_seconds(
         optimizer: of its weights.
         batches: of each step, the pairs that go through the model at once.
         before_step: called when the gradients of a step are there, with its number from 0.
+        objective: see ``objectives.preference_losses``; ``dpo_norm`` takes means over tokens.
+        beta: likewise.
     """
     model.eval()
     head = output_head(model)
     with torch.no_grad():
         reference = [
-            [log_ratios(model, head, part, model.device) for part in batch] for batch in batches
+            [log_ratios(model, head, part, model.device, objective) for part in batch]
+            for batch in batches
         ]
     seconds = []
     for step, (batch, fixed) in enumerate(zip(batches, reference, strict=True)):
         start = time.perf_counter()
         count = sum(map(len, batch))
         for part, known in zip(batch, fixed, strict=True):
-            dpo_backward(log_ratios(model, head, part, model.device) - known, count)
+            found = log_ratios(model, head, part, model.device, objective)
+            dpo_backward(found - known, count, objective, beta)
         before_step(step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -59,11 +66,22 @@ def micro_batches(pairs: Sequence[EncodedPair], size: int) -> list[list[EncodedP
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
-def log_ratios(model: Any, head: Any, pairs: Sequence[EncodedPair], device: torch.device) -> Tensor:
-    """Return log pi(y+) - log pi(y-) of each pair, (pairs,), by a model on ``device``."""
+def log_ratios(
+    model: Any,
+    head: Any,
+    pairs: Sequence[EncodedPair],
+    device: torch.device,
+    objective: str = "dpo",
+) -> Tensor:
+    """Return log pi(y+) - log pi(y-) of each pair, (pairs,), by a model on ``device``.
+
+    Of log-probabilities per token where the objective takes those.
+    """
     sequences = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
     with autocast_to(machine.autocast_type(str(device)), device):
-        sums, _ = answer_log_probs(model, head, token_batch(sequences, device))
+        sums, tokens = answer_log_probs(model, head, token_batch(sequences, device))
+    if objective in PER_TOKEN:
+        sums = sums / tokens
     return sums[: len(pairs)] - sums[len(pairs) :]
 
 
@@ -73,12 +91,13 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def dpo_backward(log_ratio: Tensor, count: int) -> None:
+def dpo_backward(log_ratio: Tensor, count: int, objective: str = "dpo", beta: float = BETA) -> None:
     """Add to the weights' gradients those of a step's loss over ``count`` pairs.
 
     Args:
         log_ratio: h of some of the step's pairs, see ``objectives.preference_losses``.
         count: of all the step's pairs.
+        objective, beta: see there.
     """
-    losses, _ = preference_losses("dpo", log_ratio, BETA)
+    losses, _ = preference_losses(objective, log_ratio, beta)
     (losses.sum() / count).backward()

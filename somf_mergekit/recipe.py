@@ -12,8 +12,9 @@ METHOD_NAME = "somf"
 # Marks of a parameter, see ``declared.Parameter``.
 _MERGE: dict[str, Any] = {"merge": True}
 _PER_TENSOR: dict[str, Any] = {"merge": True, "per_tensor": True}
-# Log-probabilities per token are smaller than sums: beta as in arXiv 2411.15124.
-_BETA_PER_TOKEN = 5.0
+# Of objectives that take sums over an answer's tokens, where ``dpo_norm`` has means: as published
+# (arXiv 2405.09055).
+_BETA_OF_SUMS = 0.1
 
 
 class Settings(BaseModel):
@@ -88,9 +89,9 @@ class Settings(BaseModel):
         description="`mean`: divide the mask by its mean, tensor by tensor; `none`: do not.",
     )
     objective: Literal["dpo", "dpo_norm", "ipo", "hinge", "sft"] = Field(
-        "dpo",
-        description="What is learned from the pairs: a preference loss, or `sft`, the likelihood "
-        "of the safe answers alone (needs no unsafe ones).",
+        "dpo_norm",
+        description="What is learned from the pairs: a preference loss (`dpo_norm` is DPO per "
+        "token), or `sft`, the likelihood of the safe answers alone (needs no unsafe ones).",
     )
     sft_weight: float = Field(
         0.0, ge=0, le=1000, description="Weight of an `sft` term beside a preference loss."
@@ -122,10 +123,11 @@ class Settings(BaseModel):
     )
     batch_size: int = Field(8, ge=1, description="Pairs an optimiser step.")
     beta: float = Field(
-        0.1,
+        5.0,
         gt=0,
         le=100,
-        description="Strength of the pull to the reference; 5 for `dpo_norm` where not given.",
+        description="Strength of the pull to the reference; 0.1 under another `objective` than "
+        "`dpo_norm` where not given.",
     )
     max_length: int = Field(
         128, ge=8, description="Tokens of a prompt with an answer; longer ones are cut."
@@ -182,8 +184,8 @@ class Settings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _with_beta(cls, values: Any) -> Any:
-        if values.get("objective") == "dpo_norm":
-            return {"beta": _BETA_PER_TOKEN, **values}
+        if values.get("objective", "dpo_norm") != "dpo_norm":
+            return {"beta": _BETA_OF_SUMS, **values}
         return values
 
 
