@@ -249,18 +249,20 @@ def made_up(tmp_path):
 
 def test_the_table_is_that_of_the_runs(made_up):
     comparison, write = made_up
-    for number, setting in enumerate(comparison.rows[0]["somf"].settings):
-        for seed, split in itertools.product((0, 1, 2), ("validation", "test")):
+    for seed, split in itertools.product((0, 1, 2), ("validation", "test")):
+        refusals = 0.5 + (seed - 1) ** 2 / 40
+        write("somf", "defaults", seed, split, refusals=refusals, math_loss=0.5)
+        for number, setting in enumerate(comparison.rows[0]["somf_dpo"].settings):
             better_on_test = number if split == "test" else -number
-            refusals = 0.5 + better_on_test / 20 + (seed - 1) ** 2 / 40
-            write("somf", setting, seed, split, refusals=refusals, math_loss=0.5)
+            less = refusals - 0.1 + better_on_test / 20
+            write("somf_dpo", setting, seed, split, refusals=less, math_loss=0.5)
     for setting, rate in zip(comparison.rows[0]["dpo"].settings, (0.7, 0.3, 0.2), strict=True):
         for seed, split in itertools.product((0, 1, 2), ("validation", "test")):
             write("dpo", setting, seed, split, refusals=rate + seed / 50, math_loss=0.45)
     record = record_of(comparison, "command")
     entries = {(e["row"], e["setting"]): e for e in record["entries"] if e["group"] == "two"}
     # Test would have chosen the last setting; validation chooses the first.
-    assert [key for key in entries if key[0] == "somf"] == [("somf", "defaults")]
+    assert [key for key in entries if key[0] == "somf_dpo"] == [("somf_dpo", "defaults")]
     soft = entries["somf", "defaults"]
     values = [
         comparison.measures("somf", "defaults", seed, "test")["refusals"] for seed in (0, 1, 2)
@@ -284,7 +286,7 @@ def test_the_table_is_that_of_the_runs(made_up):
     # The sweep of seed 1 has gain 2 w - 0.02 and safety 0.57 - w: 0.06 at this row's gain, 1.
     assert soft["seeds"]["1"]["derived"]["over_sweep"] == pytest.approx(0.5 - 0.5 - 0.06)
     # All settings stand in the validation table, the chosen one marked.
-    rows = [row for row in record["validation"] if row["row"] == "somf"]
+    rows = [row for row in record["validation"] if row["row"] == "somf_dpo"]
     assert [row["chosen"] for row in rows] == [True] + [False] * 3
     assert len(record["runs"]) == sum(1 for _ in comparison.bench.models.work.rglob("run.json"))
 
@@ -357,7 +359,7 @@ def test_what_is_worked_on_brings_what_it_is_measured_against(made_up):
 
 def test_what_an_interruption_leaves_is_not_taken_for_done(made_up, monkeypatch):
     comparison, _ = made_up
-    run = comparison.run("somf", "defaults", 0)
+    run = comparison.run("somf_dpo", "defaults", 0)
     monkeypatch.setattr(Models, "made", lambda *_: None)
     monkeypatch.setattr(Models, "digest", lambda *_: "0" * 12)
     tasks = []
@@ -390,7 +392,10 @@ def test_what_an_interruption_leaves_is_not_taken_for_done(made_up, monkeypatch)
     other._make()
     assert tasks[4:] == ["merge"]
     assert other.cost()["seconds"] == 2.0
-    assert comparison.run("somf_reused", "weight 0.3", 0)._mask_folder == run._mask_folder
+    default = comparison.run("somf", "defaults", 0)._mask_folder
+    assert (
+        comparison.run("somf_reused", "weight 0.3", 0)._mask_folder == default != run._mask_folder
+    )
 
 
 @pytest.fixture(scope="module")
@@ -401,7 +406,7 @@ def whole(data, tmp_path_factory):
     tiny.save_model(tiny.tiny_llama(0, len(tokenizer)), tokenizer, folder / "model")
 
     def call(*options):
-        rows = "somf,dpo,resta,untrained_sampled,dare_linear,somf_reused"
+        rows = "somf,somf_dpo,dpo,dpo_norm,resta,untrained_sampled,dare_linear,somf_reused"
         arguments = ["--work", folder / "work", "--data", data, "--model", folder / "model"]
         arguments += ["--seeds", "5", "--quick", "--only", rows, *options]
         return CliRunner().invoke(compare.main, list(map(str, arguments)))
@@ -423,8 +428,8 @@ def test_a_whole_comparison_leaves_its_record(whole):
     tested = {(entry["row"], entry["group"]) for entry in record["entries"]}
     assert tested == {
         *((name, "two") for name in ("aligned", "math", "code", "task_arithmetic")),
-        *((name, "two") for name in ("somf", "dpo", "resta", "dare_linear")),
-        ("untrained_sampled", "two"),
+        *((name, "two") for name in ("somf", "somf_dpo", "dpo", "dpo_norm", "resta")),
+        *((name, "two") for name in ("untrained_sampled", "dare_linear")),
         *((name, "three") for name in ("aligned", "math", "code", "general")),
         *((name, "three") for name in ("task_arithmetic_three", "somf_reused")),
     }
@@ -435,7 +440,7 @@ def test_a_whole_comparison_leaves_its_record(whole):
         assert entry["seeds"]["5"]["cost"] == run.get("cost")
         assert "±" not in text
     # What was not chosen was never tested.
-    for name in ("somf", "resta", "dare_linear", "somf_reused"):
+    for name in ("somf_dpo", "resta", "dare_linear", "somf_reused"):
         splits = [set(run["measures"]) for (row, _), run in runs.items() if row == name]
         assert sorted(map(len, splits)) == [1, 2]
         assert all("validation" in found for found in splits)
@@ -472,8 +477,8 @@ def test_only_specialists_masks_and_records_are_kept(whole):
         "code",
         "general",
     }
-    # The two of somf and the untrained one.
-    assert len(list(work.glob("seed-5/masks/*/mask/masks.safetensors"))) == 3
+    # That of the defaults, the two of somf_dpo, and the untrained one.
+    assert len(list(work.glob("seed-5/masks/*/mask/masks.safetensors"))) == 4
 
 
 def test_a_second_call_computes_nothing(whole, monkeypatch):
@@ -503,8 +508,9 @@ def test_a_models_weights_differ_as_their_settings_do(whole, monkeypatch):
         for run in record["runs"]
         if "validation" in run["measures"]
     }
-    compared = [key for key in values if key[0] in ("somf", "dpo", "resta", "dare_linear")]
-    assert len({values[key] for key in compared}) == len(compared) == 8
+    tuned = ("somf_dpo", "dpo", "dpo_norm", "resta", "dare_linear")
+    compared = [key for key in values if key[0] in tuned]
+    assert len({values[key] for key in compared}) == len(compared) == 10
     # Other data under the same folder is refused.
     monkeypatch.setattr(real_data, "HELD_OUT_PAIRS", 6)
     result = call("--list")
@@ -619,7 +625,7 @@ def test_dpo_trains_on_the_pairs_and_in_the_order_that_a_mask_learns_from(
 ):
     source = tiny.write_jsonl(tmp_path / "pairs.jsonl", tiny.preference_rows(80))
     plans = []
-    monkeypatch.setattr(compare_make, "dpo_seconds", lambda m, o, plan, before: plans.append(plan))
+    monkeypatch.setattr(compare_make, "dpo_seconds", lambda m, o, plan, *_: plans.append(plan))
     monkeypatch.setattr(compare_make, "save_whole", lambda *_: None)
     learning = {"batch_size": 4, "max_length": 48, "seed": 3, "max_steps": 30}
     compare_make._trained(

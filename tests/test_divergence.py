@@ -63,8 +63,8 @@ def limit_of(losses, **parameters):
 
 def test_the_limit_has_the_objectives_scale():
     dpo, hinge = math.log1p(math.exp(1.0)), 2.0
-    assert limit_of([0.01]) == pytest.approx(TIMES * dpo)
-    assert limit_of([3.0]) == TIMES * 3.0
+    assert limit_of([0.01], objective="dpo") == pytest.approx(TIMES * dpo)
+    assert limit_of([3.0], objective="dpo") == TIMES * 3.0
     assert limit_of([0.01], objective="hinge") == pytest.approx(TIMES * hinge)
     assert limit_of([0.01], objective="dpo_norm") == pytest.approx(
         TIMES * math.log1p(math.exp(5.0))
@@ -72,13 +72,14 @@ def test_the_limit_has_the_objectives_scale():
     assert limit_of([25.0], objective="ipo") == pytest.approx(TIMES * 36.0)
     assert limit_of([0.0], objective="ipo", beta=1.0) == pytest.approx(TIMES * 2.25)
     assert limit_of([0.0], objective="sft") == pytest.approx(TIMES * math.log(2))
-    assert least_judged(settings_of(sft_weight=2.0)) == pytest.approx(dpo + 2 * math.log(2))
-    held_close = {"utility_dataset": "y", "utility_weight": 3.0}
+    with_sft = settings_of(objective="dpo", sft_weight=2.0)
+    assert least_judged(with_sft) == pytest.approx(dpo + 2 * math.log(2))
+    held_close = {"objective": "dpo", "utility_dataset": "y", "utility_weight": 3.0}
     assert least_judged(settings_of(**held_close)) == pytest.approx(dpo + 3 * math.log(2))
     # The utility term counts with its weight.
     far = [*[0.01] * 4, *[8.0] * IN_A_ROW]
     assert watched([0.6] * len(far), far, **held_close) == 4
-    assert watched([0.6] * len(far), far, utility_dataset="y", utility_weight=0.1) is None
+    assert watched([0.6] * len(far), far, **held_close | {"utility_weight": 0.1}) is None
 
 
 def noisy(draw, objective, beta, spread):
@@ -167,7 +168,7 @@ def norms_seen(monkeypatch):
     return found
 
 
-CHANGES = {"max_steps": 12, "epochs": 9, "reference": "redrawn"}
+CHANGES = {"objective": "dpo", "max_steps": 12, "epochs": 9, "reference": "redrawn"}
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1e9], ids=["checkpoints", "none"])
@@ -314,7 +315,7 @@ def test_the_row_that_is_named_is_that_of_the_file(family_recipe, tmp_path, monk
     text = " ".join(told.output.split())
     assert f"The loss is NaN or infinite on row 37 of {source} (counted from 0)." in text
     assert "cake" not in text
-    assert "a smaller learning_rate (now 0.1) or beta (now 0.1)" in text
+    assert "a smaller learning_rate (now 0.1) or beta (now 5.0)" in text
     kept = json.loads((tmp_path / "mask.last-good/somf.json").read_text())
     assert kept["stopped"]["rows"] == [37]
     assert kept["stopped"]["step"] == kept["steps"] + 1
@@ -323,10 +324,10 @@ def test_the_row_that_is_named_is_that_of_the_file(family_recipe, tmp_path, monk
 
 
 def test_the_command_ends_with_what_is_known_of_an_explosion(family_recipe, tmp_path, monkeypatch):
-    good = learned(family_recipe, tmp_path, "good", max_steps=9, epochs=9)
+    good = learned(family_recipe, tmp_path, "good", objective="dpo", max_steps=9, epochs=9)
     assert good.exit_code == 0
     break_losses(monkeypatch, lambda call, _, losses: losses * (1e4 if call >= 2 else 1))
-    told = learned(family_recipe, tmp_path, max_steps=9, epochs=9)
+    told = learned(family_recipe, tmp_path, objective="dpo", max_steps=9, epochs=9)
     assert told.exit_code == 1
     assert not (tmp_path / "mask").exists()
     assert not (tmp_path / "mask.learning").exists()
