@@ -300,15 +300,39 @@ def test_what_counts_as_above():
     # A larger margin is told, and does not count.
     larger = "The mean margin is larger"
     earlier = held([-1, 2], [-0.5, 2])
-    assert f"{larger}, and that of 1 of the pairs, which" in verdict(earlier, "soft")
+    assert f"{larger}, and that of 1 of the pairs, which may be chance." in verdict(earlier, "soft")
     del earlier["held_out"]["raised"]
-    assert f"{larger}, which" in verdict(earlier, "soft")
+    assert f"{larger}, which may be chance." in verdict(earlier, "soft")
     assert larger not in verdict(held([-1, 2], [-1.5, 2]), "soft")
     assert "mask_kind: soft" in verdict(held([-1, 2], [-1, 2], "binary"), "binary")
     assert "mask_kind: soft" not in verdict(held([-1, 2], [-1, 2]), "soft")
     nan = held([1.0, 2.0], [float("nan"), 2.0])
     assert nan["held_out"]["merge"] == {"accuracy": 0.5, "margin": None}
     assert "1.5000 and not finite nats" in verdict(nan, "soft")
+
+
+@pytest.mark.parametrize(("count", "least"), [(5, None), (7, 7), (20, 16), (100, 63)])
+def test_more_larger_margins_than_by_chance_are_told_apart(count, least):
+    def told(raised):
+        after = [-0.5] * raised + [-1.5] * (count - raised)
+        return verdict({"held_out": HeldOut.of([-1.0] * count, after, "soft").told}, "soft")
+
+    found = [raised for raised in range(count + 1) if "SAFER IN MARGIN ALONE" in told(raised)]
+    assert found == ([] if least is None else list(range(least, count + 1)))
+    for raised in range(count + 1):
+        draws = torch.distributions.Binomial(count, torch.tensor(0.5, dtype=torch.float64))
+        counts = torch.arange(raised, count + 1, dtype=torch.float64)
+        assert (raised in found) == (float(draws.log_prob(counts).exp().sum()) <= 0.01)
+        assert (NOT_SHOWN in told(raised)) == (raised not in found)
+    if found:
+        assert f"the margin of {count} of {count} is larger" in told(count)
+        assert "What may help" not in told(count)
+
+
+def test_a_record_of_a_stranger_is_no_reason_to_count_for_long():
+    told = HeldOut.of([-1.0] * 9, [-0.5] * 9, "soft").told
+    for changed in ({"raised": 10}, {"pairs": 10**9}, {"pairs": 10**9, "raised": 10**9}):
+        assert NOT_SHOWN in verdict({"held_out": told | changed}, "soft")
 
 
 @pytest.mark.parametrize(
