@@ -18,7 +18,7 @@ from somf_mergekit.learner.pinned import PinnedMemory
 
 # Older releases ask every device but the CPU for a module of its own.
 pytestmark = pytest.mark.skipif(
-    torch.__version__ < (2, 13), reason="needs a torch that knows the meta device"
+    torch.__version__ < (2, 13), reason="a pretended device needs torch 2.13"
 )
 
 
