@@ -9,8 +9,9 @@ from torch import Tensor
 
 from somf_mergekit import machine
 from somf_mergekit.learner.engine import autocast_to
-from somf_mergekit.learner.logprobs import answer_log_probs, output_head, token_batch
-from somf_mergekit.objectives import PER_TOKEN, preference_losses
+from somf_mergekit.learner.logprobs import answer_token_log_probs, output_head
+from somf_mergekit.learner.sequences import pair_batch, pair_length, pair_log_probs
+from somf_mergekit.objectives import preference_losses
 from somf_mergekit.preferences import EncodedPair
 
 # As published with DPO (arXiv 2305.18290).
@@ -62,7 +63,7 @@ def dpo_seconds(
 
 def micro_batches(pairs: Sequence[EncodedPair], size: int) -> list[list[EncodedPair]]:
     """Return the pairs of a step, ``size`` of like length together."""
-    ordered = sorted(pairs, key=lambda p: len(p.prompt) + max(len(p.chosen), len(p.rejected)))
+    ordered = sorted(pairs, key=pair_length)
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
@@ -77,12 +78,10 @@ def log_ratios(
 
     Of log-probabilities per token where the objective takes those.
     """
-    sequences = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
+    batch = pair_batch(pairs, device)
     with autocast_to(machine.autocast_type(str(device)), device):
-        sums, tokens = answer_log_probs(model, head, token_batch(sequences, device))
-    if objective in PER_TOKEN:
-        sums = sums / tokens
-    return sums[: len(pairs)] - sums[len(pairs) :]
+        found = pair_log_probs(*answer_token_log_probs(model, head, batch), len(pairs))
+    return found.counted(objective).ratios
 
 
 def wait_for(device: torch.device) -> None:

@@ -15,7 +15,12 @@ from somf_mergekit.granularity import Storage, mask_layout
 from somf_mergekit.learner import engine, entrywise, loop, passes
 from somf_mergekit.learner.divergence import LearningDiverged
 from somf_mergekit.learner.draws import Draw
-from somf_mergekit.learner.logprobs import answer_log_probs, output_head, token_batch
+from somf_mergekit.learner.logprobs import (
+    answer_sums,
+    answer_token_log_probs,
+    output_head,
+    token_batch,
+)
 from somf_mergekit.learner.problem import LearningProblem
 from somf_mergekit.learner.tensors import Content, FixedTensor, MaskedTensor, State
 from somf_mergekit.preferences import EncodedPair
@@ -429,7 +434,8 @@ def test_answer_log_probs_are_those_of_the_models_own_logits(architecture, monke
         config.logits_scaling = 3.0
     model = AutoModelForCausalLM.from_config(config).eval()
     sequences = [([5, 6, 7], [8, 9]), ([3], [4, 5, 6, 7, 8])]
-    sums, lengths = answer_log_probs(model, output_head(model), token_batch(sequences))
+    found = answer_token_log_probs(model, output_head(model), token_batch(sequences))
+    sums, lengths = answer_sums(*found, len(sequences))
     assert lengths.tolist() == [2, 5]
     expected = [answer_sum(model, dict(model.named_parameters()), *s).item() for s in sequences]
     assert sums.tolist() == pytest.approx(expected, abs=1e-3)

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ..objectives import PER_TOKEN, PREFERENCES
+from ..objectives import PREFERENCES
 from .problem import LearningProblem
-from .sequences import PairLogProbs, example_batch, pair_batch, pair_log_probs
+from .sequences import PairLogProbs, pair_log_probs
 from .tensors import Content, State
 
 
@@ -68,19 +68,13 @@ class Comparison:
             found: what the merge makes of them.
         """
         fixed = torch.tensor([self.reference[row] for row in rows], device=found.chosen.device)
-        found = self._counted(found)
-        return (found.chosen - found.rejected) - (fixed[:, 0] - fixed[:, 1])
-
-    def _counted(self, found: PairLogProbs) -> PairLogProbs:
-        return found.per_token() if self.problem.settings.objective in PER_TOKEN else found
+        ratios = found.counted(self.problem.settings.objective).ratios
+        return ratios - (fixed[:, 0] - fixed[:, 1])
 
     def _keep_unmasked(self, rows: list[int]) -> Iterator[None]:
         problem = self.problem
         parts = list(problem.utility_parts(rows))
-        batches = (
-            example_batch([problem.utility[row] for row in part], problem.engine.device)
-            for part in parts
-        )
+        batches = map(problem.utility_batch, parts)
         found = problem.evaluated(batches, len(parts), State(Content.UNMASKED))
         for part, (log_probs, owners) in zip(parts, found, strict=True):
             for place, row in enumerate(part):
@@ -90,13 +84,9 @@ class Comparison:
     def _keep_reference(self, rows: list[int], state: State) -> Iterator[None]:
         problem = self.problem
         parts = list(problem.pair_parts(rows))
-        batches = (
-            pair_batch([problem.pairs[row] for row in part], problem.engine.device)
-            for part in parts
-        )
-        found = problem.evaluated(batches, len(parts), state)
+        found = problem.evaluated(map(problem.pair_batch, parts), len(parts), state)
         for part, result in zip(parts, found, strict=True):
-            counted = self._counted(pair_log_probs(*result, len(part)))
+            counted = pair_log_probs(*result, len(part)).counted(problem.settings.objective)
             values = zip(counted.chosen.tolist(), counted.rejected.tolist(), strict=True)
             self.reference.update(zip(part, values, strict=True))
             yield

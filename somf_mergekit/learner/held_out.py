@@ -30,8 +30,7 @@ def held_out_margins(
     own: list[tuple[int, float]] = []
     found = problem.evaluated(batches, len(parts), State(content))
     for part, result in zip(parts, found, strict=True):
-        means = pair_log_probs(*result, len(part)).per_token()
-        margins = means.chosen - means.rejected
+        margins = pair_log_probs(*result, len(part)).per_token().ratios
         own += zip(part, margins.tolist(), strict=True)
         on_pairs(len(part))
     return [margin for _, margin in sorted(together.gathered(own))]

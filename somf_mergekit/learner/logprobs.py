@@ -135,17 +135,6 @@ def answer_sums(log_probs: Tensor, owners: Tensor, answers: int) -> tuple[Tensor
     )
 
 
-def answer_log_probs(
-    model: Any, head: Callable[[Tensor], Tensor], batch: TokenBatch
-) -> tuple[Tensor, Tensor]:
-    """Return the summed log-probability of each answer and its number of tokens.
-
-    Returns:
-        float32 (sequences,) and int64 (sequences,).
-    """
-    return answer_sums(*answer_token_log_probs(model, head, batch), len(batch.labels))
-
-
 def _token_log_probs(head: Callable[[Tensor], Tensor], states: Tensor, tokens: Tensor) -> Tensor:
     return -functional.cross_entropy(head(states).float(), tokens, reduction="none")
 

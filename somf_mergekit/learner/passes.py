@@ -11,9 +11,9 @@ from ..objectives import PREFERENCES, divergences, preference_losses, sft_losses
 from .comparison import Comparison
 from .divergence import Evidence, LearningDiverged
 from .engine import LossNotFinite, Part
-from .logprobs import TokenBatch, answer_sums
+from .logprobs import answer_sums
 from .problem import LearningProblem
-from .sequences import example_batch, pair_batch, pair_log_probs
+from .sequences import pair_log_probs
 
 
 @dataclass
@@ -63,13 +63,20 @@ class Passes:
         """
         together = self.problem.together
         shown = Losses(0.0, [], 0.0 if utility else None)
+        is_safe_alone = self.settings.objective not in PREFERENCES
         parts = [
-            Part(self._pair_batch(rows), self._pair_loss(rows, 1 / len(batch), step, shown))
+            Part(
+                self.problem.pair_batch(rows, is_safe_alone),
+                self._pair_loss(rows, 1 / len(batch), step, shown),
+            )
             for rows in self.problem.pair_parts(together.share(batch))
         ]
         tokens = sum(len(self.problem.utility[row].answer) for row in utility)
         parts += [
-            Part(self._utility_batch(rows), self._utility_loss(rows, 1 / tokens, step, shown))
+            Part(
+                self.problem.utility_batch(rows),
+                self._utility_loss(rows, 1 / tokens, step, shown),
+            )
             for rows in self.problem.utility_parts(together.share(utility))
         ]
         try:
@@ -154,16 +161,6 @@ class Passes:
             likelihoods = sft_losses(found.chosen, found.chosen_tokens)
             losses = losses + settings.sft_weight * likelihoods
         return losses, margins.tolist()
-
-    def _pair_batch(self, rows: list[int]) -> TokenBatch:
-        pairs = [self.problem.pairs[row] for row in rows]
-        is_safe_alone = self.settings.objective not in PREFERENCES
-        return pair_batch(pairs, self.problem.engine.device, is_safe_alone)
-
-    def _utility_batch(self, rows: list[int]) -> TokenBatch:
-        return example_batch(
-            [self.problem.utility[row] for row in rows], self.problem.engine.device
-        )
 
 
 def _finite_sum(losses: Tensor, step: int) -> Tensor:

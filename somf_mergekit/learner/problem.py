@@ -9,7 +9,7 @@ from ..processes import ALONE, Processes
 from ..recipe import Settings
 from .engine import Engine, TokenLogProbs
 from .logprobs import TokenBatch
-from .sequences import example_length, pair_length
+from .sequences import example_batch, example_length, pair_batch, pair_length
 from .tensors import MaskedTensor, State
 
 
@@ -53,6 +53,14 @@ class LearningProblem:
     def utility_parts(self, rows: Iterable[int]) -> Iterator[list[int]]:
         """Cut rows of the utility examples into micro-batches, see ``parts``."""
         return self.parts(rows, lambda row: example_length(self.utility[row]))
+
+    def pair_batch(self, rows: Sequence[int], is_safe_alone: bool = False) -> TokenBatch:
+        """Return rows of the pairs as ``sequences.pair_batch`` does."""
+        return pair_batch([self.pairs[row] for row in rows], self.engine.device, is_safe_alone)
+
+    def utility_batch(self, rows: Sequence[int]) -> TokenBatch:
+        """Return rows of the utility examples as a batch."""
+        return example_batch([self.utility[row] for row in rows], self.engine.device)
 
     def parts(self, rows: Iterable[int], length: Callable[[int], int]) -> Iterator[list[int]]:
         """Cut rows into micro-batches of like length, so that little of them is padding."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..answers import EncodedAnswer
+from ..objectives import PER_TOKEN
 from ..preferences import EncodedPair
 from .logprobs import TokenBatch, answer_sums, token_batch
 
@@ -19,6 +20,15 @@ class PairLogProbs:
     rejected: Tensor
     chosen_tokens: Tensor
     rejected_tokens: Tensor
+
+    @property
+    def ratios(self) -> Tensor:
+        """log pi(y+) - log pi(y-), (pairs,)."""
+        return self.chosen - self.rejected
+
+    def counted(self, objective: str) -> "PairLogProbs":
+        """Return the same as an objective takes them: sums, or means over the tokens."""
+        return self.per_token() if objective in PER_TOKEN else self
 
     def per_token(self) -> "PairLogProbs":
         """Return the same with means over the tokens in the place of sums."""
