@@ -16,12 +16,22 @@ from .compare_recipes import (
     reference_merge,
     repair,
 )
+from .compare_settings import (
+    COLD,
+    DARE,
+    DEFAULTS,
+    PUBLISHED,
+    REPAIR_SETTINGS,
+    TASK_ARITHMETIC,
+    TIES,
+    named,
+)
 
 # Whose masks stand for the package in each comparison.
 CHAMPION = {"two": "somf", "three": "somf_three"}
 LINE = {"two": "task_arithmetic", "three": "task_arithmetic_three"}
-# A concrete sample at this temperature is 0 or 1 but for one entry in a hundred.
-_COLD = 0.01
+# Parameters of the fusion, which learning and merging must both be told.
+_FUSION_OWN = ("density", "normalize")
 
 
 @dataclass(frozen=True)
@@ -100,19 +110,19 @@ class _Rows:
         yield Row("somf", "somf", "two", {"defaults": self._somf()})
         rates = ({"learning_rate": 0.03}, {"learning_rate": 0.3})
         settings = ({}, *rates, {"weight": 0.6})
-        yield self._own("somf_dpo", "", settings)
+        yield self._own("somf_dpo", None, settings)
         per_weight = {"granularity": "weight"}
         yield self._own("somf_weight", "one entry a weight", ({}, rates[0]), **per_weight)
         # The strongest rival: that a rule chose its rate would be too little to say of it.
         dpo = "safety DPO of the plain merge"
         yield Row("dpo", dpo, "two", self._dpo(), tests_all=True)
-        normed = self._dpo(objective="dpo_norm", beta=_DEFAULTS["beta"])
+        normed = self._dpo(objective="dpo_norm", beta=DEFAULTS["beta"])
         label = "length-normalized safety DPO of the plain merge"
         yield Row("dpo_norm", label, "two", normed, tests_all=True, is_single=True)
         yield from self._repairs()
-        yield self._untrained("sampled", "untrained_sampled", "task_arithmetic", _TA)
-        for fusion, grid in (("dare_linear", _DARE), ("ties", _TIES)):
-            plain = {_named(s): Making(merges=(self._plain(fusion, **s),)) for s in grid}
+        yield self._untrained("sampled", "untrained_sampled", "task_arithmetic", TASK_ARITHMETIC)
+        for fusion, grid in (("dare_linear", DARE), ("ties", TIES)):
+            plain = {named(s): Making(merges=(self._plain(fusion, **s),)) for s in grid}
             yield Row(fusion, fusion, "two", plain)
         yield from self._variants(rates)
         yield from self._three()
@@ -165,8 +175,8 @@ class _Rows:
             start = {**unscaled, **whole} if name == "tensor" else {}
             label = f"one entry a {name}"
             yield self._single(f"somf_{name}", label, ({},), granularity=name, **start)
-        yield self._untrained("binary", "untrained_binary", "task_arithmetic", _TA)
-        for fusion, grid in (("dare_linear", _DARE), ("ties", _TIES)):
+        yield self._untrained("binary", "untrained_binary", "task_arithmetic", TASK_ARITHMETIC)
+        for fusion, grid in (("dare_linear", DARE), ("ties", TIES)):
             for kind in ("sampled", "binary"):
                 yield self._untrained(kind, f"untrained_{kind}_{fusion}", fusion, grid[:2])
             yield self._single(f"somf_{fusion}", fusion, grid[:1], fusion=fusion)
@@ -180,11 +190,12 @@ class _Rows:
         label = "task_arithmetic" + " of three" * (group == "three")
         return Row(name, label, group, made, is_line=True, tests_all=True)
 
-    def _own(self, name: str, change: str, settings: Iterable[dict[str, Any]], **fixed: Any) -> Row:
-        made = {
-            _named(s) or "defaults": self._somf(**{**_PUBLISHED, **fixed, **s}) for s in settings
-        }
-        return Row(name, ", ".join(filter(None, ("somf, DPO", change))), "two", made)
+    def _own(
+        self, name: str, change: str | None, settings: Iterable[dict[str, Any]], **fixed: Any
+    ) -> Row:
+        made = {named(s) or "defaults": self._somf(**{**PUBLISHED, **fixed, **s}) for s in settings}
+        label = f"somf, DPO, {change}" if change else "somf, DPO"
+        return Row(name, label, "two", made)
 
     def _single(
         self, name: str, change: str, settings: Iterable[dict[str, Any]], **fixed: Any
@@ -192,14 +203,14 @@ class _Rows:
         return replace(self._own(name, change, settings, **fixed), is_single=True)
 
     def _untrained(self, kind: str, name: str, fusion: str, grid: tuple[Recipe, ...]) -> Row:
-        made = {_named(s): self._undirected(kind, fusion, s) for s in grid}
+        made = {named(s): self._undirected(kind, fusion, s) for s in grid}
         is_single = name != "untrained_sampled"
         return Row(name, f"untrained mask, {kind}, {fusion}", "two", made, is_single=is_single)
 
     def _undirected(self, kind: str, fusion: str, setting: Recipe, group: str = "two") -> Making:
         """A mask that nothing was learned for, drawn from the seed; without a draw it is 1."""
-        drawn = {"mask_kind": "sampled", "temperature": _COLD if kind == "binary" else 0.5}
-        nothing = {**_DEFAULTS, "max_steps": 0, "seed": 0}
+        drawn = {"mask_kind": "sampled", "temperature": COLD if kind == "binary" else 0.5}
+        nothing = {**DEFAULTS, "max_steps": 0, "seed": 0}
         learns = recipe("somf", GROUPS["two"], 0.5, safety_dataset=PAIRS, **nothing)
         merge = self._masked(fusion, GROUPS[group], **drawn, **setting)
         return Making(learns=learns, merges=(merge,))
@@ -208,15 +219,15 @@ class _Rows:
         settings = ({"learning_rate": rate} for rate in (3e-6, 1e-5, 3e-5))
         merges = (reference_merge(),)
         fixed = {**objective, **self._pace}
-        return {_named(s): Making(merges=merges, dpo={**s, **fixed}) for s in settings}
+        return {named(s): Making(merges=merges, dpo={**s, **fixed}) for s in settings}
 
     def _repairs(self) -> Iterator[Row]:
-        for name, settings in _REPAIRS.items():
+        for name, settings in REPAIR_SETTINGS.items():
             roles = {"unaligned": "@published"}
             if name == "safemerge":
                 roles["safety_tuned"] = "@safe"
             made = {
-                _named(s): Making(
+                named(s): Making(
                     merges=(reference_merge(), repair(name, roles, s)),
                     trained=("safe",) if "safety_tuned" in roles else (),
                 )
@@ -230,7 +241,7 @@ class _Rows:
         weights = ({"weight": 0.3}, {"weight": 0.4})
         three = GROUPS["three"]
         reused = {
-            _named(s): Making(
+            named(s): Making(
                 learns=self._somf().learns,
                 merges=(self._masked("task_arithmetic", three, **s),),
                 reuses=True,
@@ -241,12 +252,12 @@ class _Rows:
             "somf_reused": ("somf, mask learned on two of three", reused),
             "somf_three": (
                 "somf, mask learned on three",
-                {_named(s): self._somf(models=three, **s) for s in weights[:1]},
+                {named(s): self._somf(models=three, **s) for s in weights[:1]},
             ),
             "untrained_three": (
                 "untrained mask, sampled, three",
                 {
-                    _named(s): self._undirected("sampled", "task_arithmetic", s, "three")
+                    named(s): self._undirected("sampled", "task_arithmetic", s, "three")
                     for s in weights
                 },
             ),
@@ -274,7 +285,7 @@ class _Rows:
     ) -> Making:
         """Learn a mask by the defaults but for ``changes``, and merge with it."""
         own = {key: changes.pop(key) for key in _FUSION_OWN if key in changes}
-        learned = {"safety_dataset": PAIRS, **_DEFAULTS, **self._pace, **changes}
+        learned = {"safety_dataset": PAIRS, **DEFAULTS, **self._pace, **changes}
         used = {key: changes[key] for key in ("mask_rescale",) if key in changes}
         return Making(
             learns=recipe("somf", models, weight, fusion=fusion, **own, **learned),
@@ -294,58 +305,5 @@ class _Rows:
         return recipe(fusion, GROUPS["two"], weight, **parameters)
 
 
-# What a recipe that sets nothing gets, spelt out: the rows stay what they are when it changes.
-_DEFAULTS: dict[str, Any] = {
-    "granularity": "row",
-    "learning_rate": 0.1,
-    "objective": "dpo_norm",
-    "beta": 5.0,
-}
-# The objective of arXiv 2405.09055, which the masks were learned by that show what else matters.
-_PUBLISHED: dict[str, Any] = {"objective": "dpo", "beta": 0.1}
-_FUSION_OWN = ("density", "normalize")
-_TA: tuple[Recipe, ...] = ({"weight": 0.5}, {"weight": 0.4})
-# The first of each are the settings of arXiv 2405.09055.
-_DARE: tuple[Recipe, ...] = tuple(
-    {"weight": weight, "density": density}
-    for weight, density in ((0.3, 0.8), (0.5, 0.8), (0.4, 0.8), (0.5, 0.5))
-)
-_TIES: tuple[Recipe, ...] = tuple(
-    {"weight": weight, "density": density, "normalize": False}
-    for weight, density in ((0.4, 0.2), (0.7, 0.2), (1.0, 0.2), (0.5, 0.5))
-)
-_REPAIRS: dict[str, tuple[dict[str, Any], ...]] = {
-    "resta": tuple({"gamma": gamma} for gamma in (0.5, 0.25, 0.125, 1.0)),
-    # The cosines of SmolLM2's weights lie between 0.13 and 0.68, a half of them under 0.46.
-    "safe_lora": tuple({"threshold": threshold} for threshold in (0.4, 0.3, 0.5, 0.6)),
-    "safemerge": tuple(
-        {"threshold": threshold, "alpha": alpha}
-        for threshold, alpha in ((0.5, 0.7), (0.5, 0.4), (0.7, 0.7), (0.7, 0.4))
-    ),
-    "lox": tuple(
-        {"alpha": alpha, "rank": rank} for alpha, rank in ((0.5, 8), (1.0, 8), (0.5, 64), (1.0, 64))
-    ),
-    "lssf": tuple({"alpha": alpha} for alpha in (0.5, 0.25, 0.125, 1.0)),
-    # The cosines of its rows: 0.76 to 0.83 in the middle half.
-    "nlsr": tuple(
-        {"share": share, "threshold": threshold, "beta": beta}
-        for share, threshold, beta in (
-            (0.2, 0.8, 0.5),
-            (0.2, 1.0, 0.0),
-            (0.5, 0.8, 0.0),
-            (0.5, 0.8, 0.5),
-        )
-    ),
-}
-
-
 def _prepared(name: str, label: str, **kind: bool) -> Row:
     return Row(name, label, None, {"as it is": Making(model=name)}, **kind)
-
-
-def _named(setting: dict[str, Any]) -> str:
-    def text(value: Any) -> str:
-        return f"{value:g}" if isinstance(value, float) else str(value)
-
-    told = {key: value for key, value in setting.items() if key != "normalize"}
-    return ", ".join(f"{key.replace('_', ' ')} {text(value)}" for key, value in told.items())

@@ -4,6 +4,7 @@ Fusions that mergekit computes itself are its own affair.
 """
 
 import json
+from contextlib import nullcontext
 
 import pretended
 import pytest
@@ -79,13 +80,11 @@ def test_models_are_measured_there(family, tmp_path, monkeypatch):
     sets = ("--safety", said, "--pairs", family / "pairs.jsonl", "--skill", f"math={said}")
     models = (family / "base", family / "math")
     results = {}
-    for name in ("cpu", pretended.DEVICE):
+    places = {"cpu": nullcontext(), pretended.DEVICE: pretended.device(monkeypatch)}
+    for name, place in places.items():
         out = ("--device", name, "--out", tmp_path / name)
-        if name == "cpu":
+        with place:
             told = tiny.invoke("mergekit-somf", "evaluate", *models, *sets, *out)
-        else:
-            with pretended.device(monkeypatch):
-                told = tiny.invoke("mergekit-somf", "evaluate", *models, *sets, *out)
         assert told.exit_code == 0, told.output
         results[name] = json.loads((tmp_path / name / "evaluation.json").read_text())
     assert results["cpu"]["models"] == results[pretended.DEVICE]["models"]
