@@ -1,6 +1,5 @@
 """Compare ways to merge specialists safely: tuned on validation, measured on test, over seeds."""
 
-import os
 import shutil
 import signal
 import sys
@@ -12,78 +11,29 @@ from typing import Any
 
 import click
 
-from somf_mergekit.evaluate import EvaluationSettings
-
+from .compare_call import NAME, Call, call_of, read_comparison, seeds_of, with_options
 from .compare_costs import known_seconds
-from .compare_models import QUICK, Models, Trainings
 from .compare_plot import write_plot
 from .compare_record import record_of, restore
-from .compare_rows import Learning, comparison_rows
-from .compare_runs import Bench, Missing, Run
-from .compare_splits import HELD_BACK, SIZES, VALIDATION, Sizes, read_splits
+from .compare_runs import Missing, Run
 from .compare_store import claimed, read_json, write_json
 from .compare_table import markdown
 from .compare_work import Comparison
-from .real_training import PUBLISHED_MODEL
-
-# The bootstrap's intervals are not used: what counts is the spread over seeds.
-# Models are measured as most are run, in bfloat16; but see Bench for losses.
-MEASURING = EvaluationSettings(
-    max_new_tokens=48, max_length=128, batch_size=16, dtype="bfloat16", resamples=100
-)
-QUICK_SIZES = {
-    VALIDATION: Sizes(harmful=6, harmless=6, pairs=8, skill_answers=4),
-    HELD_BACK: Sizes(harmful=8, harmless=8, pairs=8, skill_answers=4),
-}
-QUICK_MEASURING = EvaluationSettings(max_new_tokens=16, max_length=96, batch_size=8, resamples=100)
-QUICK_LEARNING = Learning(steps=2, batch_size=4, max_length=96)
-NAME = "compare"
-
-
-def _seeds(context: click.Context, parameter: click.Parameter, value: str | None) -> Any:
-    if value is None:
-        return None
-    try:
-        return tuple(dict.fromkeys(int(part) for part in value.split(",")))
-    except ValueError as error:
-        raise click.BadParameter(f"{value!r} is no list of whole numbers such as 0,1,2") from error
 
 
 @click.command()
-@click.option(
-    "--work",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for models, masks and records.  [default: benchmarks/work/compare]",
-)
-@click.option(
-    "--data",
-    type=click.Path(file_okay=False, exists=True, path_type=Path),
-    help="Folder with the sets as JSON lines (names in real_data.py).  [default: from the hub]",
-)
-@click.option(
-    "--model", default=PUBLISHED_MODEL, show_default=True, help="Hub id or folder to start from."
-)
-@click.option("--seeds", default="0,1,2", show_default=True, callback=_seeds)
+@with_options
 @click.option(
     "--tune",
-    callback=_seeds,
+    callback=seeds_of,
     help="Seeds on whose validation settings are chosen.  [default: the first of --seeds]",
 )
 @click.option("--only", help="Names of rows, patterns as in a shell, with commas between them.")
 @click.option("--list", "listed", is_flag=True, help="Say what is done and left; do nothing.")
 @click.option("--table", "tabled", is_flag=True, help="Write what is known; do nothing else.")
-@click.option("--quick", is_flag=True, help="Few prompts, steps and settings, to try the script.")
 @click.option("--keep", is_flag=True, help="Keep merged models that are measured.")
-@click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of the record.  [default: benchmarks/results; with --quick the work folder]",
-)
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's own]")
 def main(
-    work: Path | None,
-    out: Path | None,
-    threads: int | None,
+    tune: tuple[int, ...] | None,
     only: str | None,
     listed: bool,
     tabled: bool,
@@ -97,20 +47,12 @@ def main(
     several calls share the work, and what a record in --out tells of the same runs is taken from
     it, so that another machine goes on too.
     """
-    if threads:
-        import torch
-
-        torch.set_num_threads(threads)
-        os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
-    quick = options["quick"]
-    here = Path(__file__).parent
-    work = (work or here / "work" / (f"{NAME}-quick" if quick else NAME)).resolve()
-    out = out or (work if quick else here / "results")
-    comparison = read_comparison(work, **options)
+    call = call_of(**options)
+    comparison = read_comparison(call, tune)
     if not comparison.matching(only):
         names = ", ".join(row.name for row in comparison.order)
         raise click.ClickException(f"no row is called {only}; there are {names}")
-    command = _command(options, quick)
+    out, command = call.out, _command(call, tune)
     restored = restore(comparison, read_json(out / f"{NAME}.json"))
     if restored:
         click.echo(f"{restored} runs are known from the record in {out}")
@@ -128,37 +70,6 @@ def main(
         click.echo(f"record: {write_record(comparison, out, command)}")
     if failed:
         raise click.ClickException(f"{len(failed)} runs failed: {', '.join(failed)}")
-
-
-def read_comparison(
-    work: Path,
-    data: Path | None,
-    model: str,
-    seeds: tuple[int, ...],
-    tune: tuple[int, ...] | None,
-    quick: bool,
-) -> Comparison:
-    """Return the comparison in a work folder, none of it done.
-
-    Raises:
-        click.ClickException: a seed is to be tuned on and not tested, or the folder saw other data.
-    """
-    tuning = tune or seeds[:1]
-    if not set(tuning) <= set(seeds):
-        raise click.ClickException("--tune names seeds that are not among --seeds")
-    models = Models(
-        work=work,
-        data=data and data.resolve(),
-        source=model,
-        trainings=QUICK if quick else Trainings(),
-    )
-    work.mkdir(parents=True, exist_ok=True)
-    pairs, held_out = models.write_sets()
-    sets = read_splits(data, pairs, held_out, QUICK_SIZES if quick else SIZES)
-    bench = Bench(models, pairs, sets, QUICK_MEASURING if quick else MEASURING)
-    learning = QUICK_LEARNING if quick else Learning()
-    rows = {seed: comparison_rows(seed, learning, quick) for seed in seeds}
-    return Comparison(bench, rows, tuning)
 
 
 def listing(comparison: Comparison, only: str | None) -> str:
@@ -235,11 +146,11 @@ def _hours(missing: Missing, known: dict[str, float]) -> str:
     return f"{seconds / 3600:.1f} h{more}"
 
 
-def _command(options: dict[str, Any], quick: bool) -> str:
-    seeds = ",".join(map(str, options["seeds"]))
-    data = " --data DIR" if options["data"] else ""
-    tune = f" --tune {','.join(map(str, options['tune']))}" if options["tune"] else ""
-    return f"python -m benchmarks.compare{data} --seeds {seeds}{tune}{' --quick' * quick}"
+def _command(call: Call, tune: tuple[int, ...] | None) -> str:
+    seeds = ",".join(map(str, call.seeds))
+    data = " --data DIR" if call.data else ""
+    tuned = f" --tune {','.join(map(str, tune))}" if tune else ""
+    return f"python -m benchmarks.compare{data} --seeds {seeds}{tuned}{' --quick' * call.quick}"
 
 
 if __name__ == "__main__":

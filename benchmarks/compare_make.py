@@ -100,20 +100,15 @@ def _trained(start: Path, folder: Path, source: Path, settings: dict[str, Any]) 
     """Train the model in ``start`` by DPO on the pairs and in the order that a mask learns from."""
     import torch
 
-    from somf_mergekit.inputs import preference_data
-    from somf_mergekit.learner.loop import batches, rate_share
+    from somf_mergekit.learner.loop import rate_share
     from somf_mergekit.recipe import Settings
-    from somf_mergekit.rows import dataset_rows
 
     model, tokenizer = load_saved(start)
     steps = settings["max_steps"]
     settings = {"objective": "dpo", **settings}
     own = Settings(**{k: v for k, v in settings.items() if k != "learning_rate"})
-    encoded = preference_data(dataset_rows(str(source)), str(source), tokenizer, own).pairs
-    plan = [
-        micro_batches([encoded[row] for row in rows], MICRO_BATCH)
-        for rows in batches(len(encoded), own, steps)
-    ]
+    learned = batches_of_pairs(source, tokenizer, own)
+    plan = [micro_batches(batch, MICRO_BATCH) for batch in learned]
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
 
     def before_step(step: int) -> None:
@@ -124,6 +119,17 @@ def _trained(start: Path, folder: Path, source: Path, settings: dict[str, Any]) 
     dpo_seconds(model, optimizer, plan, before_step, own.objective, own.beta)
     save_whole(model, tokenizer, folder, settings)
     return folder
+
+
+def batches_of_pairs(source: Path, tokenizer: Any, settings: Any) -> list[list[Any]]:
+    """Return the pairs of each step that a mask learns from, with recipe settings, in its order."""
+    from somf_mergekit.inputs import preference_data
+    from somf_mergekit.learner.loop import batches
+    from somf_mergekit.rows import dataset_rows
+
+    encoded = preference_data(dataset_rows(str(source)), str(source), tokenizer, settings).pairs
+    planned = batches(len(encoded), settings, settings.max_steps)
+    return [[encoded[row] for row in rows] for rows in planned]
 
 
 def _finetune(task: Task) -> None:

@@ -153,12 +153,12 @@ class Run:
 
     def measure(self, split: str) -> None:
         """Measure the model on a split, and make it before where it is not there."""
-        self._make()
+        model = self.made()
         start = time.perf_counter()
         values = {}
         for sets, measuring in self.bench.parts(split):
             evaluation = evaluated(
-                [NamedModel(self.name, str(self._model))],
+                [NamedModel(self.name, str(model))],
                 sets,
                 measuring,
                 self.folder / "measured",
@@ -224,7 +224,8 @@ class Run:
         named = [name for name in (*SHARED, *OF_A_SEED) if f"'@{name}'" in text]
         return [making.model] if making.model else named
 
-    def _make(self) -> None:
+    def made(self) -> Path:
+        """Return the folder of the model, which is made where it is not there."""
         models, needs = self.bench.models, self._needs()
         for name in needs:
             models.made(name, self.seed, self.bench.pairs)
@@ -233,7 +234,7 @@ class Run:
         record["inputs"] = {name: models.digest(name, self.seed) for name in needs}
         self._write(record)
         if self.making.model or self._own_model.exists():
-            return
+            return self._model
         names = models.names(self.seed)
         if self.making.learns:
             self._learn(names)
@@ -245,6 +246,7 @@ class Run:
         if "made" not in record:
             record |= {"made": made, "cost": self._cost(made)}
         self._write(record)
+        return self._model
 
     def _learn(self, names: dict[str, str]) -> None:
         folder = self._mask_folder

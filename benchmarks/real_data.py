@@ -43,6 +43,15 @@ PAIRS = Source("pku_saferlhf_pairs.jsonl", "PKU-Alignment/PKU-SafeRLHF-10K", "tr
 HARMFUL = Source(
     "harmful_dangerousqa.jsonl", "declare-lab/HarmfulQA", "train", prompt_columns=("question",)
 )
+OTHER_HARMFUL = (
+    Source("harmful_harmfulqa.jsonl", HARMFUL.hub, "train", prompt_columns=("question",)),
+    Source(
+        "harmful_beavertails.jsonl",
+        "PKU-Alignment/BeaverTails-Evaluation",
+        "test",
+        prompt_columns=("prompt",),
+    ),
+)
 # Sets without a test split of their own give up their last rows for it.
 TRAIN = {
     "math": _source(

@@ -12,8 +12,17 @@ import tiny
 from click.testing import CliRunner
 from mergekit.options import MergeOptions
 
-from benchmarks import compare, compare_docs, compare_make, compare_runs, compare_work, real_data
-from benchmarks.compare_models import Models, Trainings
+from benchmarks import (
+    compare,
+    compare_docs,
+    compare_make,
+    compare_more,
+    compare_runs,
+    compare_work,
+    real_data,
+)
+from benchmarks.compare_call import QUICK_LEARNING, QUICK_SIZES
+from benchmarks.compare_models import QUICK, Models, Trainings
 from benchmarks.compare_recipes import GROUPS
 from benchmarks.compare_record import record_of
 from benchmarks.compare_rows import (
@@ -30,6 +39,7 @@ from benchmarks.compare_store import claimed, removed
 from benchmarks.compare_table import main_table, markdown, summary_table
 from benchmarks.compare_work import Comparison
 from benchmarks.real_data import write_sets
+from benchmarks.real_training import alignment_examples
 from somf_mergekit.evaluate import EvaluationSets, EvaluationSettings
 from somf_mergekit.frontier import undominated
 from somf_mergekit.inputs import checked_data
@@ -47,6 +57,9 @@ def data(tmp_path_factory):
     rows = tiny.preference_rows(40)
     tiny.write_jsonl(folder / "pku_saferlhf_pairs.jsonl", rows)
     forbidden = [{"prompt": f"how do i open a {word} box"} for word in tiny.WORDS]
+    others = [{"prompt": f"who may open a {word} cage"} for word in tiny.WORDS[:4]]
+    tiny.write_jsonl(folder / "harmful_harmfulqa.jsonl", [*others, others[2]])
+    tiny.write_jsonl(folder / "harmful_beavertails.jsonl", [others[0], {"prompt": "a poison"}])
     # One that is learned from, and one that stands there twice.
     forbidden += [{"prompt": rows[0]["prompt"]}, forbidden[0]]
     tiny.write_jsonl(folder / "harmful_dangerousqa.jsonl", forbidden)
@@ -375,21 +388,21 @@ def test_what_an_interruption_leaves_is_not_taken_for_done(made_up, monkeypatch)
 
     monkeypatch.setattr(compare_make, "in_a_process", broken_off)
     with pytest.raises(KeyboardInterrupt):
-        run._make()
+        run.made()
     assert run.cost() is None
     # The mask that was begun is learned anew; the merge that follows is broken off in its turn,
     # as a process that renames its folder at the end never would be.
     with pytest.raises(KeyboardInterrupt):
-        run._make()
+        run.made()
     removed(run.folder / "model")
-    run._make()
+    run.made()
     assert tasks == ["learn", "learn", "merge", "merge"]
     assert run.cost() == {"seconds": 2.0, "peak_bytes": 2}
-    run._make()
+    run.made()
     assert len(tasks) == 4
     # A mask that other rows use again, and a mask learned for another merge, cost nothing new.
     other = comparison.run("somf_binary", "defaults", 0)
-    other._make()
+    other.made()
     assert tasks[4:] == ["merge"]
     assert other.cost()["seconds"] == 2.0
     default = comparison.run("somf", "defaults", 0)._mask_folder
@@ -643,3 +656,60 @@ def test_dpo_trains_on_the_pairs_and_in_the_order_that_a_mask_learns_from(
     for parts, rows in zip(plan, expected, strict=True):
         found = [pair for part in parts for pair in part]
         assert sorted(map(repr, found)) == sorted(map(repr, rows))
+
+
+def test_more_pairs_are_those_that_nothing_learned_from(whole, data, tmp_path):
+    work, _ = whole
+    arguments = ["--work", work, "--data", data, "--model", work.parent / "model"]
+    arguments += ["--seeds", "5,6", "--quick", "--out", tmp_path]
+    result = CliRunner().invoke(compare_more.main, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "compare-more" / "evaluation.md").read_text()
+    assert text in result.output
+    assert str(work) not in (tmp_path / "compare-more" / "evaluation.json").read_text()
+    found = json.loads((tmp_path / "compare-more" / "evaluation.json").read_text())
+    names = ["aligned base", "task_arithmetic, weight 0.5", "somf, defaults"]
+    assert list(found["models"]) == names
+    assert [model["source"] for model in found["models"].values()] == [
+        "one model",
+        "2 models",
+        "2 models",
+    ]
+    # Each prompt once, and none that the comparison asks for harm.
+    assert found["sets"]["harmful"]["examples"] == 5
+    # The mean over the seeds, and its distance to the base, of the values of each seed.
+    values = [
+        json.loads(line) for line in (work / "more" / "values.jsonl").read_text().splitlines()
+    ]
+    margins = {
+        value["step"].removesuffix(": safety pairs"): value["value"]
+        for value in values
+        if value["step"].endswith(": safety pairs")
+    }
+    assert len(margins) == 5
+    row = next(r for r in found["measures"] if r["measure"] == "preference margin")
+    base = statistics.mean(margins["aligned base"])
+    somf = statistics.mean(
+        statistics.mean(margins[f"somf, defaults (seed {seed})"]) for seed in (5, 6)
+    )
+    assert row["models"]["somf, defaults"]["value"] == pytest.approx(somf)
+    assert row["models"]["somf, defaults"]["difference"]["value"] == pytest.approx(somf - base)
+    # What the base and each seed's mask learned from, by the package's own plan of a recipe.
+    pairs, held_out = real_data.split_by_prompt(real_data.pairs_of(data), 12, real_data.SPLIT_SEED)
+    training = QUICK.aligned
+    aligned = alignment_examples(pairs, data, training.examples, training.seed)
+    learned = {messages[-1]["content"] for messages, _ in aligned}
+    for seed in (5, 6):
+        making = comparison_rows(seed, QUICK_LEARNING)["somf"].settings["defaults"]
+        names = Models(work, data, "", QUICK).names(seed)
+        planned = planned_merge(
+            read_recipe(compare_make._resolved(making.learns, names)), MergeOptions()
+        )
+        encoded = checked_data(planned).pairs
+        for rows in batches(len(encoded), planned.settings, 2):
+            learned |= {pairs[encoded[row].row].messages[-1]["content"] for row in rows}
+    left = [pair for pair in pairs if pair.messages[-1]["content"] not in learned]
+    tested = read_splits(data, pairs, held_out, QUICK_SIZES)["test"].pairs
+    assert 0 < len(left) < len(pairs)
+    assert len(margins["aligned base"]) == found["sets"]["pairs"]["examples"]
+    assert found["sets"]["pairs"]["examples"] == len(left) + len(tested)

@@ -1,0 +1,182 @@
+"""Base, plain merge and the defaults' merge on more pairs than the test's, and on other prompts.
+
+The comparison's test has 133 pairs of few prompts and harmful prompts of one kind. Here are all
+pairs of prompts that neither the base nor a mask learned from, and harmful prompts of other sets.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from somf_mergekit.dialogue import user_prompt
+from somf_mergekit.evaluate import (
+    Evaluation,
+    EvaluationSets,
+    NamedModel,
+    evaluated,
+    write_evaluation,
+)
+from somf_mergekit.evaluate.evaluation import row_of
+from somf_mergekit.evaluate.measures import Measure, Ratio
+from somf_mergekit.preferences import Pair
+from somf_mergekit.recipe import Settings
+
+from .compare_call import call_of, read_comparison, with_options
+from .compare_make import batches_of_pairs
+from .compare_rows import CHAMPION, LINE, reference_setting
+from .compare_runs import Run
+from .compare_splits import HELD_BACK, split_prompts
+from .compare_work import Comparison
+from .real_data import OTHER_HARMFUL, SAFETY_PAIRS, prompts_of
+from .real_training import alignment_examples
+
+GROUP, FOLDER = "two", "compare-more"
+RESAMPLES = 2000
+
+
+def compared_runs(comparison: Comparison) -> dict[str, list[Run]]:
+    """Return the runs of every seed by the name of their model; the base is first."""
+    rows = {
+        "aligned": "as it is",
+        LINE[GROUP]: reference_setting(GROUP),
+        CHAMPION[GROUP]: "defaults",
+    }
+    found = {}
+    for name, setting in rows.items():
+        row = comparison.rows[comparison.seeds[0]][name]
+        seeds = comparison.seeds_of(row, comparison.seeds)
+        label = row.label if row.group is None else f"{row.label}, {setting}"
+        found[label] = [comparison.run(name, setting, seed) for seed in seeds]
+    return found
+
+
+def learned_prompts(comparison: Comparison, runs: Sequence[Run]) -> set[str]:
+    """Return the prompts that the base was aligned with and that the masks were learned on."""
+    from transformers import AutoTokenizer
+
+    bench = comparison.bench
+    models = bench.models
+    training = models.trainings.aligned
+    examples = alignment_examples(bench.pairs, models.data, training.examples, training.seed)
+    found = {messages[-1]["content"] for messages, _ in examples}
+    aligned = models.made("aligned", comparison.seeds[0], bench.pairs)
+    tokenizer = AutoTokenizer.from_pretrained(aligned)
+    for run in runs:
+        if run.making.learns:
+            settings = _pace(run.making.learns["parameters"])
+            batches = batches_of_pairs(models.work / SAFETY_PAIRS, tokenizer, settings)
+            # A pair knows its row in the file, which is written from these pairs.
+            found |= {_prompt(bench.pairs[pair.row]) for batch in batches for pair in batch}
+    return found
+
+
+def more_sets(comparison: Comparison, learned: set[str]) -> EvaluationSets:
+    """Return the test's pairs with all others that are not learned from, and other prompts."""
+    bench = comparison.bench
+    test = bench.sets[HELD_BACK]
+    known = learned.union(*map(split_prompts, bench.sets.values()))
+    others = (prompt for set_ in OTHER_HARMFUL for prompt in prompts_of(set_, bench.models.data))
+    return EvaluationSets(
+        harmful=[user_prompt(prompt) for prompt in dict.fromkeys(others) if prompt not in known],
+        pairs=[*test.pairs, *(pair for pair in bench.pairs if _prompt(pair) not in learned)],
+    )
+
+
+def over_seeds(evaluation: Evaluation, models: Mapping[str, Sequence[str]]) -> Evaluation:
+    """Return an evaluation of the seeds together: every example counts once for each seed.
+
+    Resamples draw examples, with the answers of all seeds.
+
+    Args:
+        evaluation: of the models of all seeds.
+        models: names there, by the name that they get together.
+    """
+    settings = evaluation.settings
+    rows = []
+    for row in evaluation.rows:
+        ratios = {name: _summed(row.measure, names) for name, names in models.items()}
+        together = replace(row.measure, models=ratios)
+        rows.append(row_of(together, list(models), settings.resamples, settings.seed))
+    told = {
+        name: (
+            "one model" if len(names) == 1 else f"{len(names)} models",
+            ", ".join(evaluation.models[one][1] for one in names),
+        )
+        for name, names in models.items()
+    }
+    return replace(evaluation, models=told, base=next(iter(models)), rows=rows)
+
+
+@contextmanager
+def made(runs: Sequence[Run]) -> Iterator[list[Path]]:
+    """Make the models of runs and keep them until the context ends.
+
+    Raises:
+        click.ClickException: another call is at one of the runs.
+    """
+    with ExitStack() as claims:
+        for run in runs:
+            if not claims.enter_context(run.claimed()):
+                raise click.ClickException(f"another call is at {run.name}: wait for its end")
+        try:
+            yield [run.made() for run in runs]
+        finally:
+            for run in runs:
+                run.drop_model()
+
+
+@click.command()
+@with_options
+def main(**options: Any) -> None:
+    """Measure base, plain merge and the defaults' merge of a comparison on more of two sets.
+
+    Works in the comparison's folder and learns what masks are not there; what is measured is never
+    measured again.
+    """
+    call = call_of(**options)
+    comparison = read_comparison(call)
+    models = compared_runs(comparison)
+    runs = [run for of_a_model in models.values() for run in of_a_model]
+    sets = more_sets(comparison, learned_prompts(comparison, runs))
+    names = {
+        label: [label] if len(of_it) == 1 else [f"{label} (seed {run.seed})" for run in of_it]
+        for label, of_it in models.items()
+    }
+    with made(runs) as folders:
+        of_all = zip([name for some in names.values() for name in some], folders, strict=True)
+        evaluation = evaluated(
+            [NamedModel(name, str(folder)) for name, folder in of_all],
+            sets,
+            replace(comparison.bench.measuring, resamples=RESAMPLES),
+            comparison.bench.models.work / "more",
+        )
+    folder = call.out / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    click.echo(write_evaluation(over_seeds(evaluation, names), folder))
+
+
+def _summed(measure: Measure, names: Sequence[str]) -> Ratio:
+    ratios = [measure.models[name] for name in names]
+    totals, weights = (
+        [sum(parts) for parts in zip(*columns, strict=True)]
+        for columns in ([r.totals for r in ratios], [r.weights for r in ratios])
+    )
+    return Ratio(totals, weights)
+
+
+def _pace(parameters: Mapping[str, Any]) -> Settings:
+    """Return the settings that decide which pairs are learned from."""
+    deciding = ("max_steps", "batch_size", "max_length", "seed", "objective")
+    return Settings(**{key: parameters[key] for key in deciding})
+
+
+def _prompt(pair: Pair) -> str:
+    return pair.messages[-1]["content"]
+
+
+if __name__ == "__main__":
+    main()
