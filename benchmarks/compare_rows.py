@@ -118,7 +118,7 @@ class _Rows:
         yield Row("dpo", dpo, "two", self._dpo(), tests_all=True)
         normed = self._dpo(objective="dpo_norm", beta=DEFAULTS["beta"])
         label = "length-normalized safety DPO of the plain merge"
-        yield Row("dpo_norm", label, "two", normed, tests_all=True, is_single=True)
+        yield Row("dpo_norm", label, "two", normed, tests_all=True)
         yield from self._repairs()
         yield self._untrained("sampled", "untrained_sampled", "task_arithmetic", TASK_ARITHMETIC)
         for fusion, grid in (("dare_linear", DARE), ("ties", TIES)):
