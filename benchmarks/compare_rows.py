@@ -108,6 +108,13 @@ class _Rows:
         yield _prepared("code", "code specialist")
         yield self._line("two", (0.3, 0.4, 0.5, 0.6))
         yield Row("somf", "somf", "two", {"defaults": self._somf()})
+        # More pairs for about as much movement of the logits.
+        longer = [
+            {"max_steps": times * self.learning.steps, "learning_rate": rate}
+            for times, rate in ((4, 0.03), (2, 0.05))
+        ]
+        made = {named(s): self._somf(**s) for s in longer}
+        yield Row("somf_more_steps", "somf, learned for longer", "two", made, is_single=True)
         rates = ({"learning_rate": 0.03}, {"learning_rate": 0.3})
         settings = ({}, *rates, {"weight": 0.6})
         yield self._own("somf_dpo", None, settings)
