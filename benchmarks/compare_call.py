@@ -70,7 +70,7 @@ _OPTIONS = (
     click.option(
         "--work",
         type=click.Path(file_okay=False, path_type=Path),
-        help="Folder for models, masks and records.  [default: benchmarks/work/compare]",
+        help=f"Folder for models, masks and records.  [default: work/{NAME} in benchmarks]",
     ),
     click.option(
         "--data",

@@ -106,7 +106,7 @@ def _trained(start: Path, folder: Path, source: Path, settings: dict[str, Any]) 
     model, tokenizer = load_saved(start)
     steps = settings["max_steps"]
     settings = {"objective": "dpo", **settings}
-    own = Settings(**{k: v for k, v in settings.items() if k != "learning_rate"})
+    own = Settings(**settings)
     learned = batches_of_pairs(source, tokenizer, own)
     plan = [micro_batches(batch, MICRO_BATCH) for batch in learned]
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)

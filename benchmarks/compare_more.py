@@ -22,14 +22,13 @@ from somf_mergekit.evaluate import (
 )
 from somf_mergekit.evaluate.evaluation import row_of
 from somf_mergekit.evaluate.measures import Measure, Ratio
-from somf_mergekit.preferences import Pair
 from somf_mergekit.recipe import Settings
 
 from .compare_call import call_of, read_comparison, with_options
 from .compare_make import batches_of_pairs
 from .compare_rows import CHAMPION, LINE, reference_setting
 from .compare_runs import Run
-from .compare_splits import HELD_BACK, split_prompts
+from .compare_splits import HELD_BACK, example_prompt, pair_prompt, split_prompts
 from .compare_work import Comparison
 from .real_data import OTHER_HARMFUL, SAFETY_PAIRS, prompts_of
 from .real_training import alignment_examples
@@ -40,16 +39,12 @@ RESAMPLES = 2000
 
 def compared_runs(comparison: Comparison) -> dict[str, list[Run]]:
     """Return the runs of every seed by the name of their model; the base is first."""
-    rows = {
-        "aligned": "as it is",
-        LINE[GROUP]: reference_setting(GROUP),
-        CHAMPION[GROUP]: "defaults",
-    }
     found = {}
-    for name, setting in rows.items():
+    for name in ("aligned", LINE[GROUP], CHAMPION[GROUP]):
         row = comparison.rows[comparison.seeds[0]][name]
+        setting = reference_setting(GROUP) if row.is_line else next(iter(row.settings))
+        label = f"{row.label}, {setting}" if row.group else row.label
         seeds = comparison.seeds_of(row, comparison.seeds)
-        label = row.label if row.group is None else f"{row.label}, {setting}"
         found[label] = [comparison.run(name, setting, seed) for seed in seeds]
     return found
 
@@ -62,15 +57,15 @@ def learned_prompts(comparison: Comparison, runs: Sequence[Run]) -> set[str]:
     models = bench.models
     training = models.trainings.aligned
     examples = alignment_examples(bench.pairs, models.data, training.examples, training.seed)
-    found = {messages[-1]["content"] for messages, _ in examples}
+    found = set(map(example_prompt, examples))
     aligned = models.made("aligned", comparison.seeds[0], bench.pairs)
     tokenizer = AutoTokenizer.from_pretrained(aligned)
     for run in runs:
         if run.making.learns:
-            settings = _pace(run.making.learns["parameters"])
+            settings = Settings(**run.making.learns["parameters"])
             batches = batches_of_pairs(models.work / SAFETY_PAIRS, tokenizer, settings)
             # A pair knows its row in the file, which is written from these pairs.
-            found |= {_prompt(bench.pairs[pair.row]) for batch in batches for pair in batch}
+            found |= {pair_prompt(bench.pairs[pair.row]) for batch in batches for pair in batch}
     return found
 
 
@@ -82,7 +77,7 @@ def more_sets(comparison: Comparison, learned: set[str]) -> EvaluationSets:
     others = (prompt for set_ in OTHER_HARMFUL for prompt in prompts_of(set_, bench.models.data))
     return EvaluationSets(
         harmful=[user_prompt(prompt) for prompt in dict.fromkeys(others) if prompt not in known],
-        pairs=[*test.pairs, *(pair for pair in bench.pairs if _prompt(pair) not in learned)],
+        pairs=[*test.pairs, *(pair for pair in bench.pairs if pair_prompt(pair) not in learned)],
     )
 
 
@@ -166,16 +161,6 @@ def _summed(measure: Measure, names: Sequence[str]) -> Ratio:
         for columns in ([r.totals for r in ratios], [r.weights for r in ratios])
     )
     return Ratio(totals, weights)
-
-
-def _pace(parameters: Mapping[str, Any]) -> Settings:
-    """Return the settings that decide which pairs are learned from."""
-    deciding = ("max_steps", "batch_size", "max_length", "seed", "objective")
-    return Settings(**{key: parameters[key] for key in deciding})
-
-
-def _prompt(pair: Pair) -> str:
-    return pair.messages[-1]["content"]
 
 
 if __name__ == "__main__":

@@ -64,16 +64,16 @@ def read_splits(
         held_out: pairs of other prompts.
         sizes: of each split.
     """
-    known = {_prompt(pair) for pair in [*pairs, *held_out]}
+    known = {pair_prompt(pair) for pair in [*pairs, *held_out]}
     harmful = [prompt for prompt in dict.fromkeys(prompts_of(HARMFUL, data)) if prompt not in known]
     parted = {
         "harmful": halves(harmful, str, SPLIT_SEED),
-        "pairs": halves(held_out, _prompt, SPLIT_SEED),
+        "pairs": halves(held_out, pair_prompt, SPLIT_SEED),
     }
     for skill in SKILLS:
-        trained = {_asked(example) for example in examples_of(TRAIN[skill], data)}
-        unseen = [e for e in examples_of(TEST[skill], data) if _asked(e) not in trained]
-        parted[skill] = halves(unseen, _asked, SPLIT_SEED)
+        trained = {example_prompt(example) for example in examples_of(TRAIN[skill], data)}
+        unseen = [e for e in examples_of(TEST[skill], data) if example_prompt(e) not in trained]
+        parted[skill] = halves(unseen, example_prompt, SPLIT_SEED)
     return {
         split: _sets({name: sides[side] for name, sides in parted.items()}, sizes[split])
         for side, split in enumerate(SPLITS)
@@ -89,24 +89,28 @@ def split_counts(sets: EvaluationSets) -> dict[str, int]:
 def split_prompts(sets: EvaluationSets) -> set[str]:
     """Return all prompts of a split."""
     asked = [messages[-1]["content"] for messages in [*sets.harmful, *sets.harmless]]
-    answered = [_asked(example) for skill in sets.skills for example in skill.examples]
-    return {*asked, *answered, *map(_prompt, sets.pairs)}
+    answered = [example_prompt(example) for skill in sets.skills for example in skill.examples]
+    return {*asked, *answered, *map(pair_prompt, sets.pairs)}
+
+
+def pair_prompt(pair: Pair) -> str:
+    """Return what a pair's two answers are to."""
+    return pair.messages[-1]["content"]
+
+
+def example_prompt(example: tuple[Sequence[dict[str, str]], str]) -> str:
+    """Return what an example's answer is to."""
+    return example[0][-1]["content"]
 
 
 def _sets(half: dict[str, list[Any]], sizes: Sizes) -> EvaluationSets:
     # A text of pages to be summed up takes minutes to read and says little on refusals.
-    short = [_asked(e) for e in half["general"] if len(_asked(e)) <= HARMLESS_CHARACTERS]
+    short = [
+        example_prompt(e) for e in half["general"] if len(example_prompt(e)) <= HARMLESS_CHARACTERS
+    ]
     return EvaluationSets(
         harmful=[user_prompt(prompt) for prompt in half["harmful"][: sizes.harmful]],
         harmless=[user_prompt(prompt) for prompt in short[: sizes.harmless]],
         pairs=half["pairs"][: sizes.pairs],
         skills=[Skill(name, half[name][: sizes.skill_answers]) for name in SKILLS],
     )
-
-
-def _prompt(pair: Pair) -> str:
-    return pair.messages[-1]["content"]
-
-
-def _asked(example: tuple[Sequence[dict[str, str]], str]) -> str:
-    return example[0][-1]["content"]
