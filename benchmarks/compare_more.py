@@ -1,7 +1,9 @@
-"""Base, plain merge and the defaults' merge on more pairs than the test's, and on other prompts.
+"""Four models of the comparison on more pairs than its test has, and on other prompts.
+
+The base, the plain merge, the merge of the defaults, and the rival that comes nearest to it.
 
 The comparison's test has 133 pairs of few prompts and harmful prompts of one kind. Here are all
-pairs of prompts that neither the base nor a mask learned from, and harmful prompts of other sets.
+pairs of prompts that neither the base nor a merge learned from, and harmful prompts of other sets.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,15 +36,26 @@ from .real_data import OTHER_HARMFUL, SAFETY_PAIRS, prompts_of
 from .real_training import alignment_examples
 
 GROUP, FOLDER = "two", "compare-more"
+# Trained by the objective, on the pairs and for the steps of the defaults' mask.
+RIVAL = "dpo_norm"
 RESAMPLES = 2000
 
 
 def compared_runs(comparison: Comparison) -> dict[str, list[Run]]:
-    """Return the runs of every seed by the name of their model; the base is first."""
+    """Return the runs of every seed by the name of their model; the base is first.
+
+    Raises:
+        click.ClickException: the comparison has not chosen the setting of a row.
+    """
     found = {}
-    for name in ("aligned", LINE[GROUP], CHAMPION[GROUP]):
+    for name in ("aligned", LINE[GROUP], CHAMPION[GROUP], RIVAL):
         row = comparison.rows[comparison.seeds[0]][name]
-        setting = reference_setting(GROUP) if row.is_line else next(iter(row.settings))
+        choice = None if row.is_line else comparison.choice(row)
+        if not (row.is_line or choice):
+            raise click.ClickException(
+                f"{name}: no setting is chosen yet; run python -m benchmarks.compare --only {name}"
+            )
+        setting = choice.setting if choice else reference_setting(GROUP)
         label = f"{row.label}, {setting}" if row.group else row.label
         seeds = comparison.seeds_of(row, comparison.seeds)
         found[label] = [comparison.run(name, setting, seed) for seed in seeds]
@@ -50,7 +63,7 @@ def compared_runs(comparison: Comparison) -> dict[str, list[Run]]:
 
 
 def learned_prompts(comparison: Comparison, runs: Sequence[Run]) -> set[str]:
-    """Return the prompts that the base was aligned with and that the masks were learned on."""
+    """Return the prompts that the base was aligned with and that the runs have learned from."""
     from transformers import AutoTokenizer
 
     bench = comparison.bench
@@ -61,8 +74,10 @@ def learned_prompts(comparison: Comparison, runs: Sequence[Run]) -> set[str]:
     aligned = models.made("aligned", comparison.seeds[0], bench.pairs)
     tokenizer = AutoTokenizer.from_pretrained(aligned)
     for run in runs:
-        if run.making.learns:
-            settings = Settings(**run.making.learns["parameters"])
+        making = run.making
+        learning = making.learns["parameters"] if making.learns else making.dpo
+        if learning:
+            settings = Settings(**learning)
             batches = batches_of_pairs(models.work / SAFETY_PAIRS, tokenizer, settings)
             # A pair knows its row in the file, which is written from these pairs.
             found |= {pair_prompt(bench.pairs[pair.row]) for batch in batches for pair in batch}
@@ -127,7 +142,7 @@ def made(runs: Sequence[Run]) -> Iterator[list[Path]]:
 @click.command()
 @with_options
 def main(**options: Any) -> None:
-    """Measure base, plain merge and the defaults' merge of a comparison on more of two sets.
+    """Measure four models of a comparison on more of two sets: base, plain merge, somf and DPO.
 
     Works in the comparison's folder and learns what masks are not there; what is measured is never
     measured again.

@@ -114,7 +114,7 @@ class _Rows:
             for times, rate in ((4, 0.03), (2, 0.05))
         ]
         made = {named(s): self._somf(**s) for s in longer}
-        yield Row("somf_more_steps", "somf, learned for longer", "two", made, is_single=True)
+        yield Row("somf_more_steps", "somf, learned for longer", "two", made, tests_all=True)
         rates = ({"learning_rate": 0.03}, {"learning_rate": 0.3})
         settings = ({}, *rates, {"weight": 0.6})
         yield self._own("somf_dpo", None, settings)

@@ -351,6 +351,22 @@ def test_choosing_sees_validation_alone(made_up):
     assert tested == [(seed, settings[-1], "test") for seed in (0, 1, 2)]
 
 
+def test_nothing_more_is_measured_of_a_row_without_a_choice(made_up):
+    comparison, write = made_up
+    with pytest.raises(click.ClickException, match="compare --only dpo_norm"):
+        compare_more.compared_runs(comparison)
+    settings = list(comparison.rows[0]["dpo_norm"].settings)
+    for seed, setting in itertools.product((0, 1), settings):
+        better = setting == settings[1]
+        write("dpo_norm", setting, seed, "validation", refusals=better, math_loss=0.4)
+    models = compare_more.compared_runs(comparison)
+    assert [len(runs) for runs in models.values()] == [1, 3, 3, 3]
+    rival = list(models.values())[-1]
+    assert [(run.row.name, run.setting, run.seed) for run in rival] == [
+        ("dpo_norm", settings[1], seed) for seed in (0, 1, 2)
+    ]
+
+
 def test_measures_on_other_examples_do_not_count(made_up):
     comparison, _ = made_up
     run = comparison.run("math", "as it is", 0)
@@ -668,13 +684,14 @@ def test_more_pairs_are_those_that_nothing_learned_from(whole, data, tmp_path):
     assert text in result.output
     assert str(work) not in (tmp_path / "compare-more" / "evaluation.json").read_text()
     found = json.loads((tmp_path / "compare-more" / "evaluation.json").read_text())
-    names = ["aligned base", "task_arithmetic, weight 0.5", "somf, defaults"]
-    assert list(found["models"]) == names
-    assert [model["source"] for model in found["models"].values()] == [
-        "one model",
-        "2 models",
-        "2 models",
-    ]
+    names = list(found["models"])
+    assert names[:3] == ["aligned base", "task_arithmetic, weight 0.5", "somf, defaults"]
+    # At the rate that the comparison has chosen.
+    record = json.loads((work / "compare.json").read_text())
+    rate = next(e["setting"] for e in record["entries"] if e["row"] == "dpo_norm" and e["chosen"])
+    assert names[3:] == [f"length-normalized safety DPO of the plain merge, {rate}"]
+    sources = [model["source"] for model in found["models"].values()]
+    assert sources == ["one model", *["2 models"] * 3]
     # Each prompt once, and none that the comparison asks for harm.
     assert found["sets"]["harmful"]["examples"] == 5
     # The mean over the seeds, and its distance to the base, of the values of each seed.
@@ -686,7 +703,7 @@ def test_more_pairs_are_those_that_nothing_learned_from(whole, data, tmp_path):
         for value in values
         if value["step"].endswith(": safety pairs")
     }
-    assert len(margins) == 5
+    assert len(margins) == 7
     row = next(r for r in found["measures"] if r["measure"] == "preference margin")
     base = statistics.mean(margins["aligned base"])
     somf = statistics.mean(
