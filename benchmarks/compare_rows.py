@@ -115,6 +115,9 @@ class _Rows:
         ]
         made = {named(s): self._somf(**s) for s in longer}
         yield Row("somf_more_steps", "somf, learned for longer", "two", made, tests_all=True)
+        few = {**longer[0], "epochs": 4, "safety_samples": 533}
+        made = {named(few): self._somf(**few)}
+        yield Row("somf_few_pairs", "somf, 480 pairs", "two", made, is_single=True)
         rates = ({"learning_rate": 0.03}, {"learning_rate": 0.3})
         settings = ({}, *rates, {"weight": 0.6})
         yield self._own("somf_dpo", None, settings)
@@ -123,9 +126,11 @@ class _Rows:
         # The strongest rival: that a rule chose its rate would be too little to say of it.
         dpo = "safety DPO of the plain merge"
         yield Row("dpo", dpo, "two", self._dpo(), tests_all=True)
-        normed = self._dpo(objective="dpo_norm", beta=DEFAULTS["beta"])
+        norm = {"objective": "dpo_norm", "beta": DEFAULTS["beta"]}
         label = "length-normalized safety DPO of the plain merge"
-        yield Row("dpo_norm", label, "two", normed, tests_all=True)
+        yield Row("dpo_norm", label, "two", self._dpo(**norm), tests_all=True)
+        made = self._dpo(**norm, max_steps=4 * self.learning.steps)
+        yield Row("dpo_norm_longer", f"{label}, four times the steps", "two", made, tests_all=True)
         yield from self._repairs()
         yield self._untrained("sampled", "untrained_sampled", "task_arithmetic", TASK_ARITHMETIC)
         for fusion, grid in (("dare_linear", DARE), ("ties", TIES)):
@@ -222,10 +227,10 @@ class _Rows:
         merge = self._masked(fusion, GROUPS[group], **drawn, **setting)
         return Making(learns=learns, merges=(merge,))
 
-    def _dpo(self, **objective: Any) -> dict[str, Making]:
+    def _dpo(self, **changes: Any) -> dict[str, Making]:
         settings = ({"learning_rate": rate} for rate in (3e-6, 1e-5, 3e-5))
         merges = (reference_merge(),)
-        fixed = {**objective, **self._pace}
+        fixed = {**self._pace, **changes}
         return {named(s): Making(merges=merges, dpo={**s, **fixed}) for s in settings}
 
     def _repairs(self) -> Iterator[Row]:
