@@ -28,7 +28,7 @@ from somf_mergekit.recipe import Settings
 
 from .compare_call import call_of, read_comparison, with_options
 from .compare_make import batches_of_pairs
-from .compare_rows import CHAMPION, LINE, reference_setting
+from .compare_rows import CHAMPION, LINE, Row, reference_setting
 from .compare_runs import Run
 from .compare_splits import HELD_BACK, example_prompt, pair_prompt, split_prompts
 from .compare_work import Comparison
@@ -42,24 +42,30 @@ RESAMPLES = 2000
 
 
 def compared_runs(comparison: Comparison) -> dict[str, list[Run]]:
-    """Return the runs of every seed by the name of their model; the base is first.
-
-    Raises:
-        click.ClickException: the comparison has not chosen the setting of a row.
-    """
+    """Return the runs of every seed by the name of their model; the base is first."""
     found = {}
     for name in ("aligned", LINE[GROUP], CHAMPION[GROUP], RIVAL):
         row = comparison.rows[comparison.seeds[0]][name]
-        choice = None if row.is_line else comparison.choice(row)
-        if not (row.is_line or choice):
-            raise click.ClickException(
-                f"{name}: no setting is chosen yet; run python -m benchmarks.compare --only {name}"
-            )
-        setting = choice.setting if choice else reference_setting(GROUP)
+        setting = reference_setting(GROUP) if row.is_line else chosen_setting(comparison, row)
         label = f"{row.label}, {setting}" if row.group else row.label
         seeds = comparison.seeds_of(row, comparison.seeds)
         found[label] = [comparison.run(name, setting, seed) for seed in seeds]
     return found
+
+
+def chosen_setting(comparison: Comparison, row: Row) -> str:
+    """Return the setting of a row that the comparison has chosen.
+
+    Raises:
+        click.ClickException: it has chosen none yet.
+    """
+    choice = comparison.choice(row)
+    if choice is None:
+        raise click.ClickException(
+            f"{row.name}: no setting is chosen yet; "
+            f"run python -m benchmarks.compare --only {row.name}"
+        )
+    return choice.setting
 
 
 def learned_prompts(comparison: Comparison, runs: Sequence[Run]) -> set[str]:
