@@ -83,7 +83,8 @@ def main(model: str, data: Path | None, work: Path, child: str | None, **options
         rows[name] = _in_a_process(name, model, work, options)
         click.echo(f"{name}: {json.dumps(rows[name])}", err=True)
     rows |= _merges([way for way in MERGES if way in ways], model, work, options)
-    rows["import"] = _import_seconds()
+    if options["device"] == "cpu":
+        rows["import"] = _import_seconds()
     click.echo(write_record(rows, _weight_count(folder / BASE), model, options))
 
 

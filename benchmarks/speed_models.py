@@ -86,7 +86,7 @@ def _random(shape: dict[str, Any], texts: list[str], device: str) -> tuple[Any, 
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
     tokenizer = _tokenizer(texts)
     # Every row of the embeddings has a token: else they would be cut.
-    tokenizer.add_tokens([f"<extra-{n}>" for n in range(size["vocab_size"] - VOCABULARY)])
+    tokenizer.add_tokens([f"<extra-{n}>" for n in range(size["vocab_size"] - len(tokenizer))])
     return model, tokenizer
 
 

@@ -23,6 +23,8 @@ def write_record(
 ) -> str:
     """Write speed-MODEL.json and speed-MODEL.md into ``options["out"]`` and return the tables."""
     name = f"speed-{Path(model).name}" + "-gpu" * (options["device"] != "cpu")
+    if options.get("gpu_memory"):
+        name += f"-{options['gpu_memory']:g}gib"
     # Records of before know no other device.
     left_out = ("out", "device", "gpu_memory") if options["device"] == "cpu" else ("out",)
     settings = {
@@ -37,10 +39,12 @@ def write_record(
     text = "\n\n".join(
         [
             f"# Time and memory: {Path(model).name}",
-            _table(rows, WAYS, "a step", weights),
-            _table(rows, MERGES, "a merge", weights),
-            f"`import torch`: {1000 * rows['import']['with']:.0f} ms with the registration, "
-            f"{1000 * rows['import']['without']:.0f} ms without (processor time, medians of five).",
+            *(
+                _table(rows, labels, unit, weights)
+                for labels, unit in ((WAYS, "a step"), (MERGES, "a merge"))
+                if rows.keys() & labels.keys()
+            ),
+            *_import_told(rows),
             f"{options['batch_size']} pairs of up to {options['max_length']} tokens a step, "
             f"{options['micro_batch']} at once; medians of the steps after the first, of merges "
             f"that of {MERGE_RUNS} in turn. Memory is the peak of RssAnon; the model has "
@@ -61,14 +65,14 @@ def _table(rows: dict[str, dict[str, Any]], labels: dict[str, str], unit: str, w
     ]
     on_gpu = any("peak_gpu_bytes" in row for row in rows.values())
     if on_gpu:
-        lines = [lines[0] + " of the GPU, GiB |", lines[1] + "---|"]
+        lines = [lines[0] + " of the GPU, GiB | bytes a weight |", lines[1] + "---|---|"]
     known = next((rows[name] for name in labels if "seconds" in rows.get(name, {})), {})
     for name, label in labels.items():
         row = rows.get(name)
         if not row:
             continue
         if "failed" in row:
-            lines.append(f"| {label} | {row['failed']} | | | | | |" + " |" * on_gpu)
+            lines.append(f"| {label} | {row['failed']} | | | | | |" + " | |" * on_gpu)
             continue
         seconds, memory = row["seconds"], row["peak_bytes"]
         ratios = [
@@ -77,11 +81,26 @@ def _table(rows: dict[str, dict[str, Any]], labels: dict[str, str], unit: str, w
         ]
         share = f"{row['mask_seconds'] / seconds:.0%}" if "mask_seconds" in row else ""
         lines.append(
-            f"| {label} | {seconds:.2f} | {ratios[0]} | {share} | {memory / 2**30:.2f} "
-            f"| {ratios[1]} | {memory / weights:.1f} |"
-            + (f" {row['peak_gpu_bytes'] / 2**30:.2f} |" if "peak_gpu_bytes" in row else "")
+            f"| {label} | {seconds:.{3 if on_gpu else 2}f} | {ratios[0]} | {share} "
+            f"| {memory / 2**30:.2f} | {ratios[1]} | {memory / weights:.1f} |"
+            + _gpu_memory(row, weights)
         )
     return "\n".join(lines)
+
+
+def _import_told(rows: dict[str, dict[str, Any]]) -> list[str]:
+    if "import" not in rows:
+        return []
+    with_it, without = (1000 * rows["import"][name] for name in ("with", "without"))
+    return [
+        f"`import torch`: {with_it:.0f} ms with the registration, {without:.0f} ms without "
+        "(processor time, medians of five)."
+    ]
+
+
+def _gpu_memory(row: dict[str, Any], weights: int) -> str:
+    taken = row.get("peak_gpu_bytes")
+    return f" {taken / 2**30:.2f} | {taken / weights:.1f} |" if taken else ""
 
 
 def _gpu(device: str) -> dict[str, str]:

@@ -100,13 +100,13 @@ def test_what_a_gpu_took_is_tabulated_in_a_record_of_its_own(tmp_path, monkeypat
         "plain_dpo": {**row, "peak_gpu_bytes": 3 * 2**30},
         "resident": {"failed": "exit code 1: no memory"},
         "task_arithmetic": row,
-        "import": {"with": 2.0, "without": 1.0},
     }
     text = write_record(rows, 2**28, "tiny", options)
-    assert "| bytes a weight | of the GPU, GiB |" in text
-    assert "| plain DPO, all weights by AdamW | 2.00 | 1.00 |  | 1.00 | 1.00 | 4.0 | 3.00 |" in text
-    assert "exit code 1: no memory | | | | | | |" in text
-    record = json.loads((tmp_path / "speed-tiny-gpu.json").read_text())
+    assert "import torch" not in text
+    assert "| bytes a weight | of the GPU, GiB | bytes a weight |" in text
+    assert "| plain DPO, all weights by AdamW | 2.000 | 1.00 |  | 1.00 | 1.00 | 4.0 | 3.00 | 12.0 |" in text
+    assert "exit code 1: no memory | | | | | | | |" in text
+    record = json.loads((tmp_path / "speed-tiny-gpu-24gib.json").read_text())
     assert record["gpu"] == "a GPU"
     assert record["settings"]["gpu_memory"] == 24.0
 
