@@ -81,8 +81,6 @@ class _Checks:
             checks[f"kernels, {dtype}, rescale {rescale}"] = lambda d=dtype, r=rescale: (
                 self._kernels(getattr(torch, d), r)
             )
-        for name, engine in product(LEARNED, ("resident", "streaming")):
-            checks[f"learning: {name}, {engine}"] = lambda n=name, e=engine: self._learning(n, e)
         checks["learning: one entry a weight, without kernels"] = lambda: self._without_kernels()
         checks["learning twice on the device"] = lambda: self._again()
         for fusion in FUSIONS:
@@ -91,6 +89,8 @@ class _Checks:
             checks[f"repairing: {method}"] = lambda m=method: self._repairing(m)
         checks["mergekit-yaml --device, learning and merging"] = lambda: self._stock()
         checks["measuring"] = lambda: self._measuring()
+        for name, engine in product(LEARNED, ("resident", "streaming")):
+            checks[f"learning: {name}, {engine}"] = lambda n=name, e=engine: self._learning(n, e)
         for name, check in checks.items():
             try:
                 yield name, check()
@@ -102,6 +102,7 @@ class _Checks:
         from somf_mergekit import masking, noise
         from somf_mergekit.learner import triton_check
         from somf_mergekit.learner.draws import Draw
+        from somf_mergekit.learner.optimizer import step_logits
         from somf_mergekit.shards import Shard
         from somf_mergekit.weights import LinearWeight
 
@@ -112,21 +113,26 @@ class _Checks:
         values = torch.randn(4, ENTRIES, generator=seeded).to(self.device)
         start, fused, gradient = (v.to(dtype) for v in values[:3])
         merged, shard = LinearWeight(start, fused), Shard((ENTRIES,))
-        worst = {"weight": 0.0, "gradient": 0.0}
+        worst = {"mask": 0.0, "weight": 0.0, "gradient's square, relative": 0.0, "other steps": 0.0}
         key = noise.noise_key(seed=0, step=3, name="w")
-        for draw in (Draw(values[3], key, 0, 0.5), Draw(values[3], None, 4099, 0.5)):
+        for draw in (Draw(values[3], key, 0, 0.5), Draw(values[3].clone(), key, 4099, 0.5)):
+            mask = draw.part(slice(0, ENTRIES))
+            of_factor = gradient.float() * fused.float()
+            formula = masking.logit_gradient(of_factor, mask, draw.temperature, rescale)
+            stepped = draw.logits.clone()
+            square = step_logits(stepped, [(slice(None), formula)], 1.0)
             weight = torch.empty_like(start)
             kernels.write_masked(weight, merged, draw, rescale, shard)
-            parts = kernels.logit_gradients(gradient, merged, draw, rescale, shard)
-            found = torch.cat([part for _, part in parts])
-            mask = draw.part(slice(0, ENTRIES))
-            expected = (start.float() + fused.float() * masking.mask_factor(mask, rescale)).to(
-                dtype
-            )
-            product_of = gradient.float() * fused.float()
-            formula = masking.logit_gradient(product_of, mask, draw.temperature, rescale)
-            for name, pair in {"weight": (weight, expected), "gradient": (found, formula)}.items():
-                worst[name] = max(worst[name], float((pair[0] - pair[1]).abs().max()))
+            expected = start.float() + fused.float() * masking.mask_factor(mask, rescale)
+            whole = kernels.whole_mask(draw)
+            found = kernels.update_logits(gradient, merged, draw, rescale, shard, 1.0)
+            apart = {
+                "mask": (whole - mask).abs().max(),
+                "weight": (weight - expected.to(dtype)).abs().max(),
+                "gradient's square, relative": (found / square - 1).abs(),
+                "other steps": ((draw.logits - stepped).abs() > 1e-3).float().mean(),
+            }
+            worst = {name: max(value, float(apart[name])) for name, value in worst.items()}
         return worst
 
     def _learning(self, name: str, engine: str) -> dict[str, Any]:

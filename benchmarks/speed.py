@@ -14,13 +14,14 @@ import click
 import yaml
 from safetensors import safe_open
 
+from somf_mergekit.granularity import GRANULARITIES
 from somf_mergekit.machine import ENGINES, SHARDED
 from somf_mergekit.processes import is_first
 
 from .memory import peak_memory
 from .real_data import pairs_of, write_pairs
 from .speed_models import BASE, SHAPES, WEIGHT, make_models, specialists_of
-from .speed_table import MERGE_RUNS, MERGES, WAYS, write_record
+from .speed_table import FINEST, MERGE_RUNS, MERGES, WAYS, write_record
 
 SHARING_PROCESSES = 2
 # A first step pays for allocations and compilations that later ones do not.
@@ -44,6 +45,13 @@ UNTIMED_STEPS = 1
 @click.option("--batch-size", default=16, show_default=True, help="Pairs a step.")
 @click.option("--micro-batch", default=4, show_default=True, help="Pairs at once.")
 @click.option("--max-length", default=128, show_default=True)
+@click.option(
+    "--granularity",
+    type=click.Choice(GRANULARITIES),
+    default=FINEST,
+    show_default=True,
+    help="Of the mask; the finest takes most.",
+)
 @click.option("--device", default="cpu", show_default=True, help="Of torch, as cuda.")
 @click.option(
     "--gpu-memory",
@@ -77,6 +85,8 @@ def main(model: str, data: Path | None, work: Path, child: str | None, **options
     write_pairs(folder / "pairs.jsonl", pairs)
     texts = [pair.messages[-1]["content"] + pair.chosen for pair in pairs]
     make_models(folder, model, texts, options["device"])
+    if options["device"] != "cpu":
+        _give_back_gpu_memory()
     rows: dict[str, dict[str, Any]] = {}
     ways = options.pop("ways")
     for name in (way for way in WAYS if way in ways):
@@ -86,6 +96,13 @@ def main(model: str, data: Path | None, work: Path, child: str | None, **options
     if options["device"] == "cpu":
         rows["import"] = _import_seconds()
     click.echo(write_record(rows, _weight_count(folder / BASE), model, options))
+
+
+def _give_back_gpu_memory() -> None:
+    # What torch keeps for later would be missing in the processes that are measured.
+    import torch
+
+    torch.cuda.empty_cache()
 
 
 def _merges(
@@ -117,6 +134,7 @@ def _in_a_process(name: str, model: str, work: Path, options: dict[str, Any]) ->
     command += ["--batch-size", str(options["batch_size"])]
     command += ["--micro-batch", str(options["micro_batch"])]
     command += ["--max-length", str(options["max_length"]), "--device", options["device"]]
+    command += ["--granularity", options["granularity"]]
     if options["gpu_memory"]:
         command += ["--gpu-memory", str(options["gpu_memory"])]
     # What is compared is merging.
@@ -211,8 +229,7 @@ def _ours(
         "somf",
         safety_dataset=str(folder / "pairs.jsonl"),
         max_steps=options["steps"],
-        # The finest mask takes most.
-        granularity="weight",
+        granularity=options["granularity"],
         batch_size=options["batch_size"],
         max_length=options["max_length"],
         # A new mask each time, the same in all processes: one that is there would be used again.

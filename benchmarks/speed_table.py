@@ -16,17 +16,21 @@ WAYS = {
 MERGES = {"task_arithmetic": "task_arithmetic", "somf": "somf with a given mask"}
 # A merge takes seconds, which vary with the disk: in turn, and the median counts.
 MERGE_RUNS = 5
+# The granularity whose records say nothing of it.
+FINEST = "weight"
 
 
 def write_record(
     rows: dict[str, dict[str, Any]], weights: int, model: str, options: dict[str, Any]
 ) -> str:
     """Write speed-MODEL.json and speed-MODEL.md into ``options["out"]`` and return the tables."""
-    name = f"speed-{Path(model).name}" + "-gpu" * (options["device"] != "cpu")
-    if options.get("gpu_memory"):
-        name += f"-{options['gpu_memory']:g}gib"
-    # Records of before know no other device.
-    left_out = ("out", "device", "gpu_memory") if options["device"] == "cpu" else ("out",)
+    on_gpu, limit = options["device"] != "cpu", options.get("gpu_memory")
+    other = "" if options["granularity"] == FINEST else options["granularity"]
+    parts = (Path(model).name, "gpu" * on_gpu, f"{limit:g}gib" if limit else "", other)
+    name = "-".join(["speed", *filter(None, parts)])
+    # Records of before know no other device and no other granularity.
+    left_out = {"out", *(() if on_gpu else ("device", "gpu_memory"))}
+    left_out |= set() if other else {"granularity"}
     settings = {
         k: str(v) if isinstance(v, Path) else v for k, v in options.items() if k not in left_out
     }
@@ -46,8 +50,9 @@ def write_record(
             ),
             *_import_told(rows),
             f"{options['batch_size']} pairs of up to {options['max_length']} tokens a step, "
-            f"{options['micro_batch']} at once; medians of the steps after the first, of merges "
-            f"that of {MERGE_RUNS} in turn. Memory is the peak of RssAnon; the model has "
+            f"{options['micro_batch']} at once, and a mask with one entry a "
+            f"{options['granularity']}; medians of the steps after the first, of merges that of "
+            f"{MERGE_RUNS} in turn. Memory is the peak of RssAnon; the model has "
             f"{weights:,} weights.",
         ]
     )

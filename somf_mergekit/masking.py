@@ -76,24 +76,32 @@ def mask_from_probabilities(
     raise ValueError(f"unknown mask kind {kind!r}: expected one of {', '.join(MASK_KINDS)}")
 
 
-def mask_scale(mean: float, rescale: str) -> float:
+def mask_scale(mean: Tensor, rescale: str) -> Tensor:
     """Return the factor that goes with a mask of this mean: 1 / mean, or 1 for ``rescale`` none.
 
     An empty mask (mean 0) keeps nothing of the task vector: its factor is 0, not 1/0.
 
+    Args:
+        mean: a scalar on any device, which is not waited for.
+        rescale: ``mean`` or ``none``.
+
+    Returns:
+        float64, a scalar on the same device: a product with float32 is float32.
+
     Raises:
         ValueError: ``rescale`` is none of RESCALES.
     """
+    mean = mean.double()
     if rescale == "none":
-        return 1.0
+        return torch.ones_like(mean)
     if rescale != "mean":
         raise ValueError(f"unknown rescale {rescale!r}: expected one of {', '.join(RESCALES)}")
-    return 1.0 / mean if mean > 0 else 0.0
+    return torch.where(mean > 0, 1.0 / mean, 0.0)
 
 
-def mask_mean(mask: Tensor) -> float:
-    """Return the mean of a mask, summed in float32."""
-    return float(mask.mean(dtype=torch.float32))
+def mask_mean(mask: Tensor) -> Tensor:
+    """Return the mean of a mask, a scalar, summed in float32."""
+    return mask.mean(dtype=torch.float32)
 
 
 def mask_factor(mask: Tensor, rescale: str, *, out: Tensor | None = None) -> Tensor:
@@ -138,6 +146,6 @@ def logit_gradient(
     scale = mask_scale(mask_mean(sample), rescale)
     gradient = factor_gradient.float() * scale
     if rescale == "mean":
-        total = float((factor_gradient * sample).sum(dtype=torch.float32))
+        total = (factor_gradient * sample).sum(dtype=torch.float32)
         gradient -= total * scale * scale / math.prod(sample.shape)
     return gradient.mul_(sample).mul_(1 - sample).div_(temperature)

@@ -55,6 +55,7 @@ def test_each_way_is_timed_and_tabulated(tmp_path, monkeypatch):
     write_pairs(folder / "pairs.jsonl", rows)
     make_models(folder, "tiny", [pair.chosen for pair in rows])
     options = {"steps": 2, "batch_size": 4, "micro_batch": 2, "max_length": 32}
+    options["granularity"] = "weight"
     options |= {"device": "cpu", "gpu_memory": None}
     found = {
         name: speed._measured_here(name, folder, options, "tiny")
@@ -94,7 +95,7 @@ def test_each_way_is_timed_and_tabulated(tmp_path, monkeypatch):
 def test_what_a_gpu_took_is_tabulated_in_a_record_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     options = {"steps": 2, "batch_size": 4, "micro_batch": 2, "max_length": 32}
-    options |= {"device": "cuda", "gpu_memory": 24.0, "out": tmp_path}
+    options |= {"device": "cuda", "gpu_memory": 24.0, "granularity": "row", "out": tmp_path}
     row = {"seconds": 2.0, "peak_bytes": 2**30}
     rows = {
         "plain_dpo": {**row, "peak_gpu_bytes": 3 * 2**30},
@@ -104,9 +105,12 @@ def test_what_a_gpu_took_is_tabulated_in_a_record_of_its_own(tmp_path, monkeypat
     text = write_record(rows, 2**28, "tiny", options)
     assert "import torch" not in text
     assert "| bytes a weight | of the GPU, GiB | bytes a weight |" in text
-    assert "| plain DPO, all weights by AdamW | 2.000 | 1.00 |  | 1.00 | 1.00 | 4.0 | 3.00 | 12.0 |" in text
+    assert (
+        "| plain DPO, all weights by AdamW | 2.000 | 1.00 |  | 1.00 | 1.00 | 4.0 | 3.00 | 12.0 |"
+        in text
+    )
     assert "exit code 1: no memory | | | | | | | |" in text
-    record = json.loads((tmp_path / "speed-tiny-gpu-24gib.json").read_text())
+    record = json.loads((tmp_path / "speed-tiny-gpu-24gib-row.json").read_text())
     assert record["gpu"] == "a GPU"
     assert record["settings"]["gpu_memory"] == 24.0
 

@@ -114,9 +114,9 @@ def test_rescaled_mask_averages_one_and_an_empty_mask_keeps_nothing():
     empty = delta * masking.mask_factor(torch.zeros(4, 4), "mean")
     assert torch.equal(empty, torch.zeros(4, 4))
     with pytest.raises(ValueError, match="median"):
-        masking.mask_scale(0.5, "median")
+        masking.mask_scale(torch.tensor(0.5), "median")
 
 
 def test_reductions_of_low_precision_masks_are_done_in_float32():
     mask = torch.full((70_000,), 0.3, dtype=torch.bfloat16)
-    assert masking.mask_mean(mask) == pytest.approx(mask[0].item(), rel=1e-5)
+    assert masking.mask_mean(mask).item() == pytest.approx(mask[0].item(), rel=1e-5)

@@ -15,6 +15,7 @@ from ..pieces import pieces
 from ..shards import Shard
 from ..weights import LinearWeight
 from .draws import Draw, Mask
+from .optimizer import step_logits
 from .triton_check import kernels_for
 
 
@@ -46,9 +47,45 @@ def write_masked(
         mask = draw.part(part)
         total += mask.sum()
         flat[part] = mask
-    scale = mask_scale(float(shard.add_up(total)) / shard.entries, rescale)
+    scale = mask_scale(shard.add_up(total).double() / shard.entries, rescale)
     for part in parts:
         flat[part] = flat[part].float().mul_(fused[part]).mul_(scale).add_(start[part])
+
+
+def update_logits(
+    weight: Tensor,
+    gradient: Tensor,
+    merged: LinearWeight,
+    draw: Draw,
+    rescale: str,
+    shard: Shard,
+    rate: float,
+) -> Tensor:
+    """Take the optimiser's step on the logits of ``draw``, in place: see ``optimizer.step_logits``.
+
+    Args:
+        weight, gradient, merged, draw, rescale, shard: see ``logit_gradients``.
+        rate: the learning rate of this step.
+
+    Returns:
+        The squared norm of the logits' gradient, see there.
+    """
+    kernels = kernels_for(weight.device)
+    if kernels:
+        found: Tensor = kernels.update_logits(gradient, merged, draw, rescale, shard, rate)
+        return found
+    return step_logits(
+        draw.logits, logit_gradients(weight, gradient, merged, draw, rescale, shard), rate
+    )
+
+
+def whole_mask(draw: Mask, count: int, device: torch.device) -> Tensor:
+    """Return all ``count`` entries of a mask, float32, (count,)."""
+    kernels = kernels_for(device) if isinstance(draw, Draw) else None
+    if kernels:
+        found: Tensor = kernels.whole_mask(draw)
+        return found
+    return torch.cat([draw.part(part) for part in pieces(count, device)])
 
 
 def logit_gradients(
@@ -69,10 +106,6 @@ def logit_gradients(
         rescale: see ``masking.mask_scale``.
         shard: the rows that are kept; sums are over the whole weight.
     """
-    kernels = kernels_for(weight.device)
-    if kernels:
-        yield from kernels.logit_gradients(gradient, merged, draw, rescale, shard)
-        return
     slopes, products = weight.view(-1), gradient.reshape(-1)
     fused = merged.fused.view(-1)
     parts = pieces(len(slopes), slopes.device)
@@ -91,8 +124,8 @@ def logit_gradients(
     if rescale == "none":
         return
     weighted, total = shard.add_up(torch.stack([weighted, total]))
-    scale = mask_scale(float(total) / shard.entries, rescale)
-    common = float(weighted) * scale * scale / shard.entries
+    scale = mask_scale(total.double() / shard.entries, rescale)
+    common = float(weighted * scale * scale / shard.entries)
     for part in parts:
         own = products[part].float().mul_(scale)
         yield part, own.sub_(slopes[part], alpha=common).div_(draw.temperature)

@@ -4,21 +4,18 @@ Noise and mask are computed in registers, by the counter of ``noise.uniform_nois
 are those of ``masking``; ``entrywise`` has them in torch.
 """
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..pieces import pieces
 from ..shards import Shard
 from ..weights import LinearWeight
 from .draws import Draw
+from .optimizer import EPS
 
 # Words of noise a program, of four entries each.
 _WORDS = 256
-_A_GPU = "cuda"
 
 
 def write_masked(
@@ -26,86 +23,79 @@ def write_masked(
 ) -> None:
     """Do what ``entrywise.write_masked`` does."""
     flat, fused, start = weight.view(-1), merged.fused.view(-1), merged.start.reshape(-1)
-    scale = torch.ones((), device=flat.device)
-    if rescale == "mean":
-        _, total = _totals(draw, None, None, len(flat))
-        scale = _scale(shard.add_up(total), shard.entries)
-    for part in pieces(len(flat), _A_GPU):
-        values = flat[part], start[part], fused[part], scale
-        _write_kernel[_grid(part)](*values, *_mask(draw, part), **_constants(draw, part))
+    totals = _totals(draw, None, None, rescale, shard)
+    values = flat, start, fused, totals, float(shard.entries)
+    _write_kernel[_grid(draw)](*values, *_mask(draw), **_constants(draw, rescale))
 
 
-def logit_gradients(
+def update_logits(
     gradient: Tensor,
     merged: LinearWeight,
     draw: Draw,
     rescale: str,
     shard: Shard,
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yield what ``entrywise.logit_gradients`` yields, and leave weight and gradient as they are.
+    rate: float,
+) -> Tensor:
+    """Do what ``entrywise.update_logits`` does, and leave weight and gradient as they are.
 
     Args:
         gradient: dL/dW in the weight's shape, complete.
-        merged, draw, rescale, shard: see there.
+        merged, draw, rescale, shard, rate: see there.
     """
     products, fused = gradient.reshape(-1), merged.fused.view(-1)
-    count = len(products)
-    scale, common = (torch.full((), float(n), device=fused.device) for n in (1, 0))
-    if rescale == "mean":
-        weighted, total = shard.add_up(torch.stack(_totals(draw, products, fused, count)))
-        scale = _scale(total, shard.entries)
-        common = weighted * scale * scale / shard.entries
-    for part in pieces(count, _A_GPU):
-        found = torch.empty(part.stop - part.start, device=fused.device)
-        values = found, products[part], fused[part], scale, common
-        _gradient_kernel[_grid(part)](*values, *_mask(draw, part), **_constants(draw, part))
-        yield part, found
+    totals = _totals(draw, products, fused, rescale, shard)
+    squares = torch.empty(_grid(draw), device=fused.device)
+    values = squares, products, fused, totals, float(shard.entries), rate
+    _update_kernel[_grid(draw)](*values, *_mask(draw), **_constants(draw, rescale), EPS=EPS)
+    return squares.sum()
+
+
+def whole_mask(draw: Draw) -> Tensor:
+    """Return all of a mask, float32, (count,)."""
+    found = torch.empty(len(draw.logits), device=draw.logits.device)
+    _mask_kernel[_grid(draw)](found, *_mask(draw), **_constants(draw))
+    return found
 
 
 def _totals(
-    draw: Draw, products: Tensor | None, fused: Tensor | None, count: int
-) -> tuple[Tensor, Tensor]:
-    """Return sum(G D m), 0 where G and D are not given, and sum(m)."""
-    whole = slice(0, count)
-    grid = _grid(whole)
-    # A sum for each program, added up after: atomic additions come in another order every time.
-    sums = torch.zeros((2, *grid), device=draw.logits.device)
+    draw: Draw, products: Tensor | None, fused: Tensor | None, rescale: str, shard: Shard
+) -> Tensor:
+    """Return sum(m) and, where G and D are given, sum(G D m) of the whole weight, float32 (2,)."""
+    grid = _grid(draw)
     is_weighted = products is not None and fused is not None
+    # A sum for each program, added up after: atomic additions come in another order every time.
+    sums = torch.empty((1 + is_weighted, *grid), device=draw.logits.device)
+    # What the kernels do not read where nothing is rescaled.
+    if rescale == "none":
+        return sums.view(-1)[:1]
     values = (sums, products, fused) if is_weighted else (sums, sums, sums)
-    constants = _constants(draw, whole)
-    _totals_kernel[grid](*values, *grid, *_mask(draw, whole), WEIGHTED=is_weighted, **constants)
-    weighted, total = sums.sum(dim=1)
-    return weighted, total
+    _totals_kernel[grid](*values, *grid, *_mask(draw), WEIGHTED=is_weighted, **_constants(draw))
+    return shard.add_up(sums.sum(dim=1))
 
 
-def _scale(total: Tensor, entries: int) -> Tensor:
-    """Return what ``masking.mask_scale`` gives for a mean, without a word between the devices."""
-    return torch.where(total > 0, entries / total, torch.zeros_like(total))
-
-
-def _grid(part: slice) -> tuple[int]:
+def _grid(draw: Draw) -> tuple[int]:
     # The first entry may be the last one of its word.
-    return (triton.cdiv(part.stop - part.start + 3, 4 * _WORDS),)
+    return (triton.cdiv(len(draw.logits) + 3, 4 * _WORDS),)
 
 
-def _mask(draw: Draw, part: slice) -> tuple[Tensor, int, int, int, float]:
+def _mask(draw: Draw) -> tuple[Tensor, int, int, int, float]:
     """Return what tells a kernel the mask."""
-    word = (draw.first + part.start) // 4
-    return draw.logits[part], draw.key or 0, word, part.stop - part.start, 1 / draw.temperature
+    return draw.logits, draw.key or 0, draw.first // 4, len(draw.logits), 1 / draw.temperature
 
 
-def _constants(draw: Draw, part: slice) -> dict[str, int | bool]:
+def _constants(draw: Draw, rescale: str | None = None) -> dict[str, int | bool]:
     """Return what a kernel is compiled for."""
-    return {
+    found = {
         "DRAWN": draw.key is not None,
         "STRIDE": draw.logits.stride(0) if len(draw.logits) > 1 else 1,
-        "SKIPPED": (draw.first + part.start) % 4,
+        "SKIPPED": draw.first % 4,
         "WORDS": _WORDS,
     }
+    return found if rescale is None else {**found, "RESCALED": rescale == "mean"}
 
 
 # A kernel is compiled anew for a count that 16 divides: then entries are read four at once.
-_VARYING = ["key", "word", "sharpness"]
+_VARYING = ["key", "word", "sharpness", "entries", "rate"]
 
 
 @triton.jit
@@ -144,6 +134,23 @@ def _mask_of(  # type: ignore[no-untyped-def]
     return tl.where(exists, tl.sigmoid(x), 0.0)
 
 
+@triton.jit
+def _scale(totals, entries):  # type: ignore[no-untyped-def]
+    """Return what ``masking.mask_scale`` gives for a mean."""
+    total = tl.load(totals)
+    return tl.where(total > 0, entries / total, 0.0)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _mask_kernel(  # type: ignore[no-untyped-def]
+    found, logits, key, word, count, sharpness,
+    DRAWN: tl.constexpr, STRIDE: tl.constexpr, SKIPPED: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    words, lanes, at, exists = _places(word, count, SKIPPED, WORDS)
+    mask = _mask_of(logits, key, words, lanes, at, exists, sharpness, DRAWN, STRIDE)
+    tl.store(found + at, mask, mask=exists)
+
+
 @triton.jit(do_not_specialize=_VARYING)
 def _totals_kernel(  # type: ignore[no-untyped-def]
     sums, products, fused, blocks, logits, key, word, count, sharpness,
@@ -153,35 +160,43 @@ def _totals_kernel(  # type: ignore[no-untyped-def]
     words, lanes, at, exists = _places(word, count, SKIPPED, WORDS)
     mask = _mask_of(logits, key, words, lanes, at, exists, sharpness, DRAWN, STRIDE)
     block = tl.program_id(0)
+    tl.store(sums + block, tl.sum(mask))
     if WEIGHTED:
         product = tl.load(products + at, mask=exists, other=0.0).to(tl.float32)
         product *= tl.load(fused + at, mask=exists, other=0.0).to(tl.float32)
-        tl.store(sums + block, tl.sum(product * mask))
-    tl.store(sums + blocks + block, tl.sum(mask))
+        tl.store(sums + blocks + block, tl.sum(product * mask))
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def _write_kernel(  # type: ignore[no-untyped-def]
-    weight, start, fused, scale, logits, key, word, count, sharpness,
-    DRAWN: tl.constexpr, STRIDE: tl.constexpr, SKIPPED: tl.constexpr,
+    weight, start, fused, totals, entries, logits, key, word, count, sharpness,
+    RESCALED: tl.constexpr, DRAWN: tl.constexpr, STRIDE: tl.constexpr, SKIPPED: tl.constexpr,
     WORDS: tl.constexpr,
 ):  # fmt: skip
     words, lanes, at, exists = _places(word, count, SKIPPED, WORDS)
     mask = _mask_of(logits, key, words, lanes, at, exists, sharpness, DRAWN, STRIDE)
-    change = tl.load(fused + at, mask=exists, other=0.0).to(tl.float32) * mask * tl.load(scale)
+    change = tl.load(fused + at, mask=exists, other=0.0).to(tl.float32) * mask
+    if RESCALED:
+        change *= _scale(totals, entries)
     merged = change + tl.load(start + at, mask=exists, other=0.0).to(tl.float32)
     tl.store(weight + at, merged.to(weight.dtype.element_ty), mask=exists)
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def _gradient_kernel(  # type: ignore[no-untyped-def]
-    found, products, fused, scale, common, logits, key, word, count, sharpness,
-    DRAWN: tl.constexpr, STRIDE: tl.constexpr, SKIPPED: tl.constexpr,
-    WORDS: tl.constexpr,
+def _update_kernel(  # type: ignore[no-untyped-def]
+    squares, products, fused, totals, entries, rate, logits, key, word, count, sharpness,
+    RESCALED: tl.constexpr, DRAWN: tl.constexpr, STRIDE: tl.constexpr, SKIPPED: tl.constexpr,
+    WORDS: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     words, lanes, at, exists = _places(word, count, SKIPPED, WORDS)
     mask = _mask_of(logits, key, words, lanes, at, exists, sharpness, DRAWN, STRIDE)
-    product = tl.load(products + at, mask=exists, other=0.0).to(tl.float32)
-    product *= tl.load(fused + at, mask=exists, other=0.0).to(tl.float32)
-    gradient = (product * tl.load(scale) - tl.load(common)) * mask * (1 - mask) * sharpness
-    tl.store(found + at, gradient, mask=exists)
+    gradient = tl.load(products + at, mask=exists, other=0.0).to(tl.float32)
+    gradient *= tl.load(fused + at, mask=exists, other=0.0).to(tl.float32)
+    if RESCALED:
+        scale = _scale(totals, entries)
+        gradient = gradient * scale - tl.load(totals + 1) * scale * scale / entries
+    gradient *= mask * (1 - mask) * sharpness
+    tl.store(squares + tl.program_id(0), tl.sum(gradient * gradient))
+    step = rate * gradient / (tl.abs(gradient) + EPS)
+    x = tl.load(logits + at * STRIDE, mask=exists, other=0.0)
+    tl.store(logits + at * STRIDE, x - step, mask=exists)

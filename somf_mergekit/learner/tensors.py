@@ -1,6 +1,5 @@
 """One weight under its mask: what is kept of it, and the two steps of learning."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -10,11 +9,10 @@ from torch import Tensor
 from ..granularity import Layout
 from ..masking import MERGE_STEP, logit_gradient, mask_factor
 from ..noise import noise_key
-from ..pieces import pieces
 from ..shards import Shard
 from ..weights import LinearWeight, MergedWeight
 from .draws import Draw, Mask, MergedMask
-from .entrywise import logit_gradients, write_masked
+from .entrywise import update_logits, whole_mask, write_masked
 from .optimizer import step_logits
 
 
@@ -142,8 +140,21 @@ class MaskedTensor:
             rate_share: of the learning rate at its peak, from 0 to 1.
         """
         rate = rate_share * self.learning_rate
+        # The sample is drawn again rather than kept: it is a function of logits, seed and step.
+        draw = self._sample(step)
+        if isinstance(self.merged, LinearWeight) and self._is_entrywise:
+            own = self.shard.own(self.weight.detach())
+            self.gradient_square = update_logits(
+                own, gradient, self.merged, draw, self.rescale, self.shard, rate
+            )
+            return
+        sample = self._whole(draw)
+        of_factor = self.merged.factor_gradient(
+            gradient, mask_factor(sample, self.rescale), self.layout, self.shard
+        )
+        found = logit_gradient(of_factor, sample, self.temperature, self.rescale)
         self.gradient_square = step_logits(
-            self.logits.view(-1), self._gradients(gradient, step), rate
+            self.logits.view(-1), [(slice(None), found.view(-1))], rate
         )
 
     @property
@@ -163,26 +174,6 @@ class MaskedTensor:
     def set_logits(self, whole: Tensor) -> None:
         """Set the logits to those of a whole mask."""
         self.logits.copy_(self.shard.own(whole) if self._is_entrywise else whole)
-
-    def _gradients(self, gradient: Tensor, step: int) -> Iterator[tuple[slice, Tensor]]:
-        # The sample is drawn again rather than kept: it is a function of logits, seed and step.
-        draw = self._sample(step)
-        if isinstance(self.merged, LinearWeight) and self._is_entrywise:
-            yield from logit_gradients(
-                self.shard.own(self.weight.detach()),
-                gradient,
-                self.merged,
-                draw,
-                self.rescale,
-                self.shard,
-            )
-            return
-        sample = self._whole(draw)
-        of_factor = self.merged.factor_gradient(
-            gradient, mask_factor(sample, self.rescale), self.layout, self.shard
-        )
-        found = logit_gradient(of_factor, sample, self.temperature, self.rescale)
-        yield slice(None), found.view(-1)
 
     def _write(self, draw: Mask) -> None:
         own = self.shard.own(self.weight)
@@ -208,5 +199,5 @@ class MaskedTensor:
         return self.shard.first_entry if self._is_entrywise else 0
 
     def _whole(self, draw: Mask) -> Tensor:
-        parts = pieces(self.logits.numel(), self.logits.device)
-        return torch.cat([draw.part(part) for part in parts]).view(self.layout.shape)
+        found = whole_mask(draw, self.logits.numel(), self.logits.device)
+        return found.view(self.layout.shape)

@@ -14,10 +14,14 @@ from ..noise import noise_key, uniform_noise
 from ..shards import Shard
 from ..weights import LinearWeight
 from .draws import Draw
+from .optimizer import step_logits
 
 # Of the tensor they are tried on: several programs, the last one not full.
 _ENTRIES = 2051
 _TEMPERATURE = 0.5
+_RATE = 1.0
+# A gradient below this is about 0, and its sign may be another.
+_CLEAR = 1e-5
 _TOLERANCE = 1e-4
 
 
@@ -54,13 +58,18 @@ def largest_error(kernels: Any, device: torch.device) -> float:
     start, fused, gradient, logits = values
     merged, shard = LinearWeight(start, fused), Shard((_ENTRIES,))
     key = noise_key(seed=0, step=0, name="")
+    sample = concrete_sample(logits, key, _TEMPERATURE)
+    of_factor = logit_gradient(gradient * fused, sample, _TEMPERATURE, "mean")
+    expected = logits.clone()
+    square = step_logits(expected, [(slice(None), of_factor)], _RATE)
     draw, weight = Draw(logits, key, 0, _TEMPERATURE), torch.empty_like(start)
     kernels.write_masked(weight, merged, draw, "mean", shard)
-    found = torch.cat(
-        [part for _, part in kernels.logit_gradients(gradient, merged, draw, "mean", shard)]
+    whole = kernels.whole_mask(draw)
+    found = kernels.update_logits(gradient, merged, draw, "mean", shard, _RATE)
+    errors = (
+        weight - (start + fused * mask_factor(sample, "mean")),
+        whole - sample,
+        (logits - expected)[of_factor.abs() > _CLEAR],
+        found / square - 1,
     )
-    sample = concrete_sample(logits, key, _TEMPERATURE)
-    expected = start + fused * mask_factor(sample, "mean")
-    expected_gradient = logit_gradient(gradient * fused, sample, _TEMPERATURE, "mean")
-    errors = (weight - expected, found - expected_gradient)
     return max(float(error.abs().max()) for error in errors)
