@@ -27,7 +27,7 @@ QUICK_SIZES = {
     HELD_BACK: Sizes(harmful=8, harmless=8, pairs=8, skill_answers=4),
 }
 QUICK_MEASURING = EvaluationSettings(max_new_tokens=16, max_length=96, batch_size=8, resamples=100)
-QUICK_LEARNING = Learning(steps=2, batch_size=4, max_length=96)
+QUICK_LEARNING = Learning(steps=4, fewer=2, batch_size=4, max_length=96)
 NAME = "compare"
 
 

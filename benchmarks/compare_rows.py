@@ -21,6 +21,7 @@ from .compare_settings import (
     DARE,
     DEFAULTS,
     PUBLISHED,
+    QUICKLY,
     REPAIR_SETTINGS,
     TASK_ARITHMETIC,
     TIES,
@@ -36,9 +37,17 @@ _FUSION_OWN = ("density", "normalize")
 
 @dataclass(frozen=True)
 class Learning:
-    """How long a mask is learned, and DPO trained: the same pairs in the same order."""
+    """How long a mask is learned, and DPO trained: the same pairs in the same order.
 
-    steps: int = 60
+    Attributes:
+        steps: of the defaults, and of their rival.
+        fewer: of all others, which show what else matters in a quarter of the time.
+        batch_size: pairs a step.
+        max_length: tokens of a prompt with an answer.
+    """
+
+    steps: int = 240
+    fewer: int = 60
     batch_size: int = 8
     max_length: int = 128
 
@@ -107,17 +116,19 @@ class _Rows:
         yield _prepared("math", "math specialist")
         yield _prepared("code", "code specialist")
         yield self._line("two", (0.3, 0.4, 0.5, 0.6))
-        yield Row("somf", "somf", "two", {"defaults": self._somf()})
-        # More pairs for about as much movement of the logits.
-        longer = [
-            {"max_steps": times * self.learning.steps, "learning_rate": rate}
-            for times, rate in ((4, 0.03), (2, 0.05))
-        ]
-        made = {named(s): self._somf(**s) for s in longer}
-        yield Row("somf_more_steps", "somf, learned for longer", "two", made, tests_all=True)
-        few = {**longer[0], "epochs": 4, "safety_samples": 533}
-        made = {named(few): self._somf(**few)}
+        fewer, default = self.learning.fewer, self._default
+        yield Row("somf", "somf", "two", {"defaults": self._somf(**default)})
+        # A quarter of the pairs that the defaults' steps take, and as many held out.
+        few = {"epochs": 4, "safety_samples": 533}
+        made = {named(few): self._somf(**default, **few)}
         yield Row("somf_few_pairs", "somf, 480 pairs", "two", made, is_single=True)
+        # Less time for about as much movement of the logits.
+        shorter = [
+            {"max_steps": times * fewer, "learning_rate": rate}
+            for times, rate in ((1, 0.1), (2, 0.05))
+        ]
+        made = {named(s): self._somf(**s) for s in shorter}
+        yield Row("somf_fewer_steps", "somf, fewer steps", "two", made, tests_all=True)
         rates = ({"learning_rate": 0.03}, {"learning_rate": 0.3})
         settings = ({}, *rates, {"weight": 0.6})
         yield self._own("somf_dpo", None, settings)
@@ -129,7 +140,7 @@ class _Rows:
         norm = {"objective": "dpo_norm", "beta": DEFAULTS["beta"]}
         label = "length-normalized safety DPO of the plain merge"
         yield Row("dpo_norm", label, "two", self._dpo(**norm), tests_all=True)
-        made = self._dpo(**norm, max_steps=4 * self.learning.steps)
+        made = self._dpo(**norm, max_steps=self.learning.steps)
         yield Row("dpo_norm_longer", f"{label}, four times the steps", "two", made, tests_all=True)
         yield from self._repairs()
         yield self._untrained("sampled", "untrained_sampled", "task_arithmetic", TASK_ARITHMETIC)
@@ -180,7 +191,7 @@ class _Rows:
         )
         yield self._single("somf_base", "reference base", ({},), reference="base")
         yield self._single("somf_utility", "utility term", ({},), utility_dataset=UTILITY)
-        longer = {"max_steps": 4 * self.learning.steps}
+        longer = {"max_steps": self.learning.steps}
         yield self._single("somf_longer", "four times the steps", ({},), **longer)
         for name in ("head", "column", "tensor"):
             # Divided by its mean, a mask of one entry is 1.
@@ -222,7 +233,7 @@ class _Rows:
     def _undirected(self, kind: str, fusion: str, setting: Recipe, group: str = "two") -> Making:
         """A mask that nothing was learned for, drawn from the seed; without a draw it is 1."""
         drawn = {"mask_kind": "sampled", "temperature": COLD if kind == "binary" else 0.5}
-        nothing = {**DEFAULTS, "max_steps": 0, "seed": 0}
+        nothing = {**QUICKLY, "max_steps": 0, "seed": 0}
         learns = recipe("somf", GROUPS["two"], 0.5, safety_dataset=PAIRS, **nothing)
         merge = self._masked(fusion, GROUPS[group], **drawn, **setting)
         return Making(learns=learns, merges=(merge,))
@@ -254,7 +265,7 @@ class _Rows:
         three = GROUPS["three"]
         reused = {
             named(s): Making(
-                learns=self._somf().learns,
+                learns=self._somf(**self._default).learns,
                 merges=(self._masked("task_arithmetic", three, **s),),
                 reuses=True,
             )
@@ -264,7 +275,7 @@ class _Rows:
             "somf_reused": ("somf, mask learned on two of three", reused),
             "somf_three": (
                 "somf, mask learned on three",
-                {named(s): self._somf(models=three, **s) for s in weights[:1]},
+                {named(s): self._somf(models=three, **self._default, **s) for s in weights[:1]},
             ),
             "untrained_three": (
                 "untrained mask, sampled, three",
@@ -278,9 +289,13 @@ class _Rows:
             yield Row(name, label, "three", settings, is_single=True)
 
     @property
+    def _default(self) -> dict[str, Any]:
+        return {**DEFAULTS, "max_steps": self.learning.steps}
+
+    @property
     def _pace(self) -> dict[str, Any]:
         return {
-            "max_steps": self.learning.steps,
+            "max_steps": self.learning.fewer,
             "batch_size": self.learning.batch_size,
             "max_length": self.learning.max_length,
             "seed": self.seed,
@@ -295,9 +310,9 @@ class _Rows:
         mask_kind: str = "soft",
         **changes: Any,
     ) -> Making:
-        """Learn a mask by the defaults but for ``changes``, and merge with it."""
+        """Learn a mask quickly, by the defaults but for ``changes``, and merge with it."""
         own = {key: changes.pop(key) for key in _FUSION_OWN if key in changes}
-        learned = {"safety_dataset": PAIRS, **DEFAULTS, **self._pace, **changes}
+        learned = {"safety_dataset": PAIRS, **QUICKLY, **self._pace, **changes}
         used = {key: changes[key] for key in ("mask_rescale",) if key in changes}
         return Making(
             learns=recipe("somf", models, weight, fusion=fusion, **own, **learned),

@@ -111,15 +111,15 @@ class Settings(BaseModel):
         1.0, ge=0, le=1000, description="Weight of the utility term, where there is one."
     )
     learning_rate: float = Field(
-        0.1,
+        0.03,
         gt=0,
         le=100,
         json_schema_extra=_PER_TENSOR,
         description="How far a logit moves a step, at the schedule's peak.",
     )
-    epochs: int = Field(1, ge=1, le=1000, description="Passes over the pairs, at most.")
+    epochs: int = Field(4, ge=1, le=1000, description="Passes over the pairs, at most.")
     max_steps: int | None = Field(
-        60, ge=0, description="Optimiser steps, at most; 0 leaves the mask untrained."
+        240, ge=0, description="Optimiser steps, at most; 0 leaves the mask untrained."
     )
     batch_size: int = Field(8, ge=1, description="Pairs an optimiser step.")
     beta: float = Field(

@@ -56,11 +56,16 @@ def family_recipe(family):
         values = {
             "safety_dataset": str(family / "pairs.jsonl"),
             "max_steps": 3,
+            # In few steps much is to move.
+            "learning_rate": 0.1,
             "batch_size": 4,
             "max_length": 48,
-            # The finest mask is where most can go wrong; a given one has its own.
-            "granularity": None if "mask" in parameters else "weight",
-        } | parameters
+            # The finest mask is where most can go wrong.
+            "granularity": "weight",
+        }
+        # A given mask was learned before.
+        given = {"learning_rate": None, "granularity": None} if "mask" in parameters else {}
+        values = values | given | parameters
         values = {key: value for key, value in values.items() if value is not None}
         return tiny.recipe(family / "base", [family / "math", family / "code"], **values)
 

@@ -102,6 +102,7 @@ def run_merge(folder, family, dtype="float32", **parameters):
         weights=list(WEIGHTS.values()),
         safety_dataset=str(family / "pairs.jsonl"),
         max_steps=2,
+        learning_rate=0.1,
         batch_size=4,
         max_length=48,
         **parameters,

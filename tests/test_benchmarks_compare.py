@@ -723,7 +723,7 @@ def test_more_pairs_are_those_that_nothing_learned_from(whole, data, tmp_path):
             read_recipe(compare_make._resolved(making.learns, names)), MergeOptions()
         )
         encoded = checked_data(planned).pairs
-        for rows in batches(len(encoded), planned.settings, 2):
+        for rows in batches(len(encoded), planned.settings, QUICK_LEARNING.steps):
             learned |= {pairs[encoded[row].row].messages[-1]["content"] for row in rows}
     left = [pair for pair in pairs if pair.messages[-1]["content"] not in learned]
     tested = read_splits(data, pairs, held_out, QUICK_SIZES)["test"].pairs

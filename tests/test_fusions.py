@@ -89,7 +89,13 @@ def recipe_of(family, fusion, models, **parameters):
         family / "base",
         specialists,
         fusion=fusion,
-        **{"max_steps": 2, "batch_size": 4, "max_length": 48, **own_parameters(fusion)},
+        **{
+            "max_steps": 2,
+            "learning_rate": 0.1,
+            "batch_size": 4,
+            "max_length": 48,
+            **own_parameters(fusion),
+        },
         **parameters,
     )
     for model in recipe["models"]:

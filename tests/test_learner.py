@@ -55,7 +55,8 @@ def make_problem(
     micro_batch=4, fusion=None, autocast=None, runs=engine.ResidentEngine, layers=2, **parameters
 ):
     """A tiny Llama, two random task vectors, and random pairs and utility examples."""
-    values = {"safety_dataset": "x", "max_steps": 4, "batch_size": 4} | parameters
+    values = {"safety_dataset": "x", "max_steps": 4, "learning_rate": 0.1, "batch_size": 4}
+    values |= parameters
     settings = Settings(**values)
     base = tiny.tiny_llama(0, VOCABULARY, layers=layers)
     others = {seed: tiny.perturbed(base, seed) for seed in (1, 2)}

@@ -53,6 +53,8 @@ def learned(family, tmp_path_factory):
         [family / "math", family / "code"],
         safety_dataset=str(family / "pairs.jsonl"),
         max_steps=8,
+        learning_rate=0.1,
+        epochs=1,
         batch_size=4,
         max_length=48,
     )

@@ -51,7 +51,7 @@ def rates(merge):
 def test_the_preset_sets_the_published_values_and_nothing_else(planned):
     plain, preset = planned(), planned(preset="paper")
     assert preset.settings.model_dump() == plain.settings.model_dump() | {"preset": "paper"} | PAPER
-    assert set(rates(plain).values()) == {0.1}
+    assert set(rates(plain).values()) == {0.03}
     assert set(rates(preset).values()) == {0.01}
 
 

@@ -26,8 +26,8 @@ DEFAULTS: dict[str, tuple[Any, ...]] = {
     TEMPERATURE: (0.25, 0.5, 1.0),
     "sft_weight": (0.0, 0.3, 1.0),
     "utility_weight": (0.3, 1.0, 3.0),
-    "learning_rate": (0.03, 0.1, 0.3),
-    "max_steps": (30, 60, 120),
+    "learning_rate": (0.01, 0.03, 0.1),
+    "max_steps": (60, 120, 240),
     "seed": (0, 1, 2),
 }
 # A factor on all weights.
