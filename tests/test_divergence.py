@@ -319,7 +319,7 @@ def test_the_row_that_is_named_is_that_of_the_file(family_recipe, tmp_path, monk
     kept = json.loads((tmp_path / "mask.last-good/somf.json").read_text())
     assert kept["stopped"]["rows"] == [37]
     assert kept["stopped"]["step"] == kept["steps"] + 1
-    assert f"at step {kept['steps'] + 1} of 15" in text
+    assert f"at step {kept['steps'] + 1} of 40" in text
     assert kept["stopped"]["tensor"] in text
 
 
