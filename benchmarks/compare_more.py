@@ -1,6 +1,6 @@
 """Four models of the comparison on more pairs than its test has, and on other prompts.
 
-The base, the plain merge, the merge of the defaults, and the rival that comes nearest to it.
+The base, the plain merge, the merge of the defaults, and a rival that comes near to it.
 
 The comparison's test has 133 pairs of few prompts and harmful prompts of one kind. Here are all
 pairs of prompts that neither the base nor a merge learned from, and harmful prompts of other sets.
@@ -36,7 +36,7 @@ from .real_data import OTHER_HARMFUL, SAFETY_PAIRS, prompts_of
 from .real_training import alignment_examples
 
 GROUP, FOLDER = "two", "compare-more"
-# Trained by the objective, on the pairs and for the steps of the defaults' mask.
+# Trained by the objective of the defaults' mask and on its pairs, for a quarter of the steps.
 RIVAL = "dpo_norm"
 RESAMPLES = 2000
 

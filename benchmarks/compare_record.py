@@ -183,15 +183,10 @@ def place(derived_values: dict[str, Any]) -> tuple[float, float]:
 
 def _compare(entries: list[Entry], group: str) -> None:
     """Say of each entry whether it is undominated, and how it compares with the package's own."""
-    points = {
-        number: place(entry["mean"])
-        for number, entry in enumerate(entries)
-        if entry["is_merge"] and "safety" in entry["mean"]
-    }
-    best = undominated({str(number): point for number, point in points.items()})
+    placed = [entry for entry in entries if entry["is_merge"] and "safety" in entry["mean"]]
     champion = next((e for e in entries if e["row"] == CHAMPION[group]), None)
-    for number, entry in enumerate(entries):
-        entry["undominated"] = str(number) in best
+    for entry in entries:
+        entry["undominated"] = entry in placed and not any(_beats(o, entry) for o in placed)
         shared = [s for s in entry["seeds"] if champion and s in champion["seeds"]]
         pairs = [
             (entry["seeds"][s]["derived"], champion["seeds"][s]["derived"])
@@ -210,6 +205,21 @@ def _compare(entries: list[Entry], group: str) -> None:
             "skill": differences[1],
             "seeds": len(known),
         }
+
+
+def _beats(other: Entry, entry: Entry) -> bool:
+    """Return whether another one dominates an entry, in the mean of all seeds that this one has."""
+    if not entry["seeds"].keys() <= other["seeds"].keys():
+        return False
+    places = {
+        name: [place(one["seeds"][seed]["derived"]) for seed in entry["seeds"]]
+        for name, one in (("other", other), ("own", entry))
+    }
+    means = {
+        name: (mean(safety for safety, _ in of_seeds), mean(skill for _, skill in of_seeds))
+        for name, of_seeds in places.items()
+    }
+    return "own" not in undominated(means)
 
 
 def _told_loss(entry: Entry) -> dict[str, Any] | None:

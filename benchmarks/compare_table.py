@@ -197,7 +197,7 @@ def _reading(record: dict[str, Any]) -> list[str]:
         "line to beat. The last column compares a row with the package's own in safety and in "
         "skill gain kept, seed by seed; beyond the seeds' spread is a mean difference larger than "
         f"the differences' standard deviation. {UNDOMINATED}: no other row is as good in both, and "
-        "better in one, in the means.",
+        "better in one, in the means over the row's seeds.",
         "An untrained mask that is not drawn but soft is 1 everywhere, the plain merge itself; "
         "without the rescale it is a plain merge of half the weight; thresholded it is the base.",
     ]

@@ -302,6 +302,16 @@ def test_the_table_is_that_of_the_runs(made_up):
     rows = [row for row in record["validation"] if row["row"] == "somf_dpo"]
     assert [row["chosen"] for row in rows] == [True] + [False] * 3
     assert len(record["runs"]) == sum(1 for _ in comparison.bench.models.work.rglob("run.json"))
+    # A row that has one seed alone can't beat one that has all, which can beat it on that seed.
+    seed_2 = {"learning rate 1e-05": 0.75, "learning rate 3e-05": 0.73}
+    for setting, refusals in seed_2.items():
+        write("dpo_norm", setting, 2, "test", refusals=refusals, math_loss=0.45)
+    again = {(e["row"], e["setting"]): e for e in record_of(comparison, "")["entries"]}
+    best = entries["dpo", "learning rate 3e-06"]
+    assert best["mean"]["refusals"] == pytest.approx(0.72)
+    assert again["dpo", "learning rate 3e-06"]["undominated"]
+    assert again["dpo_norm", "learning rate 1e-05"]["undominated"]
+    assert not again["dpo_norm", "learning rate 3e-05"]["undominated"]
 
 
 def test_the_documentation_and_the_results_show_the_record():
