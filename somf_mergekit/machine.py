@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from .errors import RecipeError
+from .errors import RecipeError, first_line
 from .processes import started_here
 
 _CHECKPOINT_MINUTES = 5
@@ -109,6 +109,17 @@ def without_setting(name: str) -> Iterator[None]:
     finally:
         if before is not None:
             os.environ[variable] = before
+
+
+def device_problem(device: str) -> str | None:
+    """Return what keeps torch from using ``device``, in a sentence; None for nothing."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        return f"device {device!r} can't be used: {first_line(error)}"
+    return None
 
 
 def autocast_type(device: str) -> Any:

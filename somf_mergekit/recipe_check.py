@@ -16,7 +16,9 @@ from .contracts import MERGING, check_contracts
 from .errors import RecipeError, raise_together
 from .fusion_check import count_problem, name_problem
 from .fusion_methods import known_fusions
+from .machine import device_problem
 from .model_check import configuration_problems, weight_problems
+from .processes import own_device
 from .recipe import METHOD_NAME, parameters
 from .recipe_blocks import model_blocks, parameter_blocks
 from .repairs.catalogue import REPAIRS
@@ -77,7 +79,8 @@ def check_recipe(
         RecipeError: everything that is wrong, together; or mergekit lacks what we need of it.
     """
     check_contracts(MERGING)
-    problems = []
+    problem = device_problem(own_device(options.device))
+    problems = [problem] if problem else []
     if config_source is not None:
         content = yaml.safe_load(config_source)
         problems += text_problems(content, MergeConfiguration)

@@ -33,6 +33,13 @@ def refused(tmp_path):
     return run
 
 
+def test_a_device_that_is_not_there_is_told_with_the_rest(refused, family_recipe):
+    for name in ("abacus", *(() if torch.cuda.is_available() else ("cuda",))):
+        said = refused(family_recipe(batch_size=0), "--device", name)
+        assert f"device '{name}' can't be used: " in said
+        assert "parameters.batch_size: 0 is not" in said
+
+
 @pytest.mark.parametrize(
     ("parameters", "said"),
     [

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..errors import first_line
+from ..machine import device_problem
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -80,11 +80,8 @@ class EvaluationSettings:
                 found.append(f"{name} is {value}: expected {least} or more")
         if self.dtype not in DTYPES:
             found.append(f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
-        try:
-            torch.empty(0, device=self.place)
-        except (RuntimeError, AssertionError) as error:
-            found.append(f"device {self.place!r} can't be used: {first_line(error)}")
-        return found
+        problem = device_problem(self.place)
+        return [*found, problem] if problem else found
 
 
 _LEAST = {
