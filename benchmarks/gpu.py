@@ -4,10 +4,11 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import click
 import torch
@@ -125,7 +126,7 @@ class _Checks:
             kernels.write_masked(weight, merged, draw, rescale, shard)
             expected = start.float() + fused.float() * masking.mask_factor(mask, rescale)
             whole = kernels.whole_mask(draw)
-            found = kernels.update_logits(gradient, merged, draw, rescale, shard, 1.0)
+            found = kernels.update_logits(gradient, fused, draw, rescale, shard, 1.0)
             apart = {
                 "mask": (whole - mask).abs().max(),
                 "weight": (weight - expected.to(dtype)).abs().max(),
@@ -141,17 +142,15 @@ class _Checks:
         return _difference(self._learned(name, engine, self.device), expected)
 
     def _without_kernels(self) -> dict[str, Any]:
-        from somf_mergekit.learner import entrywise
+        from somf_mergekit.learner import entrywise, whole
 
-        before = entrywise.kernels_for
         with_kernels = self._learned("one entry a weight", "resident", self.device)
-        try:
-            entrywise.kernels_for = lambda device: None
-            return _difference(
-                with_kernels, self._learned("one entry a weight", "resident", self.device, "torch")
-            )
-        finally:
-            entrywise.kernels_for = before
+        with ExitStack() as torch_alone:
+            for module in (entrywise, whole):
+                patch = mock.patch.object(module, "kernels_for", return_value=None)
+                torch_alone.enter_context(patch)
+            other = self._learned("one entry a weight", "resident", self.device, "torch")
+        return _difference(with_kernels, other)
 
     def _again(self) -> dict[str, Any]:
         first = self._learned("one entry a weight", "resident", self.device)
@@ -316,8 +315,6 @@ def _tensors_of(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def _environment(**values: str) -> Iterator[None]:
-    from unittest import mock
-
     with mock.patch.dict("os.environ", values):
         yield
 

@@ -11,7 +11,7 @@ import torch
 from test_learner import TRAJECTORIES, make_problem, trajectory
 
 from somf_mergekit import masking, noise
-from somf_mergekit.learner import entrywise, triton_check
+from somf_mergekit.learner import entrywise, triton_check, whole
 from somf_mergekit.learner.draws import Draw
 from somf_mergekit.learner.optimizer import step_logits
 from somf_mergekit.shards import Shard
@@ -59,7 +59,7 @@ def test_kernels_compute_the_formulas(kernels, name, rescale, dtype):
     formula = masking.logit_gradient(factor_gradient, mask, draw.temperature, rescale).view(-1)
     expected = logits.view(-1).clone()
     square = step_logits(expected, [(slice(None), formula.clone())], 0.25)
-    found = kernels.update_logits(kept, merged, draw, rescale, shard, 0.25)
+    found = kernels.update_logits(kept, merged.fused, draw, rescale, shard, 0.25)
     assert float(found) == pytest.approx(float(square), rel=1e-4)
     torch.testing.assert_close(kept, gradient.to(dtype))
     # Where a gradient is about 0, its sign may be another.
@@ -68,11 +68,14 @@ def test_kernels_compute_the_formulas(kernels, name, rescale, dtype):
     torch.testing.assert_close(logits.view(-1)[is_clear], expected[is_clear], rtol=1e-4, atol=1e-4)
 
 
-def test_learning_with_kernels_goes_the_same_way(kernels, monkeypatch):
-    changes = TRAJECTORIES["defaults"] | {"max_steps": 2}
+@pytest.mark.parametrize("name", ["defaults", "row", "no rescale", "ties"])
+def test_learning_with_kernels_goes_the_same_way(kernels, name, monkeypatch):
+    changes = TRAJECTORIES[name] | {"max_steps": 2}
     losses, logits = trajectory(make_problem(**changes))
     used = []
-    monkeypatch.setattr(entrywise, "kernels_for", lambda device: used.append(device) or kernels)
+    for module in (entrywise, whole):
+        found = lambda device: used.append(device) or kernels  # noqa: E731
+        monkeypatch.setattr(module, "kernels_for", found)
     other_losses, other = trajectory(make_problem(**changes))
     assert used
     assert other_losses == pytest.approx(losses, abs=1e-5)
@@ -90,8 +93,8 @@ from somf_mergekit.learner import kernels
 TYPES = {"blocks": "i32", "key": "i64", "word": "i32", "count": "i32"}
 TYPES |= dict.fromkeys(("sharpness", "entries", "rate"), "fp32")
 FLOATS = ("sums", "totals", "squares", "found", "logits")
-MADE_FOR = {"WEIGHTED": True, "RESCALED": True, "DRAWN": True, "STRIDE": 1, "SKIPPED": 0}
-MADE_FOR |= {"WORDS": 256, "EPS": 1e-8}
+MADE_FOR = dict.fromkeys(("WEIGHTED", "FUSED", "RESCALED", "DRAWN"), True)
+MADE_FOR |= {"STRIDE": 1, "SKIPPED": 0, "WORDS": 256, "EPS": 1e-8}
 names = ("_mask_kernel", "_totals_kernel", "_write_kernel", "_update_kernel")
 for kernel in (getattr(kernels, name) for name in names):
     signature, made_for, aligned = {}, {}, {}
@@ -172,5 +175,5 @@ def test_where_kernels_fail_torch_is_used_and_it_is_told_once(found, told, monke
 
 
 def test_a_wrong_kernel_shows(kernels, monkeypatch):
-    monkeypatch.setattr(kernels, "_totals", lambda *_: torch.ones(2))
+    monkeypatch.setattr(kernels, "_totals", lambda *_, **__: torch.ones(2))
     assert triton_check.largest_error(kernels, torch.device("cpu")) > 0.01

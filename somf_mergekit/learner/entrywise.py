@@ -72,20 +72,11 @@ def update_logits(
     """
     kernels = kernels_for(weight.device)
     if kernels:
-        found: Tensor = kernels.update_logits(gradient, merged, draw, rescale, shard, rate)
+        found: Tensor = kernels.update_logits(gradient, merged.fused, draw, rescale, shard, rate)
         return found
     return step_logits(
         draw.logits, logit_gradients(weight, gradient, merged, draw, rescale, shard), rate
     )
-
-
-def whole_mask(draw: Mask, count: int, device: torch.device) -> Tensor:
-    """Return all ``count`` entries of a mask, float32, (count,)."""
-    kernels = kernels_for(device) if isinstance(draw, Draw) else None
-    if kernels:
-        found: Tensor = kernels.whole_mask(draw)
-        return found
-    return torch.cat([draw.part(part) for part in pieces(count, device)])
 
 
 def logit_gradients(

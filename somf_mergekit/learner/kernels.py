@@ -23,30 +23,37 @@ def write_masked(
 ) -> None:
     """Do what ``entrywise.write_masked`` does."""
     flat, fused, start = weight.view(-1), merged.fused.view(-1), merged.start.reshape(-1)
-    totals = _totals(draw, None, None, rescale, shard)
+    totals = _totals(draw, rescale, shard)
     values = flat, start, fused, totals, float(shard.entries)
     _write_kernel[_grid(draw)](*values, *_mask(draw), **_constants(draw, rescale))
 
 
 def update_logits(
     gradient: Tensor,
-    merged: LinearWeight,
+    fused: Tensor | None,
     draw: Draw,
     rescale: str,
     shard: Shard,
     rate: float,
 ) -> Tensor:
-    """Do what ``entrywise.update_logits`` does, and leave weight and gradient as they are.
+    """Take the optimiser's step on the logits of ``draw``; weight and gradient stay as they are.
 
     Args:
-        gradient: dL/dW in the weight's shape, complete.
-        merged, draw, rescale, shard, rate: see there.
+        gradient: dL/dW in the weight's shape, complete; or dL/dc of each entry.
+        fused: D, in the weight's shape; None where the gradient is that of the mask's factor.
+        draw, rescale, shard, rate: see ``entrywise.update_logits``.
+
+    Returns:
+        The squared norm of the logits' gradient, see there.
     """
-    products, fused = gradient.reshape(-1), merged.fused.view(-1)
-    totals = _totals(draw, products, fused, rescale, shard)
-    squares = torch.empty(_grid(draw), device=fused.device)
-    values = squares, products, fused, totals, float(shard.entries), rate
-    _update_kernel[_grid(draw)](*values, *_mask(draw), **_constants(draw, rescale), EPS=EPS)
+    products = gradient.reshape(-1)
+    other = products if fused is None else fused.view(-1)
+    of_weight = {"FUSED": fused is not None}
+    totals = _totals(draw, rescale, shard, (products, other), **of_weight)
+    squares = torch.empty(_grid(draw), device=products.device)
+    values = squares, products, other, totals, float(shard.entries), rate
+    constants = _constants(draw, rescale) | of_weight
+    _update_kernel[_grid(draw)](*values, *_mask(draw), **constants, EPS=EPS)
     return squares.sum()
 
 
@@ -58,18 +65,22 @@ def whole_mask(draw: Draw) -> Tensor:
 
 
 def _totals(
-    draw: Draw, products: Tensor | None, fused: Tensor | None, rescale: str, shard: Shard
+    draw: Draw,
+    rescale: str,
+    shard: Shard,
+    weighted: tuple[Tensor, Tensor] | None = None,
+    FUSED: bool = True,
 ) -> Tensor:
-    """Return sum(m) and, where G and D are given, sum(G D m) of the whole weight, float32 (2,)."""
+    """Return sum(m) and, where G and D are given, sum(G D m) of the whole mask, float32 (2,)."""
     grid = _grid(draw)
-    is_weighted = products is not None and fused is not None
     # A sum for each program, added up after: atomic additions come in another order every time.
-    sums = torch.empty((1 + is_weighted, *grid), device=draw.logits.device)
+    sums = torch.empty((1 + bool(weighted), *grid), device=draw.logits.device)
     # What the kernels do not read where nothing is rescaled.
     if rescale == "none":
         return sums.view(-1)[:1]
-    values = (sums, products, fused) if is_weighted else (sums, sums, sums)
-    _totals_kernel[grid](*values, *grid, *_mask(draw), WEIGHTED=is_weighted, **_constants(draw))
+    values = (sums, *(weighted or (sums, sums)), *grid, *_mask(draw))
+    constants = _constants(draw) | {"WEIGHTED": bool(weighted), "FUSED": FUSED}
+    _totals_kernel[grid](*values, **constants)
     return shard.add_up(sums.sum(dim=1))
 
 
@@ -141,6 +152,15 @@ def _scale(totals, entries):  # type: ignore[no-untyped-def]
     return tl.where(total > 0, entries / total, 0.0)
 
 
+@triton.jit
+def _factor_gradient(products, fused, at, exists, FUSED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return dL/dc of a program's entries, 0 where there is none."""
+    found = tl.load(products + at, mask=exists, other=0.0).to(tl.float32)
+    if FUSED:
+        found *= tl.load(fused + at, mask=exists, other=0.0).to(tl.float32)
+    return found
+
+
 @triton.jit(do_not_specialize=_VARYING)
 def _mask_kernel(  # type: ignore[no-untyped-def]
     found, logits, key, word, count, sharpness,
@@ -154,17 +174,16 @@ def _mask_kernel(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=_VARYING)
 def _totals_kernel(  # type: ignore[no-untyped-def]
     sums, products, fused, blocks, logits, key, word, count, sharpness,
-    WEIGHTED: tl.constexpr, DRAWN: tl.constexpr, STRIDE: tl.constexpr, SKIPPED: tl.constexpr,
-    WORDS: tl.constexpr,
+    WEIGHTED: tl.constexpr, FUSED: tl.constexpr, DRAWN: tl.constexpr, STRIDE: tl.constexpr,
+    SKIPPED: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     words, lanes, at, exists = _places(word, count, SKIPPED, WORDS)
     mask = _mask_of(logits, key, words, lanes, at, exists, sharpness, DRAWN, STRIDE)
     block = tl.program_id(0)
     tl.store(sums + block, tl.sum(mask))
     if WEIGHTED:
-        product = tl.load(products + at, mask=exists, other=0.0).to(tl.float32)
-        product *= tl.load(fused + at, mask=exists, other=0.0).to(tl.float32)
-        tl.store(sums + blocks + block, tl.sum(product * mask))
+        of_factor = _factor_gradient(products, fused, at, exists, FUSED)
+        tl.store(sums + blocks + block, tl.sum(of_factor * mask))
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -185,13 +204,12 @@ def _write_kernel(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=_VARYING)
 def _update_kernel(  # type: ignore[no-untyped-def]
     squares, products, fused, totals, entries, rate, logits, key, word, count, sharpness,
-    RESCALED: tl.constexpr, DRAWN: tl.constexpr, STRIDE: tl.constexpr, SKIPPED: tl.constexpr,
-    WORDS: tl.constexpr, EPS: tl.constexpr,
+    RESCALED: tl.constexpr, FUSED: tl.constexpr, DRAWN: tl.constexpr, STRIDE: tl.constexpr,
+    SKIPPED: tl.constexpr, WORDS: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     words, lanes, at, exists = _places(word, count, SKIPPED, WORDS)
     mask = _mask_of(logits, key, words, lanes, at, exists, sharpness, DRAWN, STRIDE)
-    gradient = tl.load(products + at, mask=exists, other=0.0).to(tl.float32)
-    gradient *= tl.load(fused + at, mask=exists, other=0.0).to(tl.float32)
+    gradient = _factor_gradient(products, fused, at, exists, FUSED)
     if RESCALED:
         scale = _scale(totals, entries)
         gradient = gradient * scale - tl.load(totals + 1) * scale * scale / entries

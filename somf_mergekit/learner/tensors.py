@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from ..granularity import Layout
-from ..masking import MERGE_STEP, logit_gradient, mask_factor
+from ..masking import MERGE_STEP, mask_factor
 from ..noise import noise_key
 from ..shards import Shard
 from ..weights import LinearWeight, MergedWeight
 from .draws import Draw, Mask, MergedMask
-from .entrywise import update_logits, whole_mask, write_masked
-from .optimizer import step_logits
+from .entrywise import update_logits, write_masked
+from .whole import update_entries, whole_mask
 
 
 class Content(Enum):
@@ -149,13 +149,11 @@ class MaskedTensor:
             )
             return
         sample = self._whole(draw)
-        of_factor = self.merged.factor_gradient(
-            gradient, mask_factor(sample, self.rescale), self.layout, self.shard
-        )
-        found = logit_gradient(of_factor, sample, self.temperature, self.rescale)
-        self.gradient_square = step_logits(
-            self.logits.view(-1), [(slice(None), found.view(-1))], rate
-        )
+        # The gradient of a linear weight is the same at any factor.
+        is_linear = isinstance(self.merged, LinearWeight)
+        factor = sample if is_linear else mask_factor(sample, self.rescale)
+        of_factor = self.merged.factor_gradient(gradient, factor, self.layout, self.shard)
+        self.gradient_square = update_entries(of_factor, sample, draw, self.rescale, rate)
 
     @property
     def is_shared(self) -> bool:

@@ -59,17 +59,20 @@ def largest_error(kernels: Any, device: torch.device) -> float:
     merged, shard = LinearWeight(start, fused), Shard((_ENTRIES,))
     key = noise_key(seed=0, step=0, name="")
     sample = concrete_sample(logits, key, _TEMPERATURE)
-    of_factor = logit_gradient(gradient * fused, sample, _TEMPERATURE, "mean")
+    of_logits = logit_gradient(gradient * fused, sample, _TEMPERATURE, "mean")
     expected = logits.clone()
-    square = step_logits(expected, [(slice(None), of_factor)], _RATE)
+    square = step_logits(expected, [(slice(None), of_logits.clone())], _RATE)
     draw, weight = Draw(logits, key, 0, _TEMPERATURE), torch.empty_like(start)
+    # A mask that is drawn whole has the gradient of its factor.
+    other = Draw(logits.clone(), key, 0, _TEMPERATURE)
+    kernels.update_logits(gradient * fused, None, other, "mean", shard, _RATE)
     kernels.write_masked(weight, merged, draw, "mean", shard)
     whole = kernels.whole_mask(draw)
-    found = kernels.update_logits(gradient, merged, draw, "mean", shard, _RATE)
+    found = kernels.update_logits(gradient, fused, draw, "mean", shard, _RATE)
     errors = (
         weight - (start + fused * mask_factor(sample, "mean")),
         whole - sample,
-        (logits - expected)[of_factor.abs() > _CLEAR],
+        *((own.logits - expected)[of_logits.abs() > _CLEAR] for own in (draw, other)),
         found / square - 1,
     )
     return max(float(error.abs().max()) for error in errors)
