@@ -12,7 +12,7 @@ import torch
 from test_learner import make_problem
 
 from somf_mergekit import MaskSet
-from somf_mergekit.learner import engine, passes, streaming
+from somf_mergekit.learner import engine, entrywise, optimizer, passes, streaming, whole
 from somf_mergekit.learner.checkpoints import Checkpoints, Progress
 from somf_mergekit.learner.divergence import (
     IN_A_ROW,
@@ -156,15 +156,22 @@ def break_losses(monkeypatch, change):
 
 def norms_seen(monkeypatch):
     """The norm of each tensor's gradient in each step, as it is seen by its optimiser."""
-    real, found = MaskedTensor._gradients, {}
+    real_update, real_step, found, now = MaskedTensor.update, optimizer.step_logits, {}, []
 
-    def watching(self, gradient, step):
-        pieces = [(part, piece.clone()) for part, piece in real(self, gradient, step)]
-        whole = torch.cat([piece.flatten() for _, piece in pieces])
-        found.setdefault(step, {})[self.name] = float(whole.double().norm())
-        return iter(pieces)
+    def update(self, gradient, step, rate_share):
+        now[:] = [step, self.name]
+        real_update(self, gradient, step, rate_share)
 
-    monkeypatch.setattr(MaskedTensor, "_gradients", watching)
+    def watching(logits, gradients, rate):
+        step, name = now
+        pieces = [(part, piece.clone()) for part, piece in gradients]
+        together = torch.cat([piece.flatten() for _, piece in pieces])
+        found.setdefault(step, {})[name] = float(together.double().norm())
+        return real_step(logits, pieces, rate)
+
+    monkeypatch.setattr(MaskedTensor, "update", update)
+    for module in (entrywise, whole):
+        monkeypatch.setattr(module, "step_logits", watching)
     return found
 
 
