@@ -14,6 +14,8 @@ import click
 import torch
 import yaml
 
+from somf_mergekit.repairs.catalogue import REPAIRS
+
 from .circumstances import circumstances
 from .real_data import pairs_of, write_examples, write_pairs
 from .speed_models import BASE, SPECIALISTS, WEIGHT, make_models
@@ -36,14 +38,6 @@ FUSIONS: dict[str, dict[str, Any]] = {
     "breadcrumbs": {"density": 0.8, "gamma": 0.05},
     "della": {"density": 0.6, "epsilon": 0.2},
     "dare_ties": {"density": 0.6},
-}
-REPAIRS: dict[str, dict[str, Any]] = {
-    "resta": {"gamma": 0.7},
-    "safe_lora": {"threshold": 0.9},
-    "safemerge": {"threshold": 0.9, "alpha": 0.3},
-    "lox": {"alpha": 1.25, "rank": 3},
-    "lssf": {"alpha": 0.8},
-    "nlsr": {"beta": 0.4, "rank": 3, "share": 0.5, "threshold": 0.8},
 }
 
 
@@ -181,11 +175,9 @@ class _Checks:
         return self._merged(content, f"merged-{fusion}")
 
     def _repairing(self, method: str) -> dict[str, Any]:
-        from somf_mergekit.repairs.catalogue import REPAIRS as KNOWN
-
         base = str(self.folder / BASE)
         models: list[dict[str, Any]] = []
-        for role in KNOWN[method].needs:
+        for role in REPAIRS[method].needs:
             # Any model will do, under a name of its own.
             model = self.folder / role
             if not model.exists():
@@ -197,7 +189,6 @@ class _Checks:
             "merge_method": method,
             "base_model": base,
             "models": models,
-            "parameters": REPAIRS[method],
             "dtype": "float32",
         }
         return self._merged(content, f"repaired-{method}")

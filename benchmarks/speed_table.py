@@ -24,13 +24,19 @@ def write_record(
     rows: dict[str, dict[str, Any]], weights: int, model: str, options: dict[str, Any]
 ) -> str:
     """Write speed-MODEL.json and speed-MODEL.md into ``options["out"]`` and return the tables."""
-    on_gpu, limit = options["device"] != "cpu", options.get("gpu_memory")
-    other = "" if options["granularity"] == FINEST else options["granularity"]
-    parts = (Path(model).name, "gpu" * on_gpu, f"{limit:g}gib" if limit else "", other)
-    name = "-".join(["speed", *filter(None, parts)])
+    parts, left_out = ["speed", Path(model).name], {"out"}
     # Records of before know no other device and no other granularity.
-    left_out = {"out", *(() if on_gpu else ("device", "gpu_memory"))}
-    left_out |= set() if other else {"granularity"}
+    if options["device"] == "cpu":
+        left_out |= {"device", "gpu_memory"}
+    else:
+        parts.append("gpu")
+    if options.get("gpu_memory"):
+        parts.append(f"{options['gpu_memory']:g}gib")
+    if options["granularity"] == FINEST:
+        left_out.add("granularity")
+    else:
+        parts.append(options["granularity"])
+    name = "-".join(parts)
     settings = {
         k: str(v) if isinstance(v, Path) else v for k, v in options.items() if k not in left_out
     }
