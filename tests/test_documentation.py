@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "examples/README.md", *DOCS]
 
 
 def anchors(page):
@@ -15,7 +16,7 @@ def anchors(page):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
     assert targets
@@ -30,5 +31,5 @@ def test_links_lead_somewhere(page):
 
 def test_the_readme_leads_to_every_page():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for page in PAGES[1:]:
+    for page in DOCS:
         assert f"(docs/{page.name})" in text

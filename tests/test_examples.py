@@ -332,8 +332,8 @@ def test_an_example_opens_with_what_it_needs_and_is_short(example):
     assert "\n# Needs: " in head
 
 
-def test_readme_names_every_example():
-    text = (ROOT / "README.md").read_text()
+def test_the_list_of_examples_names_every_one():
+    text = (ROOT / "examples/README.md").read_text()
     assert EXAMPLES
     for example in EXAMPLES:
-        assert f"({example.relative_to(ROOT)})" in text
+        assert f"({example.relative_to(ROOT / 'examples')})" in text
