@@ -49,9 +49,10 @@ def _merge() -> click.Command:
     register()
 
     def callback(**values: Any) -> None:
-        from .recipe_check import OWN_METHODS, read_recipe
+        from .recipe_check import OWN_METHODS, recipe_and_problems
 
-        read_recipe(values["config_file"], OWN_METHODS)
+        # What can't be read at all; the merge reports everything else.
+        recipe_and_problems(values["config_file"], OWN_METHODS)
         _keep_machine_settings(values)
         if mergekit_yaml.callback is None:
             raise click.ClickException("this mergekit has no mergekit-yaml command to call")
@@ -79,20 +80,19 @@ def _check() -> click.Command:
     """Check a recipe, its models and its data; say what would be learned. Loads no weights."""
 
     def callback(recipe_file: str, **values: Any) -> None:
-        from . import forecast, inputs, planner, recipe_check
+        from . import forecast, planner, recipe_check
+        from .masks import MaskSet
 
         options = _merge_options(values)
-        config = recipe_check.read_recipe(recipe_file, recipe_check.OWN_METHODS)
-        planned = planner.planned_merge(config, options)
-        if config.merge_method != recipe.METHOD_NAME:
+        config, problems = recipe_check.recipe_and_problems(recipe_file, recipe_check.OWN_METHODS)
+        planned, data = planner.checked_merge(config, options, problems)
+        if data is None:
             click.echo(f"recipe: right. {len(planned.tensors)} tensors; nothing is learned.")
             return
-        settings = planned.settings
-        if settings.mask:
-            masks = inputs.given_mask(planned, settings.mask)
-            click.echo(f"recipe: right. Mask of {len(masks.names())} tensors: {masks.path}")
+        if isinstance(data, MaskSet):
+            click.echo(f"recipe: right. Mask of {len(data.names())} tensors: {data.path}")
             return
-        data = inputs.checked_data(planned)
+        settings = planned.settings
         expected = forecast.forecast(planned, data)
         click.echo("recipe: right. What would be learned:")
         for label, text in (

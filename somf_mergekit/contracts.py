@@ -129,6 +129,12 @@ CONTRACTS = (
         has=("_plan", "_tensors", "_tokenizer_task", "config", "options", "out_model_config"),
         takes=("config", "arch_info", "options", "out_model_config"),
     ),
+    Contract(
+        "mergekit.merge",
+        "_model_out_config",
+        "makes the merged model's configuration",
+        takes=("config", "arch_info", "trust_remote_code"),
+    ),
     Contract("mergekit.merge", "run_merge", "is made to check the recipe and to report"),
     Contract(
         "mergekit.merge_methods.task_adapter",

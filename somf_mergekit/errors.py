@@ -1,6 +1,7 @@
 """The one error class for mistakes in a recipe, its models or its data."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import click
 
@@ -47,6 +48,15 @@ def raise_together(problems: Iterable[str], heading: str) -> None:
         raise RecipeError(f"{heading}: {found[0]}", found)
     lines = "\n".join(f"  - {problem}" for problem in found)
     raise RecipeError(f"{heading}: {len(found)} problems\n{lines}", found)
+
+
+@contextmanager
+def noted(problems: list[str], prefix: str = "") -> Iterator[None]:
+    """Add what is raised inside as a RecipeError to ``problems``, and go on."""
+    try:
+        yield
+    except RecipeError as error:
+        problems += [prefix + problem for problem in error.problems]
 
 
 def first_line(error: BaseException) -> str:

@@ -19,13 +19,7 @@ from .recipe import parameters
 
 
 class OwnMethod(GroupMergeMethod):
-    """A merge method of this package: it takes models of its own kind, and fuses no masked ones.
-
-    Attributes:
-        takes: which models, in words that an error begins with.
-    """
-
-    takes: str
+    """A merge method of this package: it takes models of its own kind, and fuses no masked ones."""
 
     def validate_inputs(
         self,
@@ -42,7 +36,7 @@ class OwnMethod(GroupMergeMethod):
         try:
             super().validate_inputs(input_ids, base_id, group_name=group_name)
         except ValueError as error:
-            raise RecipeError(f"{self.takes}: {error}") from error
+            raise RecipeError(f"{self.spec.name}: {error}") from error
 
 
 def known_fusions() -> dict[str, MergeMethod]:

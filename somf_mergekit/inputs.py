@@ -1,13 +1,13 @@
 """What a merge's mask is learned from: models that fit each other, data that is usable."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from .answers import EncodedAnswer, answered_prompts, encoded_answers, has_answers
 from .contracts import LEARNING, check_contracts
-from .errors import RecipeError, raise_together
+from .errors import noted, raise_together
 from .granularity import mask_layout, weight_storage
 from .headers import checkpoint_problems, planned_tensors
 from .held_out import LEAST, MOST, held_out_split
@@ -20,7 +20,7 @@ from .preferences import (
     encoded_pairs,
     preference_pairs,
 )
-from .recipe import Settings
+from .recipe import METHOD_NAME, Settings
 from .report.measured import measuring_problems
 from .rows import Dropped, dataset_rows
 
@@ -46,39 +46,75 @@ class SafetyData:
     utility: list[EncodedAnswer]
 
 
-def checked_data(planned: PlannedMerge) -> SafetyData:
-    """Return the safety data after checking it and the models against each other.
+# What a merge's masks are learned from, or were given as; None where its method takes none.
+MergeInputs = SafetyData | MaskSet | None
+
+
+def merge_inputs(planned: PlannedMerge, problems: Sequence[str] = ()) -> MergeInputs:
+    """Return what a merge needs beside its plan, after checking it and the models together.
+
+    Args:
+        planned: the merge.
+        problems: what is known to be wrong already, reported with the rest.
 
     Raises:
         RecipeError: everything that is wrong, together; or what learning needs is not installed.
     """
+    if planned.config.merge_method != METHOD_NAME:
+        found = list(problems)
+        with noted(found):
+            found += checkpoint_problems(planned)
+        raise_together(found, CANT_BE_MADE)
+        return None
+    if planned.settings.mask:
+        return given_mask(planned, planned.settings.mask, problems)
+    return checked_data(planned, problems)
+
+
+def checked_data(planned: PlannedMerge, problems: Sequence[str] = ()) -> SafetyData:
+    """Return the safety data after checking it and the models against each other.
+
+    Raises:
+        RecipeError: ``problems`` and everything else that is wrong, together; or what learning
+            needs is not installed.
+    """
     check_contracts(LEARNING)
-    problems = checkpoint_problems(planned)
-    impossible = learning_problem(planned)
-    problems += [impossible] if impossible else []
+    found = list(problems)
     data = SafetyData([], [], "", "", [])
     utility: list[EncodedAnswer] = []
-    try:
+    with noted(found):
+        found += checkpoint_problems(planned)
+    impossible = learning_problem(planned)
+    found += [impossible] if impossible else []
+    with noted(found):
         data = _safety_data(planned)
-    except RecipeError as error:
-        problems.append(error.message)
-    try:
+    with noted(found, "parameters.utility_dataset: "):
         utility = _utility_data(planned)
-    except RecipeError as error:
-        problems.append(f"parameters.utility_dataset: {error.message}")
-    problems += measuring_problems(planned)
-    raise_together(problems, CANT_BE_MADE)
+    found += measuring_problems(planned)
+    raise_together(found, CANT_BE_MADE)
     return replace(data, utility=utility)
 
 
-def given_mask(planned: PlannedMerge, source: str) -> MaskSet:
+def given_mask(planned: PlannedMerge, source: str, problems: Sequence[str] = ()) -> MaskSet:
     """Return the learned mask that a recipe names, after checking it against the models.
 
     Raises:
-        RecipeError: everything that does not fit, together.
+        RecipeError: ``problems`` and everything that does not fit, together.
     """
-    masks = MaskSet.open(source)
-    problems = checkpoint_problems(planned)
+    found = list(problems)
+    with noted(found):
+        found += checkpoint_problems(planned)
+    found += measuring_problems(planned)
+    with noted(found):
+        masks = MaskSet.open(source)
+        found += _misfits(planned, masks, source)
+    raise_together(found, CANT_BE_MADE)
+    return masks
+
+
+def _misfits(planned: PlannedMerge, masks: MaskSet, source: str) -> list[str]:
+    """Return what of a learned mask does not fit the models, a sentence each."""
+    problems = []
     planned_for = {
         name: tensor for name, tensor in planned_tensors(planned).items() if tensor.may_get_mask
     }
@@ -106,9 +142,7 @@ def given_mask(planned: PlannedMerge, source: str) -> MaskSet:
                 "or learn a mask anew"
             )
             break
-    problems += measuring_problems(planned)
-    raise_together(problems, CANT_BE_MADE)
-    return masks
+    return problems
 
 
 def _safety_data(planned: PlannedMerge) -> SafetyData:

@@ -5,14 +5,12 @@ not set.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import click
 
-from .errors import RecipeError, first_line
+from .errors import RecipeError, first_line, noted
 from .processes import started_here
 
 _CHECKPOINT_MINUTES = 5
@@ -99,16 +97,13 @@ def machine_setting(name: str) -> Any:
         raise RecipeError(f"environment variable {option.variable}: {error.message}") from error
 
 
-@contextmanager
-def without_setting(name: str) -> Iterator[None]:
-    """Leave a setting unset inside."""
-    variable = next(option.variable for option in OPTIONS if option.name == name)
-    before = os.environ.pop(variable, None)
-    try:
-        yield
-    finally:
-        if before is not None:
-            os.environ[variable] = before
+def setting_problems() -> list[str]:
+    """Return a sentence for each setting whose value in the environment can't be used."""
+    problems: list[str] = []
+    for option in OPTIONS:
+        with noted(problems):
+            machine_setting(option.name)
+    return problems
 
 
 def device_problem(device: str) -> str | None:

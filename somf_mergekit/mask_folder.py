@@ -96,15 +96,12 @@ def history_problem(folder: str, told: Mapping[str, str]) -> str | None:
     return None
 
 
-def check_folder(folder: str) -> None:
-    """Check that a mask can be put in ``folder`` without harm to what is there.
-
-    Raises:
-        RecipeError: it holds files, and none of them is a mask.
-    """
+def folder_problem(folder: str) -> str | None:
+    """Return a sentence where ``folder`` holds files, and none of them is a mask."""
     found = os.listdir(folder) if os.path.isdir(folder) else []
-    if found and MASKS_FILE not in found:
-        raise RecipeError(f"folder {folder} holds files but no mask: name a new or an empty folder")
+    if not found or MASKS_FILE in found:
+        return None
+    return f"folder {folder} holds files but no mask: name a new or an empty folder"
 
 
 def make_room(folder: str) -> None:

@@ -40,8 +40,6 @@ class SomfMethod(OwnMethod):
     given, in ``merge_state_dicts`` and ``merge_tensors`` alike.
     """
 
-    takes = "somf needs base_model among the models"
-
     @property
     def spec(self) -> MergeMethodSpec:
         """Our parameters with those of every fusion that is registered by now."""

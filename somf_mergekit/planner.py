@@ -5,38 +5,56 @@ import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import click
+import mergekit.merge
 from mergekit.architecture import get_architecture_info
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
+from pydantic import PrivateAttr
 from safetensors import SafetensorError
 
 from . import machine, recipe
 from .errors import RecipeError, first_line, raise_together
 from .files import is_of_writing
-from .headers import checkpoint_problems
 from .held_out import warn
-from .inputs import CANT_BE_MADE
+from .inputs import MergeInputs, merge_inputs
 from .masks import MaskSet
 from .method import MASK_TENSOR
-from .phases import phase
+from .phases import phase, timed
 from .plan import PlannedMerge, mask_name
 from .plan_check import plan_problems, unused_filters
-from .prepass import mask_for
+from .prepass import CHECKING, mask_for
 from .processes import is_first, started
 from .provenance import told_settings
 from .recipe_blocks import recipe_text
-from .recipe_check import OWN_METHODS, WRONG_RECIPE, check_recipe, check_writable, read_recipe
-from .report.record import current_record, unmasked
+from .recipe_check import (
+    OWN_METHODS,
+    WRONG_RECIPE,
+    check_recipe,
+    folder_problems,
+    recipe_and_problems,
+    text_problems,
+)
 from .report.run import merge_with_report
 
 ARTIFACT_FOLDER = "somf"
 _WRAPPED = "_somf_wrapped"
+
+
+class ReadyRecipe(MergeConfiguration):
+    """A recipe that was checked and planned: mergekit's planner takes its tasks from it.
+
+    mergekit hands the recipe that ``run_merge`` gets on to its planner.
+    """
+
+    _planned: PlannedMerge = PrivateAttr()
 
 
 def wrap_planner() -> None:
@@ -44,17 +62,16 @@ def wrap_planner() -> None:
 
     Safe to repeat.
     """
-    for name, wrapper in (("plan_to_disk", _with_folder), ("_plan", _with_checks)):
-        original = getattr(MergePlanner, name)
-        if not hasattr(original, _WRAPPED):
-            wrapped = functools.wraps(original)(wrapper(original))
-            setattr(wrapped, _WRAPPED, True)
-            setattr(MergePlanner, name, wrapped)
+    original = MergePlanner._plan
+    if not hasattr(original, _WRAPPED):
+        wrapped = functools.wraps(original)(_with_checks(original))
+        setattr(wrapped, _WRAPPED, True)
+        MergePlanner._plan = wrapped
 
 
 def wrap_run_merge(module: Any) -> None:
-    """Make ``module.run_merge`` check recipes of our methods before any model is touched, and
-    report on somf merges.
+    """Make ``module.run_merge`` check recipes of our methods before any model is touched, learn
+    masks, and report on somf merges.
 
     Safe to repeat.
     """
@@ -70,42 +87,61 @@ def wrap_run_merge(module: Any) -> None:
         config_source: str | None = None,
         **further: Any,
     ) -> Any:
-        if merge_config.merge_method in OWN_METHODS:
-            check_recipe(merge_config, options, config_source)
-            check_writable(out_path)
+        if merge_config.merge_method not in OWN_METHODS:
+            return original(merge_config, out_path, options, config_source, **further)
+        # mergekit writes into the recipe that it is given.
+        config = merge_config.model_copy(deep=True)
+        text = config_source or recipe_text(config)
 
-        def merge(config: MergeConfiguration, folder: str, how: MergeOptions) -> Any:
-            try:
-                return original(config, folder, how, config_source, **further)
-            except (OSError, SafetensorError) as error:
-                if not is_of_writing(error):
-                    raise
-                raise RecipeError(
-                    f"the merge can't be written to {folder}: {first_line(error)}. Make room, and "
-                    "give the same command again: a mask that was learned is kept, and used again."
-                ) from error
+        def merge(planned: PlannedMerge, folder: str, how: MergeOptions) -> Any:
+            with _told_of_writing(folder):
+                return original(_ready(config, planned), folder, how, text, **further)
 
-        if merge_config.merge_method == recipe.METHOD_NAME:
-            return merge_with_report(merge, merge_config, out_path, options)
-        return merge(merge_config, out_path, options)
+        with timed() as seconds:
+            folder = _artifact_folder(out_path)
+            found = [*_processes_problem(config), *text_problems(config_source or "")]
+            planned, inputs = checked_merge(config, options, found, out=out_path, folder=folder)
+            if inputs is None:
+                return merge(planned, out_path, options)
+            with _told_of_writing(folder):
+                masks = mask_for(planned, inputs, folder)
+
+            def write(to: str, how: MergeOptions, is_masked: bool) -> Any:
+                return merge(with_masks(planned, masks, is_masked=is_masked), to, how)
+
+            return merge_with_report(write, planned, masks, folder, out_path, seconds)
 
     setattr(run_merge, _WRAPPED, True)
     module.run_merge = run_merge
 
 
-def write_merge(config: MergeConfiguration, out: str, options: MergeOptions) -> None:
-    """Write the merge of a recipe into a folder, without a report.
+def write_merge(
+    config: MergeConfiguration,
+    planned: PlannedMerge,
+    masks: MaskSet,
+    out: str,
+    options: MergeOptions,
+    *,
+    is_masked: bool,
+) -> None:
+    """Write a merge that was planned into a folder, without a report.
+
+    Args:
+        config: the recipe.
+        planned: its plan.
+        masks: its mask, kept in ``out``; for a merge without a mask any of the same models.
+        out: the folder.
+        options: mergekit's.
+        is_masked: whether tensors get their masks.
 
     Raises:
         RecipeError: it can't be made.
     """
-    import mergekit.merge
-
-    wrap_run_merge(mergekit.merge)
-    # The mask goes into the folder that it belongs to.
-    with machine.without_setting("work_dir"):
-        merge = mergekit.merge.run_merge.__wrapped__
-        merge(config.model_copy(deep=True), out, options, recipe_text(config))
+    if is_masked:
+        masks = mask_for(planned, masks, os.path.join(os.path.abspath(out), ARTIFACT_FOLDER))
+    ready = _ready(config, with_masks(planned, masks, is_masked=is_masked))
+    with _told_of_writing(out):
+        mergekit.merge.run_merge.__wrapped__(ready, out, options, recipe_text(config))
 
 
 def planned_merge(config: MergeConfiguration, options: MergeOptions) -> PlannedMerge:
@@ -114,12 +150,40 @@ def planned_merge(config: MergeConfiguration, options: MergeOptions) -> PlannedM
     Raises:
         RecipeError: the recipe is wrong, or mergekit can't plan it.
     """
-    check_recipe(config, options)
-    base = config.base_model.config(trust_remote_code=options.trust_remote_code)
-    planner = MergePlanner(
-        config.model_copy(deep=True), get_architecture_info(config, options), options, base
-    )
-    return _planned(planner, MergePlanner._plan.__wrapped__)
+    planned, problems = _planned(config, options, [])
+    raise_together(problems, WRONG_RECIPE)
+    return planned
+
+
+def checked_merge(
+    config: MergeConfiguration,
+    options: MergeOptions,
+    problems: Iterable[str] = (),
+    *,
+    out: str | None = None,
+    folder: str | None = None,
+) -> tuple[PlannedMerge, MergeInputs]:
+    """Check all that can be known of a merge before the first weight is loaded.
+
+    Args:
+        config: a recipe of one of our merge methods.
+        options: mergekit's.
+        problems: what is known to be wrong already, reported with the rest.
+        out: the folder that the merge is written into.
+        folder: the folder that its mask is written into.
+
+    Returns:
+        The plan, and what its masks are learned from or were given as; None where the method
+        takes none.
+
+    Raises:
+        RecipeError: everything that is wrong, together.
+    """
+    found = [*problems, *folder_problems(out, folder)]
+    with phase("planning"):
+        planned, wrong = _planned(config, options, found)
+    with phase(CHECKING):
+        return planned, merge_inputs(planned, wrong)
 
 
 def learn(
@@ -150,95 +214,127 @@ def planned_and_learned(
     options: MergeOptions,
 ) -> tuple[PlannedMerge, MaskSet]:
     """Return the plan of a recipe and its mask; see ``learn``."""
-    config = read_recipe(source)
+    config, problems = recipe_and_problems(source)
     if (config.parameters or {}).get("mask"):
         raise RecipeError("parameters.mask is given: there is nothing to learn")
     folder = os.path.abspath(out_dir)
-    check_writable(folder)
-    planned = planned_merge(config, options)
-    return planned, mask_for(planned, folder)
-
-
-def _with_folder(original: Callable[..., Any]) -> Callable[..., Any]:
-    def plan_to_disk(self: MergePlanner, out_path: str) -> Any:
-        self._somf_folder = os.path.join(os.path.abspath(out_path), ARTIFACT_FOLDER)
-        return original(self, out_path)
-
-    return plan_to_disk
+    planned, inputs = checked_merge(config, options, problems, folder=folder)
+    if inputs is None:
+        raise RecipeError(f"{config.merge_method} has no mask: there is nothing to learn")
+    return planned, mask_for(planned, inputs, folder)
 
 
 def _with_checks(original: Callable[[MergePlanner], None]) -> Callable[[MergePlanner], None]:
     def plan(self: MergePlanner) -> None:
-        method = self.config.merge_method
-        if method not in OWN_METHODS:
+        if self.config.merge_method not in OWN_METHODS:
             original(self)
             return
-        if method == recipe.METHOD_NAME and started() > 1:
-            raise RecipeError(
-                "several processes were started to merge. Learn the mask with them (`torchrun ... "
-                "-m somf_mergekit learn recipe.yml DIR`), then merge in one process, with DIR as "
-                "the parameter `mask`."
-            )
-        check_recipe(self.config, self.options)
-        with phase("planning"):
-            planned = _planned(self, original)
-        if method != recipe.METHOD_NAME:
-            return
-        further: dict[str, Any] = {}
-        path = unmasked()
-        if path is None:
-            folder = _artifact_folder(self)
-            masks = mask_for(planned, folder)
-            path, record = masks.path, current_record()
-            if record is not None:
-                record.begin(planned, masks, folder)
+        if isinstance(self.config, ReadyRecipe):
+            planned = self.config._planned
         else:
-            further = {"exclude": "*"}
-        self._tensors = [(w, with_mask(task, path, **further)) for w, task in planned.tensors]
+            # Not by run_merge, as where models are merged in memory.
+            folder, found = _artifact_folder(None), _processes_problem(self.config)
+            planned, inputs = checked_merge(self.config, self.options, found, folder=folder)
+            if inputs is not None:
+                planned = with_masks(planned, mask_for(planned, inputs, folder))
+        self._tensors = list(planned.tensors)
+        self._tokenizer_task = planned.tokenizer_task
 
     return plan
 
 
-def _planned(planner: MergePlanner, plan: Callable[[MergePlanner], None]) -> PlannedMerge:
-    given = recipe_text(planner.config)
-    original = planner.config.model_copy(deep=True)
-    recipe.join_patterns(planner.config)
-    recipe.apply_preset(planner.config)
+def _planned(
+    config: MergeConfiguration, options: MergeOptions, problems: Iterable[str]
+) -> tuple[PlannedMerge, list[str]]:
+    """Return the plan of a recipe, and what is wrong with it as far as that tells.
+
+    Raises:
+        RecipeError: ``problems`` and what else keeps mergekit from planning it.
+    """
+    check_recipe(config, options, problems)
+    given = config.model_copy(deep=True)
+    written = config.model_copy(deep=True)
+    recipe.join_patterns(written)
+    recipe.apply_preset(written)
     try:
-        plan(planner)
+        architecture = get_architecture_info(written, options)
+        out_config = mergekit.merge._model_out_config(
+            written, architecture, trust_remote_code=options.trust_remote_code
+        )
+        planner = MergePlanner(written, architecture, options, out_config)
+        MergePlanner._plan.__wrapped__(planner)
     except click.ClickException:
         raise
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise RecipeError(f"mergekit can't plan this merge: {error}") from error
     planned = PlannedMerge(
         config=planner.config,
-        recipe=given,
-        options=planner.options,
+        recipe=recipe_text(given),
+        options=options,
         base_model=planner.config.base_model,
         out_config=planner.out_model_config,
         tensors=tuple(planner._tensors),
         tokenizer_task=planner._tokenizer_task,
     )
     learns = planned.config.merge_method == recipe.METHOD_NAME
-    problems = plan_problems(planned) if learns else []
-    raise_together([*problems, *unused_filters(original, planned)], WRONG_RECIPE)
-    if not learns:
-        # The pre-pass checks the models of a mask together with its data.
-        raise_together(checkpoint_problems(planned), CANT_BE_MADE)
-    return planned
+    wrong = plan_problems(planned) if learns else []
+    return planned, [*wrong, *unused_filters(given, planned)]
 
 
-def _artifact_folder(planner: MergePlanner) -> str:
+def _ready(config: MergeConfiguration, planned: PlannedMerge) -> ReadyRecipe:
+    """Return a recipe of which mergekit takes the plan as it is."""
+    ready = ReadyRecipe.model_construct(
+        **{name: getattr(config, name) for name in MergeConfiguration.model_fields}
+    )
+    ready._planned = planned
+    return ready
+
+
+@contextmanager
+def _told_of_writing(folder: str) -> Iterator[None]:
+    """Say what to do where a file of a merge can't be written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if not is_of_writing(error):
+            raise
+        raise RecipeError(
+            f"the merge can't be written to {folder}: {first_line(error)}. Make room, and "
+            "give the same command again: a mask that was learned is kept, and used again."
+        ) from error
+
+
+def _processes_problem(config: MergeConfiguration) -> list[str]:
+    """Return a sentence where several processes were started to merge."""
+    if config.merge_method != recipe.METHOD_NAME or started() == 1:
+        return []
+    return [
+        "several processes were started to merge. Learn the mask with them (`torchrun ... "
+        "-m somf_mergekit learn recipe.yml DIR`), then merge in one process, with DIR as "
+        "the parameter `mask`"
+    ]
+
+
+def _artifact_folder(out: str | None) -> str:
+    """Return where the mask of a merge goes that is written to ``out``, None for one in memory."""
     chosen = machine.machine_setting("work_dir")
     if chosen:
         return os.path.abspath(chosen)
-    folder = getattr(planner, "_somf_folder", None)
-    if folder is None:
+    if out is None:
         # A merge in memory has no output folder: its mask lives as long as the process.
-        parent = tempfile.mkdtemp(prefix="somf-")
-        atexit.register(shutil.rmtree, parent, ignore_errors=True)
-        folder = os.path.join(parent, ARTIFACT_FOLDER)
-    return str(folder)
+        out = tempfile.mkdtemp(prefix="somf-")
+        atexit.register(shutil.rmtree, out, ignore_errors=True)
+    return os.path.join(os.path.abspath(out), ARTIFACT_FOLDER)
+
+
+def with_masks(planned: PlannedMerge, masks: MaskSet, *, is_masked: bool = True) -> PlannedMerge:
+    """Return a plan whose tasks take their masks from ``masks``, or none of them.
+
+    Without its masks a merge is the same in everything else, what it draws at random included.
+    """
+    further = {} if is_masked else {"exclude": "*"}
+    tensors = ((weight, with_mask(task, masks.path, **further)) for weight, task in planned.tensors)
+    return replace(planned, tensors=tuple(tensors))
 
 
 def with_mask(task: ExecuteMergeMethodTask, mask: str, **further: Any) -> ExecuteMergeMethodTask:

@@ -14,7 +14,7 @@ from .construction import constructed
 from .errors import RecipeError
 from .forecast import forecast
 from .held_out import HeldOut
-from .inputs import SafetyData, checked_data, given_mask
+from .inputs import SafetyData
 from .learner.checkpoints import Checkpoints
 from .learner.divergence import LearningDiverged
 from .learner.folder import learning_folder
@@ -23,7 +23,7 @@ from .learner.model import LearningModel
 from .learner.recovery import gone_back
 from .learning_bar import learn_with_progress
 from .mask_files import keep_masks, write_masks
-from .mask_folder import MASKS_FILE, check_folder, free_name, make_room
+from .mask_folder import MASKS_FILE, free_name, make_room
 from .masks import MaskSet
 from .out_of_memory import memory_for
 from .outcome import comparison, diverged, learned_line, told_divergence
@@ -35,19 +35,21 @@ from .provenance import differences, learning_fingerprint, provenance, provenanc
 CHECKING = "checking models and data"
 
 
-def mask_for(planned: PlannedMerge, folder: str) -> MaskSet:
+def mask_for(planned: PlannedMerge, inputs: SafetyData | MaskSet, folder: str) -> MaskSet:
     """Return the mask of a planned merge: the one given, the one found in ``folder``, or a new one.
 
+    Args:
+        planned: the merge.
+        inputs: the mask that it was given, or what it is learned from; see ``inputs.merge_inputs``.
+        folder: of the mask.
+
     Raises:
-        RecipeError: what is wrong with the models, the data or the mask, all of it together.
+        RecipeError: what keeps the mask from being learned or written.
     """
-    settings = planned.settings
-    if settings.mask:
-        return _given_mask(planned, settings.mask, folder)
-    check_folder(folder)
+    if isinstance(inputs, MaskSet):
+        return _given_mask(planned, inputs, folder)
     with phase(CHECKING):
-        data = checked_data(planned)
-        fingerprint = learning_fingerprint(planned, data)
+        fingerprint = learning_fingerprint(planned, inputs)
     if os.path.exists(os.path.join(folder, MASKS_FILE)):
         known = MaskSet.open(folder)
         differing = differences(known.provenance, fingerprint, [str(m) for m in planned.models])
@@ -59,16 +61,13 @@ def mask_for(planned: PlannedMerge, folder: str) -> MaskSet:
             f"somf: the mask in {folder} was learned with other {', '.join(differing)}: a new one "
             "is learned, and the old one kept beside it",
         )
-    return _learned_mask(planned, folder, data, fingerprint)
+    return _learned_mask(planned, folder, inputs, fingerprint)
 
 
-def _given_mask(planned: PlannedMerge, source: str, folder: str) -> MaskSet:
-    with phase(CHECKING):
-        masks = given_mask(planned, source)
+def _given_mask(planned: PlannedMerge, masks: MaskSet, folder: str) -> MaskSet:
     kept = os.path.join(folder, MASKS_FILE)
     if os.path.exists(kept) and os.path.samefile(kept, masks.path):
         return masks
-    check_folder(folder)
     make_room(folder)
     return keep_masks(folder, masks, provenance_of_use(planned, masks))
 

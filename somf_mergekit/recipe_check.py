@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -13,10 +13,11 @@ from mergekit.options import MergeOptions
 from pydantic import ValidationError
 
 from .contracts import MERGING, check_contracts
-from .errors import RecipeError, raise_together
+from .errors import RecipeError, noted, raise_together
 from .fusion_check import count_problem, name_problem
 from .fusion_methods import known_fusions
-from .machine import device_problem
+from .machine import device_problem, setting_problems
+from .mask_folder import folder_problem
 from .model_check import configuration_problems, weight_problems
 from .processes import own_device
 from .recipe import METHOD_NAME, parameters
@@ -38,10 +39,24 @@ def read_recipe(
         methods: names of the merge methods that it may ask for.
 
     Raises:
-        RecipeError: it can't be read, is no recipe of mergekit, or asks for another method.
+        RecipeError: it can't be read, isn't a recipe of mergekit, asks for another method, or has
+            keys that mergekit would drop.
+    """
+    config, problems = recipe_and_problems(source, methods)
+    raise_together(problems, WRONG_RECIPE)
+    return config
+
+
+def recipe_and_problems(
+    source: str | os.PathLike[str] | Mapping[str, Any], methods: Collection[str] = (METHOD_NAME,)
+) -> tuple[MergeConfiguration, list[str]]:
+    """Return a recipe as ``read_recipe`` does, and what mergekit would not read of it as meant.
+
+    Raises:
+        RecipeError: it can't be read, isn't a recipe of mergekit, or asks for another method.
     """
     if isinstance(source, MergeConfiguration):
-        return source
+        return source, []
     place = "the recipe"
     content: Any = source
     try:
@@ -66,24 +81,25 @@ def read_recipe(
     if config.merge_method not in methods:
         expected = " or ".join(map(repr, methods))
         raise RecipeError(f"{place}: merge_method is {config.merge_method!r}, expected {expected}")
-    raise_together(text_problems(content, MergeConfiguration), WRONG_RECIPE)
-    return config
+    return config, text_problems(content)
 
 
 def check_recipe(
-    config: MergeConfiguration, options: MergeOptions, config_source: str | None = None
+    config: MergeConfiguration, options: MergeOptions, found: Iterable[str] = ()
 ) -> None:
     """Check what a recipe of one of OWN_METHODS says, and that its models can be opened.
+
+    Args:
+        config: the recipe.
+        options: mergekit's.
+        found: what is known to be wrong already.
 
     Raises:
         RecipeError: everything that is wrong, together; or mergekit lacks what we need of it.
     """
     check_contracts(MERGING)
     problem = device_problem(own_device(options.device))
-    problems = [problem] if problem else []
-    if config_source is not None:
-        content = yaml.safe_load(config_source)
-        problems += text_problems(content, MergeConfiguration)
+    problems = [*found, *setting_problems(), *([problem] if problem else [])]
     problems += OWN_METHODS[config.merge_method](config)
     LoaderCache().setup(options=options)
     models = sorted(config.referenced_models(), key=str)
@@ -108,6 +124,22 @@ def check_writable(folder: str) -> None:
             pass
     except OSError as error:
         raise RecipeError(f"output folder {folder} can't be written: {error.strerror}") from error
+
+
+def folder_problems(out: str | None, folder: str | None) -> list[str]:
+    """Return what keeps a merge and its mask from being written, a sentence each.
+
+    Args:
+        out: the folder of the merge.
+        folder: the folder of the mask.
+    """
+    problems: list[str] = []
+    for place in dict.fromkeys([out, folder]):
+        if place is not None:
+            with noted(problems):
+                check_writable(place)
+    found = folder_problem(folder) if folder else None
+    return [*problems, *([found] if found else [])]
 
 
 def recipe_problems(config: Any) -> list[str]:
@@ -159,10 +191,13 @@ def recipe_problems(config: Any) -> list[str]:
     return problems
 
 
-def text_problems(source: Mapping[str, Any], config_type: Any) -> list[str]:
+def text_problems(source: str | Mapping[str, Any]) -> list[str]:
     """Return the top-level keys of a recipe that mergekit would drop without a word."""
-    known = [*config_type.model_fields, "name"]
-    return [f"{key}: unknown key{nearest(str(key), known)}" for key in source if key not in known]
+    content = yaml.safe_load(source) if isinstance(source, str) else source
+    known = [*MergeConfiguration.model_fields, "name"]
+    return [
+        f"{key}: unknown key{nearest(str(key), known)}" for key in content or {} if key not in known
+    ]
 
 
 def _fusion_problems(config: Any, fusion: str) -> Iterator[str]:

@@ -125,14 +125,14 @@ def counted(monkeypatch):
     found = {"merges": 0, "masks": []}
     write, learn = making.write_merge, frontier_masks.mask_for
 
-    def merging(*arguments):
+    def merging(*arguments, **further):
         found["merges"] += 1
-        return write(*arguments)
+        return write(*arguments, **further)
 
-    def learning(planned, place):
+    def learning(planned, data, place):
         known = (Path(place) / "masks.safetensors").exists()
         found["masks"] += [] if known else [Path(place).name]
-        return learn(planned, place)
+        return learn(planned, data, place)
 
     monkeypatch.setattr(making, "write_merge", merging)
     monkeypatch.setattr(frontier_masks, "mask_for", learning)
@@ -256,11 +256,11 @@ def test_an_interruption_loses_the_point_in_progress_alone(chat, tmp_path, monke
     out, write = tmp_path / "out", making.write_merge
     arguments = ("--over", "weight=0.5,1", *asked(chat), *MEASURING)
 
-    def stopped(config, folder, options):
+    def stopped(config, planned, masks, folder, *arguments, **further):
         if counted["merges"] == 2:
             Path(folder).mkdir()
             raise KeyboardInterrupt
-        write(config, folder, options)
+        write(config, planned, masks, folder, *arguments, **further)
 
     monkeypatch.setattr(making, "write_merge", stopped)
     made(recipe_of(chat), out, *arguments, code=1)
@@ -274,10 +274,10 @@ def test_an_interruption_loses_the_point_in_progress_alone(chat, tmp_path, monke
 def test_a_merge_that_fails_is_named_and_the_others_are_made(chat, tmp_path, monkeypatch):
     write = making.write_merge
 
-    def failing(config, folder, options):
+    def failing(config, *arguments, **further):
         if config.models[0].parameters["weight"] == 0.25 and config.parameters.get("mask_kind"):
             raise RuntimeError("no room left\nfor it")
-        write(config, folder, options)
+        write(config, *arguments, **further)
 
     monkeypatch.setattr(making, "write_merge", failing)
     over = ("--over", "mask_kind=binary", "--over", "weight=0.5,1")
@@ -380,10 +380,10 @@ def test_each_mask_is_learned_once_into_a_folder_of_its_own(chat, tmp_path, coun
 def test_a_mask_that_fails_takes_its_own_points_alone(chat, tmp_path, monkeypatch):
     learn = frontier_masks.mask_for
 
-    def failing(planned, place):
+    def failing(planned, data, place):
         if planned.settings.learning_rate == 0.5:
             raise RecipeError("the loss became NaN")
-        return learn(planned, place)
+        return learn(planned, data, place)
 
     monkeypatch.setattr(frontier_masks, "mask_for", failing)
     over = ("--over", "learning_rate=0.5,1", "--relearn")

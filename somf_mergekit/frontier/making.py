@@ -3,7 +3,7 @@
 import contextlib
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,7 @@ from ..plan import PlannedMerge
 from ..planner import write_merge
 from ..progress import no_model_bars
 from ..provenance import content_of_models, resolved_merge, versions
-from ..recipe_blocks import plain
-from ..report.record import unmasked_merge
+from ..recipe_blocks import plain, recipe_text
 from .axes import found_measures
 from .over import FUSION, KIND, TEMPERATURE
 from .points import PLAIN, Point, file_name, with_mask
@@ -69,11 +68,14 @@ class Making:
         resolved = resolved_merge(planned, applied)
         return json_digest([self._content, said, resolved, mask, versions()])
 
-    def of_point(self, point: Point, masks: MaskSet, key: str) -> dict[str, dict[str, Any]]:
+    def of_point(
+        self, point: Point, planned: PlannedMerge, masks: MaskSet, key: str
+    ) -> dict[str, dict[str, Any]]:
         """Return what is measured of a point, which is merged now where it has to be.
 
         Args:
             point: a merge.
+            planned: its plan.
             masks: its mask; for a plain fusion any of its recipe.
             key: see ``merge_key``.
         """
@@ -83,7 +85,7 @@ class Making:
         kept = self.out / KEPT_FOLDER / f"{file_name(point.label)}-{key[:8]}"
         if store.has_value(record) and (kept.exists() or not self.keep):
             return dict(store.value(record))
-        with self._merged(point, masks, kept) as folder:
+        with self._merged(point, planned, masks, kept) as folder:
             if store.has_value(record):
                 return dict(store.value(record))
             found = self._measured(NamedModel(point.label, str(folder)))
@@ -91,7 +93,7 @@ class Making:
         return found
 
     @contextlib.contextmanager
-    def _merged(self, point: Point, masks: MaskSet, kept: Path) -> Any:
+    def _merged(self, point: Point, planned: PlannedMerge, masks: MaskSet, kept: Path) -> Any:
         """Give the folder of a merge, which is there for the time or to stay."""
         if kept.exists():
             yield kept
@@ -104,11 +106,18 @@ class Making:
         options = self.options.model_copy(
             update=further | ({} if self.keep else {"write_model_card": False})
         )
-        unmasked = unmasked_merge(masks) if point.kind == PLAIN else contextlib.nullcontext()
+        # Planned before the mask was there, whose place is told with the merge.
+        planned = replace(
+            planned,
+            config=with_mask(planned.config, masks.path),
+            recipe=recipe_text(config),
+            options=options,
+        )
         try:
             self.say(f"merging {point.label}")
-            with no_model_bars(), unmasked:
-                write_merge(config, str(work), options)
+            with no_model_bars():
+                is_masked = point.kind != PLAIN
+                write_merge(config, planned, masks, str(work), options, is_masked=is_masked)
             if self.keep:
                 kept.parent.mkdir(exist_ok=True)
                 work.rename(kept)

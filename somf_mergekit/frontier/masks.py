@@ -70,9 +70,9 @@ class WantedMask:
         Raises:
             RecipeError: it can't be learned.
         """
-        if self.planned is None:
+        if self.planned is None or self.data is None:
             return MaskSet.open(self.place)
-        return mask_for(self.planned, self.place)
+        return mask_for(self.planned, self.data, self.place)
 
 
 def wanted_masks(

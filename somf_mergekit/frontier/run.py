@@ -130,7 +130,7 @@ def _entries(
     for number in sorted(shown):
         point, key = ready.points[number], shown[number]
         try:
-            found = making.of_point(point, usable[number], key)
+            found = making.of_point(point, ready.plans[number], usable[number], key)
         except Exception as error:
             failures[point.label] = first_line(error)
             making.say(f"{point.label} failed: {first_line(error)}")

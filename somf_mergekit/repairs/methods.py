@@ -25,10 +25,6 @@ class RepairMethod(OwnMethod):
 
     def __init__(self, repair: Repair):
         self.repair = repair
-        self.takes = (
-            f"{repair.name} takes base_model (the aligned model) and beside it one model each that "
-            f"is {' and '.join(repair.needs)}"
-        )
         self.spec = MergeMethodSpec(
             name=repair.name,
             pretty_name=repair.pretty_name,

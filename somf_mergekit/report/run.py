@@ -1,9 +1,8 @@
 """A merge with its report: when each part is made, and what happens where one can't be."""
 
 import os
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from ..errors import first_line
 from ..held_out import warn
 from ..mask_folder import masks_path
 from ..masks import MaskSet
-from ..phases import phase, timed
+from ..phases import LEARNING, phase, timed
 from ..plan import PlannedMerge
 from ..provenance import told_settings
 from .card import write_section
@@ -24,11 +23,12 @@ from .content import Report
 from .curve import training_history
 from .measured import measured
 from .memory import peak_memory
-from .record import MergeRecord, recorded_merge, unmasked_merge
+from .vectors import TaskVectors, recording
 from .writer import TABLE_FILE, remove_figure, write_figure_of, write_report
 
-# Writes the merge of a recipe into a folder with mergekit's options: its run_merge.
-Merge = Callable[[Any, str, Any], Any]
+# Writes a merge into a folder with mergekit's options, with or without its mask.
+Write = Callable[[str, Any, bool], Any]
+Seconds = dict[str, float]
 
 
 @dataclass
@@ -55,57 +55,62 @@ class Attempts:
         click.echo(f"somf: the merge is written, but its report lacks the {failure}", err=True)
 
 
-def merge_with_report(merge: Merge, config: Any, out: str, options: Any) -> Any:
-    """Return what ``merge`` returns, after reporting on it.
+def merge_with_report(
+    write: Write, planned: PlannedMerge, masks: MaskSet, folder: str, out: str, seconds: Seconds
+) -> Any:
+    """Return what ``write`` returns, after reporting on the merge.
 
     Where held-out pairs do not speak for the merge, the last words are of that.
 
     Args:
-        merge: writes a recipe's merge into a folder, with mergekit's options.
-        config: the recipe, a mergekit MergeConfiguration.
-        out: the folder.
-        options: mergekit's.
+        write: writes the merge.
+        planned: the merge.
+        masks: its mask.
+        folder: gets the report.
+        out: gets the merge.
+        seconds: of each phase so far; those of the phases here are added.
 
     Raises:
         RecipeError: the merge can't be made. A report that can't be made is told in a line.
     """
     extent = machine.machine_setting("report") or machine.FULL_REPORT
     is_told = extent != machine.NO_REPORT
-    # mergekit writes into the recipe that it is given.
-    again = config.model_copy(deep=True)
-    with recorded_merge(with_vectors=is_told) as record:
-        start = time.perf_counter()
-        result = merge(config, out, options)
-        record.end()
-        record.seconds["merging"] = time.perf_counter() - start - sum(record.seconds.values())
-        planned, masks = record.planned, record.masks
-        if planned is not None and masks is not None:
-            how = options.model_copy(update={"write_model_card": False})
-            if is_told:
-                _report(record, planned, masks, out, extent, lambda to: merge(again, to, how))
-            warn(masks.provenance, told_settings(planned)["mask_kind"])
+    vectors, options = TaskVectors(), planned.options
+    with phase("merging"), recording(masks.path, vectors) if is_told else nullcontext():
+        result = write(out, options, True)
+    if is_told:
+        how = options.model_copy(update={"write_model_card": False})
+
+        def write_plain(place: str) -> None:
+            # What it goes through is one phase of this merge.
+            with timed():
+                write(place, how, False)
+
+        report = Report(planned, _origin(planned, seconds), masks.provenance, vectors, seconds)
+        _write(report, masks, Path(folder), out, extent, write_plain)
+    warn(masks.provenance, told_settings(planned)["mask_kind"])
     return result
 
 
-def _report(
-    record: MergeRecord,
-    planned: PlannedMerge,
+def _origin(planned: PlannedMerge, seconds: Seconds) -> str:
+    """Return where a mask is from: ``given``, ``learned`` in this merge, or ``reused``."""
+    if planned.settings.mask:
+        return "given"
+    return "learned" if LEARNING in seconds else "reused"
+
+
+def _write(
+    report: Report,
     masks: MaskSet,
+    folder: Path,
     out: str,
     extent: str,
-    write_again: Callable[[str], Any],
+    write_plain: Callable[[str], Any],
 ) -> None:
     """Write all of a report that can be made."""
-    folder, attempts = Path(record.folder), Attempts()
-    if record.vectors.failure:
-        attempts.tell(f"norms of some task vectors: {record.vectors.failure}")
-
-    def write_plain(place: str) -> None:
-        # What it goes through is one phase of this merge.
-        with timed(), unmasked_merge(masks):
-            write_again(place)
-
-    report = Report(planned, record.origin, masks.provenance, record.vectors, record.seconds)
+    planned, attempts = report.planned, Attempts()
+    if report.vectors.failure:
+        attempts.tell(f"norms of some task vectors: {report.vectors.failure}")
     with attempts.at("measurements"):
         report.evaluation = measured(planned, out, write_plain)
     with phase("report"):
@@ -113,7 +118,7 @@ def _report(
             given = planned.settings.mask
             source = os.path.dirname(masks_path(given) if given else masks.path)
             report.history = training_history(Path(source))
-        masked = record.vectors.masked()
+        masked = report.vectors.masked()
         with attempts.at("distribution of the mask"):
             report.census = MaskCensus(masks, masked) if masked else None
         with attempts.at("plots"):
