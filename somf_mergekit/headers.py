@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from mergekit.architecture import WeightInfo
-from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ModelReference
 from mergekit.graph import Executor
 from mergekit.io.tasks import LoaderCache
@@ -16,23 +15,19 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import RecipeError
 from .fusions import is_linear
+from .model_classes import empty_model, shapes_of
 from .plan import PlannedMerge, gather_task, task_parameters
+from .tensor_sets import is_missing, names_of, tensor_set_problems
 
 
 def checkpoint_problems(planned: PlannedMerge) -> list[str]:
     """Return what does not fit between the models, told from file headers alone."""
-    problems = []
-    missing: dict[ModelReference, list[str]] = {}
+    problems = tensor_set_problems(planned.tensors, planned.options)
     for weight, task in planned.tensors:
         gathered = gather_task(task)
         aligned = gathered is not task.gather_tensors
-        shapes: dict[ModelReference, tuple[int, ...]] = {}
-        for model, source in gathered.weight_info.items():
-            found = _stored_tensor(model, source, planned.options)
-            if found == "missing" and not source.optional:
-                missing.setdefault(model, []).append(str(source.name))
-            elif isinstance(found, tuple):
-                shapes[model] = found
+        stored = {m: _stored_as(m, source) for m, source in gathered.weight_info.items()}
+        shapes = {model: found[0] for model, found in stored.items() if found}
         base = shapes.get(task.base_model)
         if not (weight.force_dtype or planned.config.dtype):
             problems += _type_problems(weight, gathered, planned.options)
@@ -47,12 +42,6 @@ def checkpoint_problems(planned: PlannedMerge) -> list[str]:
                     f"{weight.name}: shape {_shape_text(shape)} in {model}, {_shape_text(base)} in "
                     f"the base {task.base_model}{hint}"
                 )
-    problems += [
-        f"{model}: its checkpoint has no {', '.join(names[:3])}"
-        f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}, which mergekit's definition "
-        "of the architecture asks for"
-        for model, names in missing.items()
-    ]
     return problems
 
 
@@ -104,12 +93,13 @@ def planned_tensors(planned: PlannedMerge) -> dict[str, PlannedTensor]:
     defined: dict[str, tuple[int, ...]] | None = None
     for weight, task in planned.tensors:
         source = gather_task(task).weight_info[task.base_model]
-        shape = _stored_tensor(task.base_model, source, planned.options)
-        if shape == "unknown":
+        stored = _stored_as(task.base_model, source)
+        shape = stored[0] if stored else None
+        if shape is None and not is_missing(task.base_model, source, planned.options):
             if defined is None:
                 defined = _defined_shapes(planned)
-            shape = defined.get(weight.name, shape)
-        if isinstance(shape, tuple):
+            shape = defined.get(weight.name)
+        if shape is not None:
             found[weight.name] = PlannedTensor(
                 may_get_mask=planned.may_get_mask(weight.name),
                 has_vocabulary=weight.vocabulary_axis is not None,
@@ -129,33 +119,12 @@ def _defined_shapes(planned: PlannedMerge) -> dict[str, tuple[int, ...]]:
     from transformers import AutoModelForCausalLM
 
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                planned.out_config, trust_remote_code=planned.options.trust_remote_code
-            )
+        made = empty_model(
+            AutoModelForCausalLM, planned.out_config, planned.options.trust_remote_code
+        )
     except ValueError:
         return {}
-    return {name: tuple(weight.shape) for name, weight in model.named_parameters()}
-
-
-def _stored_tensor(
-    model: ModelReference, source: WeightInfo, options: MergeOptions
-) -> tuple[int, ...] | str:
-    """Return a tensor's shape from the file header, ``missing``, or ``unknown``."""
-    index = LoaderCache().get(model).index
-    names = _names(source)
-    if any(name in index.tensor_paths for name in names):
-        found = _stored_as(model, source)
-        return found[0] if found else "unknown"
-    model_type = model.config(trust_remote_code=options.trust_remote_code).model_type
-    stored = set(index.tensor_paths)
-    if any(can_convert_checkpoint_keys(model_type, stored, name) for name in names):
-        return "unknown"
-    return "missing"
-
-
-def _names(source: WeightInfo) -> list[str]:
-    return [source.name, *(source.aliases or ()), *(source.tied_names or ())]
+    return shapes_of(made)
 
 
 def _stored_as(model: ModelReference, source: WeightInfo) -> tuple[tuple[int, ...], str] | None:
@@ -167,7 +136,7 @@ def _stored_as(model: ModelReference, source: WeightInfo) -> tuple[tuple[int, ..
         RecipeError: the file is missing, damaged, or without the tensor.
     """
     index = LoaderCache().get(model).index
-    name = next((name for name in _names(source) if name in index.tensor_paths), None)
+    name = next((name for name in names_of(source) if name in index.tensor_paths), None)
     if name is None or not index.tensor_paths[name].endswith(".safetensors"):
         return None
     path = os.path.join(index.base_path, index.tensor_paths[name])

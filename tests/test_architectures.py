@@ -185,7 +185,7 @@ def test_checkpoints_without_what_mergekit_asks_for_are_refused(tmp_path, family
         f"Error: This merge can't be made: {tmp_path / 'first'}: its checkpoint has no "
         "gpt_neox.layers.0.attention.bias" in result.output
     )
-    assert "and 3 more, which mergekit's definition of the architecture asks for" in result.output
+    assert "and 3 more, which mergekit takes from every model of this merge" in result.output
 
 
 # Which heads' outputs each entry of a mask reaches: 4 heads, of which two share key and value where

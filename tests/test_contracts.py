@@ -440,7 +440,7 @@ def test_a_merge_writes_its_recipe_and_its_card_together(family_recipe, tmp_path
 
 def test_no_dtype_is_no_type():
     assert dtype_from_name(None) is None
-    assert dtype_from_name("bfloat16") is torch.bfloat16, "verify_tensors.py casts as mergekit does"
+    assert dtype_from_name("bfloat16") is torch.bfloat16, "verify.py casts as mergekit does"
 
 
 # transformers.

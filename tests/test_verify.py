@@ -11,7 +11,7 @@ import yaml
 from mergekit.io.tasks import LoaderCache
 from safetensors.torch import save_file
 
-from somf_mergekit.verify_tensors import difference
+from somf_mergekit.verify import difference
 
 
 def verified(folder, *options, code=0):
