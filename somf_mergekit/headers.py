@@ -16,18 +16,25 @@ from safetensors import SafetensorError, safe_open
 from .errors import RecipeError
 from .fusions import is_linear
 from .model_classes import empty_model, shapes_of
-from .plan import PlannedMerge, gather_task, task_parameters
+from .plan import PlannedMerge, few, gather_task, task_parameters
 from .tensor_sets import is_missing, names_of, tensor_set_problems
+
+# As weights of models are stored once they are quantized.
+_INTEGERS = ("I8", "U8", "I32")
 
 
 def checkpoint_problems(planned: PlannedMerge) -> list[str]:
     """Return what does not fit between the models, told from file headers alone."""
     problems = tensor_set_problems(planned.tensors, planned.options)
+    quantized: dict[ModelReference, list[str]] = {}
     for weight, task in planned.tensors:
         gathered = gather_task(task)
         aligned = gathered is not task.gather_tensors
         stored = {m: _stored_as(m, source) for m, source in gathered.weight_info.items()}
         shapes = {model: found[0] for model, found in stored.items() if found}
+        for model, (shape, kind) in ((m, found) for m, found in stored.items() if found):
+            if kind in _INTEGERS and len(shape) > 1 and weight.name.endswith("weight"):
+                quantized.setdefault(model, []).append(weight.name)
         base = shapes.get(task.base_model)
         if not (weight.force_dtype or planned.config.dtype):
             problems += _type_problems(weight, gathered, planned.options)
@@ -42,7 +49,11 @@ def checkpoint_problems(planned: PlannedMerge) -> list[str]:
                     f"{weight.name}: shape {_shape_text(shape)} in {model}, {_shape_text(base)} in "
                     f"the base {task.base_model}{hint}"
                 )
-    return problems
+    return problems + [
+        f"{model}: it is quantized, since {few(names)} are stored as integers; give it in bfloat16 "
+        "or float32"
+        for model, names in quantized.items()
+    ]
 
 
 def _type_problems(weight: WeightInfo, gathered: Any, options: MergeOptions) -> list[str]:

@@ -17,6 +17,7 @@ class ModelClass:
     Attributes:
         name: of the class.
         shapes: of its tensors, by name.
+        parameters: the names of those that are learned, unlike buffers.
         tied: the names of each tensor that has several, by each of them.
         prefix: what the names of a checkpoint may begin with or lack.
         transforms: how transformers renames and joins a checkpoint's tensors.
@@ -24,6 +25,7 @@ class ModelClass:
 
     name: str
     shapes: dict[str, tuple[int, ...]]
+    parameters: set[str]
     tied: dict[str, list[str]]
     prefix: str
     transforms: list[Any]
@@ -52,16 +54,21 @@ def model_class(model: ModelReference, trust_remote_code: bool) -> ModelClass:
     Raises:
         Exception: whatever transformers raises where it can't make one.
     """
+    config = model.config(trust_remote_code=trust_remote_code)
+    return class_of(empty_model(get_auto_cls(config.architectures[0]), config, trust_remote_code))
+
+
+def class_of(made: Any) -> ModelClass:
+    """Return what the class of a model loads."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    config = model.config(trust_remote_code=trust_remote_code)
-    made = empty_model(get_auto_cls(config.architectures[0]), config, trust_remote_code)
     names = defaultdict(list)
     for name, weight in made.named_parameters(remove_duplicate=False):
         names[id(weight)].append(name)
     return ModelClass(
         name=type(made).__name__,
         shapes=shapes_of(made),
+        parameters={name for group in names.values() for name in group},
         tied={name: group for group in names.values() if len(group) > 1 for name in group},
         prefix=made.base_model_prefix,
         transforms=get_model_conversion_mapping(made),

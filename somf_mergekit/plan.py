@@ -1,5 +1,6 @@
 """A merge as mergekit planned it, and what its tasks say."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,8 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 
 from .dialogue import check_words
-from .errors import RecipeError
+from .errors import RecipeError, first_line
+from .model_classes import class_of, empty_model
 from .recipe import Settings, may_get_mask, recipe_settings
 
 if TYPE_CHECKING:
@@ -131,7 +133,11 @@ def mask_name(task: ExecuteMergeMethodTask) -> str:
 
 
 def learning_problem(planned: PlannedMerge) -> str | None:
-    """Return a sentence where the merge without task vectors would not be the base model."""
+    """Return a sentence where no mask can be learned for a merge as it is planned.
+
+    The merge without task vectors must be the base model, and transformers must make a causal
+    language model of it that has the tensors of the merge.
+    """
     example = None
     for weight, task in planned.tensors:
         if task.base_model != planned.base_model or mask_name(task) != weight.name:
@@ -143,11 +149,47 @@ def learning_problem(planned: PlannedMerge) -> str | None:
         if layers != base.get_text_config().num_hidden_layers:
             example = f"it has {layers} layers, the base {base.get_text_config().num_hidden_layers}"
     if example is None:
-        return None
+        return _class_problem(planned)
     return (
         f"a mask can't be learned for this merge, whose output is no model of the base's shape: "
         f"{example}. A learned mask can still be applied with the parameter `mask`"
     )
+
+
+def _class_problem(planned: PlannedMerge) -> str | None:
+    """Return a sentence where transformers makes no causal language model of the merge."""
+    from transformers import AutoModelForCausalLM
+
+    trust = planned.options.trust_remote_code
+    named = planned.base_model.config(trust_remote_code=trust).architectures[0]
+    try:
+        made = class_of(empty_model(AutoModelForCausalLM, planned.out_config, trust, None))
+    except ImportError as error:
+        why = f"its configuration asks for what is not installed: {first_line(error)}"
+    except Exception:  # a list of all configurations, or an error of a stranger's code
+        why = "transformers can't load it as a causal language model"
+    else:
+        known = {name for weight, _ in planned.tensors for name in made.names_of(weight.name)}
+        known |= {name for tied in known for name in made.tied.get(tied, ())}
+        foreign = [w.name for w, _ in planned.tensors if not made.loads(w.name)]
+        lacking = made.parameters - known
+        if foreign and made.name != named:
+            why = f"it would be learned on a {made.name}, which has no {few(foreign)}"
+        elif lacking:
+            why = f"{made.name} needs {few(lacking)}, which the merge does not write"
+        else:
+            return None
+    return (
+        f"a mask can't be learned for this merge: the base {planned.base_model} is a {named}, and "
+        f"{why}. Give models that are causal language models, or a learned mask with the parameter "
+        "`mask`"
+    )
+
+
+def few(names: Collection[str]) -> str:
+    """Return the first of some names, and how many more there are."""
+    shown = ", ".join(sorted(names)[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 def vocabulary_aligned(planned: PlannedMerge) -> set[str]:

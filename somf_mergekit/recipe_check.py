@@ -18,7 +18,7 @@ from .fusion_check import count_problem, name_problem
 from .fusion_methods import known_fusions
 from .machine import device_problem, setting_problems
 from .mask_folder import folder_problem
-from .model_check import configuration_problems, weight_problems
+from .model_check import check_models
 from .processes import own_device
 from .recipe import METHOD_NAME, parameters
 from .recipe_blocks import model_blocks, parameter_blocks
@@ -102,12 +102,7 @@ def check_recipe(
     problems = [*found, *setting_problems(), *([problem] if problem else [])]
     problems += OWN_METHODS[config.merge_method](config)
     LoaderCache().setup(options=options)
-    models = sorted(config.referenced_models(), key=str)
-    for look in (configuration_problems, weight_problems):
-        # No weights are opened for a recipe that is wrong as its text tells.
-        for model in models:
-            problems += look(model, options)
-        raise_together(problems, WRONG_RECIPE)
+    check_models(config.referenced_models(), config.base_model, options, problems, WRONG_RECIPE)
 
 
 def check_writable(folder: str) -> None:

@@ -13,7 +13,7 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
 from .model_classes import ModelClass, model_class
-from .plan import gather_task
+from .plan import few, gather_task
 
 LOG = logging.getLogger(__name__)
 # As mergekit finds a tensor's layer when it infers an architecture.
@@ -73,12 +73,6 @@ def is_missing(model: ModelReference, source: WeightInfo, options: MergeOptions)
         return False
     kind = model.config(trust_remote_code=options.trust_remote_code).model_type
     return not any(can_convert_checkpoint_keys(kind, set(stored), name) for name in names)
-
-
-def few(found: Collection[str]) -> str:
-    """Return the first of some names, and how many more there are."""
-    shown = ", ".join(sorted(found)[:3])
-    return shown if len(found) <= 3 else f"{shown} and {len(found) - 3} more"
 
 
 def _class_of(model: ModelReference, options: MergeOptions) -> ModelClass | None:

@@ -18,10 +18,10 @@ from mergekit.plan import MergePlanner
 from torch import Tensor
 
 from . import machine, recipe
-from .errors import RecipeError, first_line, raise_together
+from .errors import RecipeError, first_line
 from .groups import are_equal
 from .masks import MaskSet
-from .model_check import configuration_problems, weight_problems
+from .model_check import check_models
 from .planner import with_mask
 from .recipe_check import OWN_METHODS, read_recipe
 from .sources import content_fingerprint
@@ -186,9 +186,8 @@ def _planned(config: MergeConfiguration, options: MergeOptions) -> list[tuple[An
     Raises:
         RecipeError: a model is not at hand, or mergekit can't plan the merge.
     """
-    models = sorted(config.referenced_models(), key=str)
-    for look in (configuration_problems, weight_problems):
-        raise_together((p for model in models for p in look(model, options)), "no plan")
+    models = config.referenced_models()
+    check_models(models, config.base_model, options, [], "This merge can't be planned")
     example = (config.base_model or models[0]).config(trust_remote_code=options.trust_remote_code)
     config = config.model_copy(deep=True)
     if config.merge_method == recipe.METHOD_NAME:

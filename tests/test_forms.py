@@ -77,9 +77,15 @@ def resta(folder):
     }
 
 
-def somf(folder, family):
-    models = [folder / "math", folder / "code"]
-    return tiny.recipe(folder / "base", models, safety_dataset=str(family / "pairs.jsonl"))
+def somf(folder, family, base="base", math="math"):
+    return tiny.recipe(
+        folder / base,
+        [folder / math],
+        safety_dataset=str(family / "pairs.jsonl"),
+        max_steps=1,
+        batch_size=4,
+        max_length=48,
+    )
 
 
 def changed(folder, name, change):
@@ -203,3 +209,182 @@ def test_layers_that_a_recipe_leaves_out(family, tmp_path):
     del content["models"]
     written = tiny.merged(content, tmp_path / "out")
     assert {name.split(".")[2] for name in written if ".layers." in name} == {"0"}
+
+
+def configured(folder, **values):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def of_class(name, config, folder):
+    """Save a random model of a class of transformers, of the family's tokenizer."""
+    tokenizer = tiny.tiny_tokenizer()
+    config.vocab_size = len(tokenizer)
+    tiny.save_model(getattr(transformers, name)(config), tokenizer, folder)
+
+
+def mixed(folder):
+    of_class("MistralForCausalLM", transformers.MistralConfig(**SIZE), folder)
+
+
+def reward_model(folder):
+    config = transformers.LlamaConfig(**SIZE, num_labels=1)
+    of_class("LlamaForSequenceClassification", config, folder)
+
+
+def embedding_model(folder):
+    of_class("LlamaModel", transformers.LlamaConfig(**SIZE), folder)
+
+
+def of_no_class(folder):
+    configured(folder, architectures=None)
+
+
+def of_two_classes(folder):
+    configured(folder, architectures=["LlamaForCausalLM", "LlamaModel"])
+
+
+def adapter(folder):
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+
+
+def gguf(folder):
+    (folder / "model.safetensors").rename(folder / "model-Q4_K_M.gguf")
+
+
+def two_checkpoints(folder):
+    index = {"weight_map": dict.fromkeys(tiny.tensors_of(folder), "one.safetensors")}
+    shutil.copy(folder / "model.safetensors", folder / "one.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def compressed(folder):
+    configured(folder, compression_config={"format": "int-quantized"})
+
+
+def with_tensor(ending):
+    def change(folder):
+        extra = {f"model.layers.0.mlp.up_proj{ending}": torch.ones(4)}
+        changed(folder.parent, folder.name, lambda tensors: tensors.update(extra))
+
+    return change
+
+
+def of_integers(folder):
+    name = "model.layers.0.mlp.up_proj.weight"
+    changed(
+        folder.parent, folder.name, lambda tensors: tensors.update({name: tensors[name].char()})
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (mixed, "it is a MistralForCausalLM, {base} a LlamaForCausalLM"),
+        (reward_model, "it is a LlamaForSequenceClassification, {base} a LlamaForCausalLM"),
+        (embedding_model, "it is a LlamaModel, {base} a LlamaForCausalLM"),
+        (
+            of_no_class,
+            "names no class as `architectures`, where mergekit needs one; of a causal "
+            'language model, `"architectures": ["LlamaForCausalLM"]`',
+        ),
+        (of_two_classes, "names LlamaForCausalLM and LlamaModel as `architectures`"),
+        (adapter, "it is an adapter; write `some/base+{model}`"),
+        (gguf, "its weights are GGUF files"),
+        (two_checkpoints, "it has both model.safetensors, which transformers loads, and"),
+        (compressed, "it is quantized"),
+        (
+            with_tensor(".qweight"),
+            "it is quantized, since it has model.layers.0.mlp.up_proj.qweight",
+        ),
+        (with_tensor(".SCB"), "it is quantized, since it has model.layers.0.mlp.up_proj.SCB"),
+        (with_tensor(".weight_scale"), "it is quantized, since it has"),
+        (with_tensor(".weight.absmax"), "it is quantized, since it has"),
+        (of_integers, "it is quantized, since model.layers.0.mlp.up_proj.weight"),
+    ],
+)
+def test_forms_that_are_refused(family, tmp_path, change, said):
+    shutil.copytree(family / "math", tmp_path / "math")
+    change(tmp_path / "math")
+    content = somf(family, family, math=tmp_path / "math")
+    message = checked(content, tmp_path)
+    assert f"{tmp_path / 'math'}: " in message
+    assert said.format(base=family / "base", model=tmp_path / "math") in message
+    assert message.count("Error:") == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("model.gguf", "it is a GGUF file, which mergekit doesn't read"),
+        ("model.safetensors", "it is a file; give the folder that it is in"),
+    ],
+)
+def test_files_in_place_of_a_folder(family, tmp_path, file, said):
+    shutil.copy(family / "math/model.safetensors", tmp_path / file)
+    assert said in checked(somf(family, family, math=tmp_path / file), tmp_path)
+
+
+def test_a_pickle_beside_safetensors_is_not_read(family, copied, tmp_path, caplog):
+    folder = copied(family, "math")
+    (folder / "math/pytorch_model.bin").write_bytes(b"none")
+    checked(somf(family, family, math=folder / "math"), tmp_path, code=0)
+    assert f"{folder / 'math'}: its safetensors are read, and not the pytorch_model" in caplog.text
+
+
+def test_an_attention_that_is_not_installed(family, copied, tmp_path):
+    folder = copied(family, "base")
+    configured(folder / "base", attn_implementation="flash_attention_2")
+    said = checked(somf(family, family, base=folder / "base"), tmp_path)
+    assert "its configuration asks for what is not installed: FlashAttention2" in said
+
+
+def vision_language(folder, seed):
+    tokenizer = tiny.tiny_tokenizer()
+    text = {**SIZE, "model_type": "mistral", "vocab_size": len(tokenizer), "head_dim": 8}
+    vision = {
+        "model_type": "pixtral",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 8,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    torch.manual_seed(seed)
+    config = transformers.Mistral3Config(
+        text_config=text, vision_config=vision, image_token_index=5, spatial_merge_size=2
+    )
+    made = transformers.Mistral3ForConditionalGeneration(config)
+    tiny.save_model(made, tokenizer, folder)
+
+
+def test_wrappers_are_merged_but_not_learned_on(family, tmp_path):
+    for seed, name in enumerate(("base", "math", "code")):
+        vision_language(tmp_path / name, seed)
+    said = checked(somf(tmp_path, family), tmp_path)
+    assert (
+        f"the base {tmp_path / 'base'} is a Mistral3ForConditionalGeneration, and transformers "
+        "can't load it as a causal language model" in said
+    )
+    assert len(said.split("Error: ")[1]) < 600
+    written = tiny.merged(resta(tmp_path), tmp_path / "out")
+    assert written.keys() == tiny.tensors_of(tmp_path / "base").keys()
+    for base, math, names in (
+        (tmp_path / "base", family / "math", ("LlamaForCausalLM", "Mistral3ForCond")),
+        (family / "base", tmp_path / "math", ("Mistral3ForConditionalGeneration", "LlamaForC")),
+    ):
+        said = checked(somf(tmp_path, family, base=base, math=math), tmp_path)
+        assert f"model {math}: it is a {names[0]}, {base} a {names[1]}" in said
+
+
+def test_what_is_no_causal_language_model_is_not_learned_on(tmp_path, family):
+    for name in ("base", "math"):
+        reward_model(tmp_path / name)
+    said = checked(somf(tmp_path, family), tmp_path)
+    assert (
+        "is a LlamaForSequenceClassification, and it would be learned on a LlamaForCausalLM, which "
+        "has no score.weight" in said
+    )
