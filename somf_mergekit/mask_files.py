@@ -21,6 +21,7 @@ from .mask_folder import (
     MASKS_FILE,
     PROVENANCE_FILE,
     history_digest,
+    make_room,
 )
 from .mask_header import FORMAT, HEADER_KEY, header_digest, tensor_digest, with_digest
 from .masks import MaskSet
@@ -38,10 +39,10 @@ def write_masks(
     """Write an artifact and return it opened.
 
     The files are made beside ``folder`` and put in place at the end: a folder with this name is
-    complete.
+    complete. A mask that is there moves to ``<folder>.before``.
 
     Args:
-        folder: must not exist, or be empty.
+        folder: has no other files.
         probabilities: float32 in [0, 1] per tensor name; as pairs, one is needed at a time.
         aliases: further names of stored tensors (tied weights).
         provenance: JSON-able; stored in ``somf.json`` and in the header of the masks.
@@ -108,7 +109,7 @@ def keep_masks(
     The header of the masks goes on telling where they come from.
 
     Args:
-        folder: must not exist, or be empty.
+        folder: as of ``write_masks``.
         masks: the learned ones.
         provenance: of their use; JSON-able, stored in ``somf.json``.
 
@@ -136,6 +137,7 @@ def _new_artifact(folder: str | os.PathLike[str], provenance: Mapping[str, Any])
         with _folder_beside(target) as work:
             yield work
             _complete(work, provenance)
+            make_room(target)
             os.replace(work, target)
             sync(os.path.dirname(target))
     except (OSError, SafetensorError) as error:

@@ -6,6 +6,7 @@ the mask is from, and training.jsonl, a row a step.
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 
 from .digests import file_digest, json_digest
@@ -105,13 +106,15 @@ def folder_problem(folder: str) -> str | None:
 
 
 def make_room(folder: str) -> None:
-    """Put a mask that is in ``folder`` aside."""
+    """Put a mask that is in ``folder`` aside, in place of the one that was put there before."""
     if os.path.exists(os.path.join(folder, MASKS_FILE)):
-        os.replace(folder, free_name(f"{folder}.before"))
+        os.replace(folder, without_mask(f"{folder}.before"))
 
 
-def free_name(wanted: str) -> str:
-    """Return ``wanted``, or the first of its numbered names that is not there."""
+def without_mask(wanted: str) -> str:
+    """Return ``wanted``, from which a mask is removed; a numbered name where other files are."""
+    if os.path.isfile(os.path.join(wanted, MASKS_FILE)) and not os.path.islink(wanted):
+        shutil.rmtree(wanted)
     name, number = wanted, 1
     while os.path.exists(name):
         number += 1

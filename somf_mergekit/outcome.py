@@ -1,22 +1,19 @@
 """What came of learning a mask, in words: of its end, or of why it was stopped."""
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .held_out import HeldOut
-from .learner.divergence import Evidence, LearningDiverged
+from .learner.divergence import LearningDiverged
 from .learner.held_out import held_out_margins
 from .learner.problem import LearningProblem
 from .learner.tensors import Content
-from .mask_folder import HISTORY_FILE, MASKS_FILE
 from .masks import MaskSet
-from .objectives import PREFERENCES
 from .plan import PlannedMerge
 from .provenance import told_settings
 from .report.census import MaskCensus
 
-# Rows that are named.
+# Rows, or tensors, that are named.
 _NAMED = 5
 
 
@@ -62,87 +59,44 @@ def diverged(
     planned: PlannedMerge,
     error: LearningDiverged,
     steps: int,
-    kept: str,
+    kept: str | None,
     ways: Mapping[str, Any],
 ) -> str:
-    """Return what happened where learning went bad, where the mask is kept, and what to change.
+    """Return why learning stopped, where the mask is stored, and what to change.
 
     Args:
         planned: the merge.
         error: what is known.
-        steps: of the whole learning.
-        kept: the folder of the mask as it was before.
-        ways: how the mask was learned, as told with it.
+        steps: of the whole training run.
+        kept: the folder of the last mask without a fault; None where there is none.
+        ways: how the mask was learned, as recorded with it.
     """
-    parts = [f"{error.what} at step {error.step + 1} of {steps}."]
-    parts += _tensor_told(error)
-    parts += _rows_told(planned, error.evidence)
-    parts.append(f"The mask as it was before is kept in {kept} ({MASKS_FILE}, {HISTORY_FILE}).")
-    parts.append(f"What to change: {'; '.join(_changes(planned, error.evidence, ways))}.")
-    return " ".join(parts)
-
-
-def told_divergence(error: LearningDiverged) -> dict[str, Any]:
-    """Return the same for programs, as JSON; it is told with the mask as it was before."""
-    found = error.evidence
-    return {
-        "step": error.step + 1,
-        "what": error.what,
-        "tensor": found.tensor,
-        "rows": [row for row, _ in found.rows[:_NAMED]],
-        "utility_rows": list(found.utility_rows[:_NAMED]),
-    }
-
-
-def _tensor_told(error: LearningDiverged) -> Iterator[str]:
-    found = error.evidence
-    if found.tensor is None:
-        # After a learning that was gone on with, the update before is not known.
-        yield from ["No logit had been updated."] * (error.step == 0)
-    elif found.share is None:
-        more = f", and those of {found.others:,} more tensors are too" * bool(found.others)
-        yield f"It is that of {found.tensor}{more}."
-    else:
-        yield (
-            f"The largest update of step {found.of_step + 1} was that of {found.tensor}, with "
-            f"{100 * found.share:.0f} % of the gradient's squared norm."
-        )
-
-
-def _rows_told(planned: PlannedMerge, found: Evidence) -> Iterator[str]:
-    settings = planned.settings
-    if found.utility_rows:
-        rows = _listed([str(row) for row in found.utility_rows])
-        yield (
-            f"The utility term is NaN or infinite on row {rows} of {settings.utility_dataset} "
-            "(counted from 0)."
-        )
-    if not found.rows:
-        return
-    if math.isfinite(found.rows[0][1]):
-        rows = " and ".join(f"row {row} ({loss:.3g})" for row, loss in found.rows[:2])
-        told = f"The largest losses of that step were those of {rows}"
-    else:
-        rows = _listed([str(row) for row, _ in found.rows])
-        told = f"The loss is NaN or infinite on row {rows}"
-    yield f"{told} of {settings.safety_dataset} (counted from 0)."
-
-
-def _changes(planned: PlannedMerge, found: Evidence, ways: Mapping[str, Any]) -> Iterator[str]:
     settings = told_settings(planned)
-    smaller = ["learning_rate", *["beta"] * (settings["objective"] in PREFERENCES)]
-    values = (f"{name} (now {settings[name]})" for name in smaller)
-    yield f"a smaller {' or '.join(values)}"
-    if found.rows or found.utility_rows:
-        yield "look at these rows, and leave them out where they are not what they should be"
+    told = [f"{error.what} at step {error.step + 1} of {steps}"]
+    for what, rows, source in (
+        ("loss", error.rows, settings["safety_dataset"]),
+        ("utility term", error.utility_rows, settings["utility_dataset"]),
+    ):
+        if rows:
+            told[0] += f"; the {what} on row {_listed(rows)} of {source} (counted from 0)"
+    if error.tensors:
+        told[0] += f", that of {_listed(error.tensors)}"
+    if kept:
+        told.append(f"The last good mask is stored in {kept}")
+    changes = [f"a smaller learning_rate (now {settings['learning_rate']})"]
+    if error.rows or error.utility_rows:
+        changes.insert(
+            0, "look at these rows, and leave them out if they are not what they should be"
+        )
     if ways["precision"] != "float32":
-        yield f"--precision float32 (SOMF_PRECISION=float32) instead of {ways['precision']}"
+        changes.append(f"--precision float32 (SOMF_PRECISION) instead of {ways['precision']}")
     if planned.config.dtype == "float16":
-        yield "dtype: bfloat16 or float32"
+        changes.append("dtype: bfloat16 or float32")
     if settings["mask_rescale"] == "mean":
-        yield "mask_rescale: none, for a mask that is next to empty is divided by its mean"
+        changes.append("mask_rescale: none (a mask that is next to empty is divided by its mean)")
+    return f"{'. '.join(told)}. What to try: {'; '.join(changes)}."
 
 
-def _listed(items: Sequence[str]) -> str:
+def _listed(items: Sequence[Any]) -> str:
     further = len(items) - _NAMED
-    return ", ".join(items[:_NAMED]) + (f" and {further:,} more" if further > 0 else "")
+    return ", ".join(map(str, items[:_NAMED])) + (f" and {further:,} more" if further > 0 else "")

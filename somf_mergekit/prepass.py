@@ -11,7 +11,7 @@ import torch
 
 from . import machine
 from .construction import constructed
-from .errors import RecipeError
+from .errors import RecipeError, raise_together
 from .forecast import forecast
 from .held_out import HeldOut
 from .inputs import SafetyData
@@ -20,13 +20,12 @@ from .learner.divergence import LearningDiverged
 from .learner.folder import learning_folder
 from .learner.loop import step_count
 from .learner.model import LearningModel
-from .learner.recovery import gone_back
 from .learning_bar import learn_with_progress
 from .mask_files import keep_masks, write_masks
-from .mask_folder import MASKS_FILE, free_name, make_room
+from .mask_folder import MASKS_FILE, without_mask
 from .masks import MaskSet
 from .out_of_memory import memory_for
-from .outcome import comparison, diverged, learned_line, told_divergence
+from .outcome import comparison, diverged, learned_line
 from .phases import LEARNING, phase
 from .plan import PlannedMerge
 from .processes import Processes, is_first, own_device, processes
@@ -46,38 +45,82 @@ def mask_for(planned: PlannedMerge, inputs: SafetyData | MaskSet, folder: str) -
     Raises:
         RecipeError: what keeps the mask from being learned or written.
     """
+    together = processes(own_device(planned.options.device))
     if isinstance(inputs, MaskSet):
-        return _given_mask(planned, inputs, folder)
+        return MaskSet.open(together.first_does(lambda: _stored(planned, inputs, folder)))
     with phase(CHECKING):
         fingerprint = learning_fingerprint(planned, inputs)
-    if os.path.exists(os.path.join(folder, MASKS_FILE)):
-        known = MaskSet.open(folder)
-        differing = differences(known.provenance, fingerprint, [str(m) for m in planned.models])
-        if not differing:
-            _say(planned, f"somf: reusing the mask learned before in {folder}")
-            return known
+        _check_agreement(planned, fingerprint, together)
+    # The first process decides for all: another may see an older state of a network's disk.
+    if together.first_does(lambda: _is_known(planned, folder, fingerprint)):
+        return MaskSet.open(folder)
+    return _learned_mask(planned, folder, inputs, fingerprint, together)
+
+
+def _check_agreement(
+    planned: PlannedMerge, fingerprint: dict[str, Any], together: Processes
+) -> None:
+    """Check that all processes would learn the same mask.
+
+    Raises:
+        RecipeError: their models or data differ.
+    """
+    first, *others = together.gathered([fingerprint])
+    names = [str(model) for model in planned.models]
+    raise_together(
+        (
+            f"process {number} has other {', '.join(differing)} than process 0"
+            for number, other in enumerate(others, 1)
+            if (differing := differences({"fingerprint": first}, other, names))
+        ),
+        "the processes can't learn one mask together",
+    )
+
+
+def _is_known(planned: PlannedMerge, folder: str, fingerprint: dict[str, Any]) -> bool:
+    """Return whether a folder has the mask that would be learned; say so, or what differs.
+
+    Raises:
+        RecipeError: its mask is damaged.
+    """
+    if not os.path.exists(os.path.join(folder, MASKS_FILE)):
+        return False
+    known = MaskSet.open(folder)
+    differing = differences(known.provenance, fingerprint, [str(m) for m in planned.models])
+    if differing:
         _say(
             planned,
             f"somf: the mask in {folder} was learned with other {', '.join(differing)}: a new one "
-            "is learned, and the old one kept beside it",
+            f"is learned, and the old one moves to {folder}.before",
         )
-    return _learned_mask(planned, folder, inputs, fingerprint)
+    else:
+        _say(planned, f"somf: reusing the mask learned before in {folder}")
+    return not differing
 
 
-def _given_mask(planned: PlannedMerge, masks: MaskSet, folder: str) -> MaskSet:
-    kept = os.path.join(folder, MASKS_FILE)
-    if os.path.exists(kept) and os.path.samefile(kept, masks.path):
-        return masks
-    make_room(folder)
-    return keep_masks(folder, masks, provenance_of_use(planned, masks))
+def _stored(planned: PlannedMerge, masks: MaskSet, folder: str) -> str:
+    """Store given masks in a folder, unless they are those in it; return their place."""
+    place = os.path.join(folder, MASKS_FILE)
+    if os.path.exists(place) and os.path.samefile(place, masks.path):
+        return masks.path
+    aside = f"{folder}.before"
+    if os.path.exists(place) and os.path.realpath(masks.path).startswith(
+        os.path.realpath(aside) + os.sep
+    ):
+        raise RecipeError(
+            f"mask {masks.path} is where the mask in {folder} would be put aside: move it to "
+            "another folder first"
+        )
+    return keep_masks(folder, masks, provenance_of_use(planned, masks)).path
 
 
 def _learned_mask(
-    planned: PlannedMerge, folder: str, data: SafetyData, fingerprint: dict[str, Any]
+    planned: PlannedMerge,
+    folder: str,
+    data: SafetyData,
+    fingerprint: dict[str, Any],
+    together: Processes,
 ) -> MaskSet:
-    # All have looked at the folder before the first one writes there.
-    together = processes(own_device(planned.options.device))
-    together.wait()
     with learning_folder(folder, together) as place, ExitStack() as ending:
         if data.dropped:
             _say(planned, f"somf: rows of the safety dataset left out: {data.dropped}")
@@ -108,14 +151,12 @@ def _learned_mask(
             with phase(LEARNING):
                 learn_with_progress(problem, progress, checkpoints, quiet)
         except LearningDiverged as error:
-            if not error.is_intact:
-                at, good = error.step + 1, error.step
-                _say(planned, f"somf: {error.what} at step {at}: going back to step {good}")
-                progress = gone_back(problem, progress, checkpoints, good)
-            kept = together.of_first(free_name(f"{folder}.last-good"))
-            stopped = told_divergence(error)
-            artifact(kept, "learning was stopped", stopped=stopped)
-            checkpoints.remove()
+            # The gradients of a step are used one by one, before all of them are known.
+            progress = progress if error.is_intact else checkpoints.latest()
+            kept = None
+            if progress.step:
+                kept = together.first_does(lambda: without_mask(f"{folder}.last-good"))
+                artifact(kept, "learning was stopped", stopped=error.record())
             raise RecipeError(
                 diverged(planned, error, step_count(planned.settings, len(data.pairs)), kept, ways)
             ) from error
@@ -123,8 +164,6 @@ def _learned_mask(
         if problem.held_out and progress.step:
             with _stage("held-out pairs"):
                 compared = comparison(planned, problem, quiet)
-        if together.is_first:
-            make_room(folder)
         with _stage("writing the mask"):
             masks = artifact(folder, compared)
         checkpoints.remove()

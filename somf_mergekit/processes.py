@@ -1,12 +1,19 @@
 """The processes that learn one mask together, as torchrun or accelerate launch starts them."""
 
-import json
-import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .errors import RecipeError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_T = TypeVar("_T")
+# One process may read task vectors or write a large file while the others wait. A process that
+# fails ends the others through the launcher, so that none waits this long for it.
+_LONGEST_WAIT = timedelta(days=2)
 
 
 @dataclass(frozen=True)
@@ -44,63 +51,54 @@ class Processes:
         return total
 
     def gathered(self, values: list[Any]) -> list[Any]:
-        """Return the values of all processes, the first one's first.
-
-        They are what JSON knows, and tensors of float32 on one axis; lists in them come as tuples.
-        """
+        """Return the values of all processes, the first one's first. Tensors: on the CPU alone."""
         if self.count == 1:
             return values
-        return [value for text in self._texts(_as_text(values)) for value in _from_text(text)]
+        from accelerate.utils import gather_object
 
-    def _texts(self, text: str) -> list[str]:
-        """Return the texts of all processes.
+        found: list[Any] = gather_object(values)
+        return found
 
-        As bytes, for what torch and accelerate have for objects unpickles what the network brings.
-        """
-        import torch
-        from accelerate import PartialState
-
-        own = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-        own = own.to(PartialState().device)
-        length = torch.tensor([len(own)], device=own.device)
-        lengths = [torch.empty_like(length) for _ in range(self.count)]
-        torch.distributed.all_gather(lengths, length)
-        padded = own.new_zeros(int(max(lengths)))
-        padded[: len(own)] = own
-        parts = [torch.empty_like(padded) for _ in lengths]
-        torch.distributed.all_gather(parts, padded)
-        contents = zip(parts, lengths, strict=True)
-        return [part[: int(count)].cpu().numpy().tobytes().decode() for part, count in contents]
-
-    def of_first(self, value: Any) -> Any:
+    def of_first(self, value: _T) -> _T:
         """Return the first process' value, in all of them."""
-        return self.gathered([value])[0]
+        if self.count == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        shared = [value]
+        broadcast_object_list(shared)
+        return shared[0]
+
+    def first_does(self, action: Callable[[], _T]) -> _T:
+        """Return in all processes what an action returns in the first one, which alone runs it.
+
+        Raises:
+            RecipeError: the action raised it; in all processes, so that none waits in vain.
+        """
+        value: Any = None
+        problem = ""
+        if self.is_first:
+            try:
+                value = action()
+            except RecipeError as error:
+                if self.count == 1:
+                    raise
+                problem = error.message
+        value, problem = self.of_first((value, problem))
+        if problem:
+            raise RecipeError(problem)
+        result: _T = value
+        return result
 
     def wait(self) -> None:
         """Go on when all processes are here."""
         if self.count > 1:
-            import torch
+            from accelerate import PartialState
 
-            torch.distributed.barrier()
+            PartialState().wait_for_everyone()
 
 
 ALONE = Processes()
-# Where launchers tell a process about the others: torchrun and accelerate, then MPI's (which
-# `accelerate launch --cpu` uses for several processes).
-_COUNT = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-_RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-_COUNT_HERE = (
-    "LOCAL_WORLD_SIZE",
-    "MPI_LOCALNRANKS",
-    "OMPI_COMM_WORLD_LOCAL_SIZE",
-    "MV2_COMM_WORLD_LOCAL_SIZE",
-)
-_RANK_HERE = (
-    "LOCAL_RANK",
-    "MPI_LOCALRANKID",
-    "OMPI_COMM_WORLD_LOCAL_RANK",
-    "MV2_COMM_WORLD_LOCAL_RANK",
-)
 
 
 def processes(device: str) -> Processes:
@@ -114,55 +112,35 @@ def processes(device: str) -> Processes:
     import torch
     from accelerate import PartialState
 
-    state = PartialState(cpu=torch.device(device).type == "cpu")
+    state = PartialState(cpu=torch.device(device).type == "cpu", timeout=_LONGEST_WAIT)
     return Processes(state.process_index, state.num_processes)
 
 
 def started() -> int:
     """Return how many processes were started together, on all machines."""
-    return int(_told(_COUNT) or 1)
+    return int(_launched().world_size)
 
 
 def is_first() -> bool:
     """Return whether this is the first of the processes started together: the one that speaks."""
-    return int(_told(_RANK) or 0) == 0
+    return int(_launched().rank) == 0
 
 
 def started_here() -> int:
-    """Return how many processes were started together on this machine.
-
-    All of them are thought to be here where the launcher does not tell.
-    """
-    return int(_told(_COUNT_HERE) or started())
+    """Return how many processes were started together on this machine."""
+    return int(_launched().local_world_size)
 
 
 def own_device(device: str | None) -> str:
-    """Return the device of this process, where mergekit was told ``device``."""
+    """Return the device of this process, where mergekit was given ``device``."""
     chosen = device or "cpu"
-    local = _told(_RANK_HERE)
-    return f"{chosen}:{local}" if local and chosen == "cuda" else chosen
+    if chosen == "cuda" and started() > 1:
+        return f"cuda:{_launched().local_rank}"
+    return chosen
 
 
-def _told(names: tuple[str, ...]) -> str | None:
-    """Return the first of these environment variables that is a number from 0 up."""
-    values = (os.environ.get(name, "") for name in names)
-    return next((value for value in values if value.isdecimal()), None)
+def _launched() -> Any:
+    """Return what the launcher (torchrun, accelerate, MPI) says, without connecting anything."""
+    from accelerate.utils import get_cpu_distributed_information
 
-
-_TENSOR = "tensor"
-
-
-def _as_text(values: list[Any]) -> str:
-    """Return values as JSON, which keeps every digit of a number."""
-    return json.dumps(values, default=lambda tensor: {_TENSOR: tensor.tolist()})
-
-
-def _from_text(text: str) -> list[Any]:
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            import torch
-
-            return torch.tensor(value[_TENSOR], dtype=torch.float32)
-        return tuple(map(plain, value)) if isinstance(value, list) else value
-
-    return [plain(value) for value in json.loads(text)]
+    return get_cpu_distributed_information()

@@ -1,6 +1,7 @@
 """Learning that was stopped goes on where it was, and ends as if it had not been."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -23,10 +24,11 @@ from somf_mergekit import RecipeError, construction, learn, prepass
 from somf_mergekit.learner import checkpoints as module
 from somf_mergekit.learner.checkpoints import Checkpoints, Progress
 from somf_mergekit.learner.engine import ResidentEngine
+from somf_mergekit.learner.folder import learning_folder
 from somf_mergekit.learner.interruption import LearningInterrupted
 from somf_mergekit.learner.loop import learn_logits
 from somf_mergekit.learner.safetensors_file import StoredTensor, write_safetensors
-from somf_mergekit.processes import ALONE
+from somf_mergekit.processes import ALONE, Processes
 
 FINGERPRINT = {"models": ["a", "b"]}
 SETTINGS = {
@@ -119,6 +121,85 @@ def test_a_checkpoint_that_does_not_count_is_passed_over(tmp_path):
     older.write_bytes(b"\xff" * 100)
     assert kept(other, tmp_path).latest().step == 0
     assert all(bool((t.logits == t.init_logit).all()) for t in other.tensors)
+
+
+def steps_in(folder):
+    return sorted(int(path.name.split("-")[1]) for path in folder.glob("step-*"))
+
+
+def test_damaged_and_foreign_checkpoints_are_reported_and_go(tmp_path):
+    problem = make_problem(**SETTINGS)
+    trajectory(problem, Progress(), kept(problem, tmp_path), until=1)
+    key = newest(tmp_path).name.split("-")[2]
+    # As a bad disk leaves them, with higher numbers than what is written next.
+    for name in (f"step-100-{key}", f"step-110-{key}", "step-7-0123456789ab.safetensors"):
+        (tmp_path / name).write_bytes(b"no checkpoint")
+    said = []
+    again = make_problem(**SETTINGS)
+    checkpoints = kept(again, tmp_path)
+    progress = checkpoints.latest(said.append)
+    assert progress.step == 1
+    assert "1 checkpoints in" in said[0]
+    assert "are of another recipe" in said[0]
+    passed = [line.split(" is passed over: ")[0] for line in said[1:]]
+    assert [line.rsplit("-", 2)[1] for line in passed] == ["110", "100"]
+    trajectory(again, progress, checkpoints, until=3)
+    # The new ones stay, and nothing else does.
+    assert steps_in(tmp_path) == [2, 3]
+
+
+def test_a_checkpoint_that_can_not_be_opened_stops_rather_than_begin_anew(tmp_path, monkeypatch):
+    problem = make_problem(**SETTINGS)
+    trajectory(problem, Progress(), kept(problem, tmp_path), until=2)
+    real = open
+
+    def refusing(path, *arguments, **options):
+        if str(path).startswith(str(tmp_path)):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path, *arguments, **options)
+
+    checkpoints = kept(make_problem(**SETTINGS), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", refusing)
+        with pytest.raises(RecipeError, match=r"step-2-\S+ can't be read: Permission denied"):
+            checkpoints.latest()
+    assert steps_in(tmp_path) == [1, 2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Second(Processes):
+    """The second of two processes, of which the first one lists some checkpoints."""
+
+    rank: int = 1
+    count: int = 2
+    listed: tuple = ()
+
+    def of_first(self, value):
+        return list(self.listed)
+
+    def gathered(self, values):
+        return values
+
+
+def test_all_processes_go_on_from_the_file_that_the_first_one_names(tmp_path):
+    problem = make_problem(**SETTINGS)
+    trajectory(problem, Progress(), kept(problem, tmp_path), until=3)
+    found = kept(problem, tmp_path)._found()
+    assert [step for step, _, _ in found] == [2, 3]
+    gone = (4, found[0][1], str(tmp_path / f"step-4-{found[0][1]}.safetensors"))
+
+    def of_second(*listed):
+        again = make_problem(**SETTINGS)
+        together = Second(listed=listed)
+        return Checkpoints(str(tmp_path), FINGERPRINT, again.tensors, together, seconds=0)
+
+    assert of_second(*found).latest().step == 3
+    # The first process doesn't see the newest file, or none.
+    assert of_second(found[0]).latest().step == 2
+    assert of_second().latest().step == 0
+    # The second one doesn't.
+    with pytest.raises(RecipeError, match=r"can't be read: No such file or directory \(process 1"):
+        of_second(*found, gone).latest()
 
 
 @contextlib.contextmanager
@@ -341,6 +422,28 @@ def test_a_second_learning_into_the_same_folder_is_refused(family_recipe, tmp_pa
     (place / "step-3-ffffffffffff.safetensors.partial").write_bytes(b"half")
     learn(family_recipe(), tmp_path / "mask")
     assert [path.name for path in tmp_path.iterdir()] == ["mask"]
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_does_not_count(tmp_path, monkeypatch):
+    place, real, other = tmp_path / "mask.learning", FileLock.acquire, []
+
+    def acquire(self, *arguments, **options):
+        held = real(self, *arguments, **options)
+        if not other:
+            # Another process ends, and a third one starts, before this one looks.
+            (place / "lock").unlink()
+            other.append(FileLock(place / "lock"))
+            real(other[0], timeout=0)
+        return held
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    refused = pytest.raises(RecipeError, match="another process is learning into")
+    with refused, learning_folder(str(tmp_path / "mask"), ALONE):
+        pass
+    other[0].release()
+    with learning_folder(str(tmp_path / "mask"), ALONE):
+        pass
+    assert not place.exists()
 
 
 def many_steps(family_recipe):

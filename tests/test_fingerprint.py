@@ -125,6 +125,11 @@ def test_what_changes_a_mask_is_named_and_the_old_one_kept(own_family, change, n
     assert named.format(folder=own_family) in told.split("was learned with other")[1]
     assert (own_family / "mask.before/masks.safetensors").read_bytes() == old
     assert "reusing the mask" in learned(own_family, content)
+    # One is stored, however often the recipe changes.
+    if change is setting:
+        content["parameters"]["beta"] += 1
+        learned(own_family, content)
+        assert (own_family / "mask.before/masks.safetensors").read_bytes() != old
     assert not (own_family / "mask.before-2").exists()
 
 

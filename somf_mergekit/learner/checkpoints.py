@@ -9,17 +9,18 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import click
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..digests import json_digest
-from ..errors import RecipeError
+from ..errors import RecipeError, first_line
 from ..processes import Processes
 from .interruption import LearningInterrupted, StopRequests
 from .safetensors_file import StoredTensor, tensor_bytes, write_safetensors
@@ -27,6 +28,7 @@ from .tensors import MaskedTensor
 
 FORMAT = "somf-checkpoint/2"
 GENERATIONS = 2
+_NAME = re.compile(r"^step-(\d+)-([0-9a-f]+)\.safetensors$")
 # At the end too, where more than this would be lost if the mask could not be written.
 _END_SECONDS = 60
 _HEADER_KEY = "somf"
@@ -35,6 +37,10 @@ _TOKENS, _LENGTHS, _UNMASKED = "utility rows", "utility lengths", "utility"
 _KEPT = (_PAIRS, _RATIOS, _TOKENS, _LENGTHS, _UNMASKED)
 # The last tensor of the file: a checksum over the header and all others.
 _CHECKSUM = "checksum"
+
+
+def _to_stderr(text: str) -> None:
+    click.echo(text, err=True)
 
 
 @dataclass
@@ -85,40 +91,58 @@ class Checkpoints:
         self.stop = StopRequests()
         self._folder, self._fingerprint = folder, dict(fingerprint)
         self._key = json_digest(self._fingerprint)[:12]
-        self._name = re.compile(rf"^step-(\d+)-{self._key}\.safetensors$")
+        # Those that were read or written here; only these are worth keeping.
+        self._good: list[str] = []
         self._tensors, self._together = tensors, together
         self._seconds = seconds
         self._written = time.monotonic()
 
-    def latest(self, at_most: int | None = None) -> Progress:
+    def latest(self, say: Callable[[str], object] = _to_stderr) -> Progress:
         """Return how far learning had come, and set the logits to what they were then.
 
-        A checkpoint that can't be read, or of something else, does not count, nor does one after
-        more than ``at_most`` steps, where that is given.
+        The first process names the files, the newest first, and all go on from the same one. A
+        damaged one is passed over.
+
+        Args:
+            say: takes what the user should know of checkpoints that do not count.
+
+        Raises:
+            RecipeError: a process can't open a file: what is in it may be hours of learning.
         """
-        for step, path in reversed(self._found()):
-            if at_most is not None and step > at_most:
-                continue
-            with contextlib.suppress(SafetensorError, OSError, ValueError, KeyError, TypeError):
-                return self._read(path)
+        say = say if self._together.is_first else _say_nothing
+        found = self._together.of_first(self._found())
+        own = [path for _, key, path in found if key == self._key]
+        if len(own) < len(found):
+            say(
+                f"somf: {len(found) - len(own)} checkpoints in {self._folder} are of another "
+                "recipe: they are removed when the first one of this recipe is written"
+            )
+        for path in reversed(own):
+            progress, problem = self._tried(path)
+            problems = [told for told in self._together.gathered([problem]) if told]
+            if not problems:
+                self._good = [path]
+                return progress
+            say(f"somf: checkpoint {path} is passed over: {problems[0]}")
+        if own:
+            say("somf: no checkpoint can be used: learning begins anew")
         for tensor in self._tensors:
             tensor.logits.fill_(tensor.init_logit)
         return Progress()
 
-    def after_step(self, progress: Progress, *, is_last: bool, is_good: bool = True) -> None:
+    def after_step(self, progress: Progress, *, is_last: bool) -> None:
         """Write a checkpoint where it is time for one.
 
         Args:
             progress: how far learning has come.
             is_last: whether no step follows.
-            is_good: whether this may be what is to be gone back to; else it can wait.
 
         Raises:
             LearningInterrupted: the processes are to end; what is done is kept.
             RecipeError: the checkpoint can't be written; the last one is as it was.
         """
         wait = min(self._seconds, _END_SECONDS) if is_last else self._seconds
-        due = is_good and time.monotonic() - self._written >= wait
+        due = time.monotonic() - self._written >= wait
         told = self._together.gathered([(self.stop.signal, due)])
         stopped = next((signal for signal, _ in told if signal), None)
         # The first one's clock counts: all must write together.
@@ -130,14 +154,14 @@ class Checkpoints:
             raise LearningInterrupted(stopped, progress.step)
 
     def remove(self) -> None:
-        """Remove all checkpoints: learning has come to an end."""
-        if self._together.is_first:
-            for _, path in self._found():
-                os.unlink(path)
+        """Remove all checkpoints, those of other recipes too: learning has come to an end."""
+        self._good = []
+        self._prune()
 
     def _write(self, progress: Progress) -> None:
-        pairs, utility = self._of_all(progress.reference), self._of_all(progress.unmasked)
-        tokens = [values.cpu() for values in utility.values()]
+        pairs = self._of_all(progress.reference)
+        utility = self._of_all({row: of.cpu() for row, of in progress.unmasked.items()})
+        tokens = list(utility.values())
         kept = {
             _PAIRS: torch.tensor(list(pairs), dtype=torch.int64),
             _RATIOS: torch.tensor(list(pairs.values()), dtype=torch.float64).reshape(-1, 2),
@@ -172,8 +196,8 @@ class Checkpoints:
                 "is as it was: make room and give the same command again to go on; another place, "
                 "named with --work-dir (SOMF_WORK_DIR), starts anew."
             ) from error
-        for _, old in self._found()[:-GENERATIONS]:
-            os.unlink(old)
+        self._good = [*(good for good in self._good if good != path), path][-GENERATIONS:]
+        self._prune()
         self._together.wait()
 
     def _of_all(self, values: Mapping[int, Any]) -> dict[int, Any]:
@@ -181,15 +205,50 @@ class Checkpoints:
         known = [item for part in self._together.gathered([list(values.items())]) for item in part]
         return dict(sorted(known, key=lambda item: item[0]))
 
+    def _prune(self) -> None:
+        """Remove all but the good ones."""
+        for _, _, path in self._found() if self._together.is_first else ():
+            if path not in self._good:
+                # One that can't be removed takes room, and is passed over.
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+
+    def _tried(self, path: str) -> tuple[Progress, str]:
+        """Return what a checkpoint holds, and what is wrong with it.
+
+        Raises:
+            RecipeError: this or another process can't open it.
+        """
+        closed, progress, problem = "", Progress(), ""
+        try:
+            with open(path, "rb"):
+                pass
+        except OSError as error:
+            closed = f"{error.strerror} (process {self._together.rank})"
+        reasons = [reason for reason in self._together.gathered([closed]) if reason]
+        if reasons:
+            raise RecipeError(
+                f"checkpoint {path} can't be read: {reasons[0]}. Make it readable, for every "
+                "process that learns, and give the same command again to go on; remove it to go "
+                "on from the one before, or to begin anew."
+            )
+        try:
+            progress = self._read(path)
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            problem = first_line(error)
+        return progress, problem
+
     def _read(self, path: str) -> Progress:
         with safe_open(path, framework="pt") as file:
             text = file.metadata()[_HEADER_KEY]
             header, checksum = json.loads(text), xxhash.xxh3_128(text.encode())
-            if header["format"] != FORMAT or header["fingerprint"] != self._fingerprint:
-                raise ValueError("of something else")
+            if header["format"] != FORMAT:
+                raise ValueError(f"its format is {header['format']}, not {FORMAT}")
+            if header["fingerprint"] != self._fingerprint:
+                raise ValueError("it is of another recipe")
             shapes = {t.name: file.get_slice(_LOGITS + t.name).get_shape() for t in self._tensors}
             if any(tuple(shapes[t.name]) != t.layout.shape for t in self._tensors):
-                raise ValueError("of other shapes")
+                raise ValueError("its masks have other shapes")
             values = {name: file.get_tensor(name) for name in _KEPT}
             for name in _KEPT:
                 checksum.update(tensor_bytes(values[name]))
@@ -198,7 +257,7 @@ class Checkpoints:
                 checksum.update(tensor_bytes(logits))
                 tensor.set_logits(logits)
             if bytes(file.get_tensor(_CHECKSUM).tolist()) != checksum.digest():
-                raise ValueError("damaged")
+                raise ValueError("it is damaged (its checksum is another)")
             lengths = values[_LENGTHS].tolist()
             tokens = values[_UNMASKED].clone().split(lengths) if lengths else ()
             device = self._tensors[0].logits.device
@@ -211,14 +270,14 @@ class Checkpoints:
                 unmasked={row: told.to(device) for row, told in utility},
             )
 
-    def _found(self) -> list[tuple[int, str]]:
-        """Return the steps and paths of all checkpoints, the oldest first."""
-        found = []
-        for name in os.listdir(self._folder):
-            match = self._name.match(name)
-            if match:
-                found.append((int(match[1]), os.path.join(self._folder, name)))
-        return sorted(found)
+    def _found(self) -> list[tuple[int, str, str]]:
+        """Return steps, recipes' keys and paths of all checkpoints, the oldest first."""
+        matches = filter(None, map(_NAME.match, os.listdir(self._folder)))
+        return sorted((int(m[1]), m[2], os.path.join(self._folder, m[0])) for m in matches)
+
+
+def _say_nothing(_: str) -> None:
+    """Take what another process says."""
 
 
 def _with_checksum(text: str, content: Sequence[StoredTensor]) -> list[StoredTensor]:

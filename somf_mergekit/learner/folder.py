@@ -1,13 +1,16 @@
-"""The folder of a mask that is being learned: one learning has it at a time."""
+"""The folder of a mask that is being learned: one training run has it at a time."""
 
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 from ..errors import RecipeError
 from ..processes import Processes
 
 _LOCK = "lock"
+# The lock of a process that is just ending is gone after less than this.
+_SECONDS = 0.5
 
 
 @contextlib.contextmanager
@@ -21,35 +24,50 @@ def learning_folder(mask_folder: str, together: Processes) -> Iterator[str]:
         together: this process among those that learn, of which the first holds the lock.
 
     Raises:
-        RecipeError: another learning has the folder, or it can't be written.
+        RecipeError: another training run has the folder, or it can't be written.
     """
+    place = f"{mask_folder}.learning"
+    with contextlib.ExitStack() as locks:
+        together.first_does(lambda: _lock(place, mask_folder, locks))
+        yield place
+
+
+def _lock(place: str, mask_folder: str, locks: contextlib.ExitStack) -> None:
+    """Hold the folder until ``locks`` ends."""
     from filelock import FileLock, Timeout
 
-    place = f"{mask_folder}.learning"
-    if not together.is_first:
-        together.wait()
-        yield place
-        return
     lock = FileLock(os.path.join(place, _LOCK))
     try:
-        os.makedirs(place, exist_ok=True)
-        lock.acquire(timeout=0)
+        while not _is_held(lock, place):
+            pass
+        locks.callback(lock.release)
+        locks.callback(_remove_if_done, place)
+        for name in os.listdir(place):
+            # A process that was killed leaves what it had not finished.
+            if name.endswith(".partial"):
+                os.unlink(os.path.join(place, name))
     except Timeout as error:
         raise RecipeError(
             f"another process is learning into {mask_folder}: wait for it, or name another place"
         ) from error
     except OSError as error:
         raise RecipeError(f"checkpoints can't be written to {place}: {error.strerror}") from error
+
+
+def _is_held(lock: Any, place: str) -> bool:
+    """Take the lock; return False where its file was removed meanwhile, by a process that ended."""
+    os.makedirs(place, exist_ok=True)
     try:
-        for name in os.listdir(place):
-            # A process that was killed leaves what it had not finished.
-            if name.endswith(".partial"):
-                os.unlink(os.path.join(place, name))
-        together.wait()
-        yield place
-    finally:
-        _remove_if_done(place)
-        lock.release()
+        with open(lock.lock_file, "ab") as file:
+            number = os.fstat(file.fileno()).st_ino
+        lock.acquire(timeout=_SECONDS)
+        # The file of this name, not one that has lost it, is what others would lock.
+        if os.stat(lock.lock_file).st_ino == number:
+            return True
+    except FileNotFoundError:
+        pass
+    lock.release()
+    return False
 
 
 def _remove_if_done(place: str) -> None:

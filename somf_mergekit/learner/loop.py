@@ -5,13 +5,11 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 
 from ..objectives import PREFERENCES
 from ..recipe import Settings
 from .checkpoints import Checkpoints, Progress
 from .comparison import Comparison
-from .divergence import LossWatch
 from .passes import Passes
 from .problem import LearningProblem
 
@@ -76,7 +74,6 @@ def learn_logits(
     on_reference: Callable[[int, int], None],
     progress: Progress | None = None,
     checkpoints: Checkpoints | None = None,
-    until: int | None = None,
 ) -> None:
     """Learn the logits of ``problem.tensors`` in place.
 
@@ -87,10 +84,9 @@ def learn_logits(
             of examples that are done and of all.
         progress: how far learning had come when it was stopped; kept up to date.
         checkpoints: where what is done is kept; nowhere if not given.
-        until: after so many steps of the schedule learning is left off.
 
     Raises:
-        LearningDiverged: a loss or a gradient is not finite, or the loss has exploded.
+        LearningDiverged: a loss or a gradient is not finite.
         LearningInterrupted: the process was asked to end.
     """
     progress = progress or Progress()
@@ -104,8 +100,7 @@ def learn_logits(
     comparison = Comparison(problem, progress.reference, progress.unmasked)
     comparison.compute(_used(problem, plan), _used(problem, utility_plan), on_reference)
     passes = Passes(problem, comparison)
-    watch = LossWatch.after(settings, progress.history)
-    for step, batch in enumerate(plan[:until]):
+    for step, batch in enumerate(plan):
         if step < progress.step:
             continue
         start = time.perf_counter()
@@ -127,10 +122,8 @@ def learn_logits(
         progress.step = step + 1
         progress.history.append(asdict(report))
         on_step(report)
-        watch.see(step, report.loss, report.utility, partial(passes.evidence, shown))
         if checkpoints:
-            is_last = step + 1 == steps
-            checkpoints.after_step(progress, is_last=is_last, is_good=not watch.is_high)
+            checkpoints.after_step(progress, is_last=step + 1 == steps)
 
 
 def _used(problem: LearningProblem, plan: list[list[int]]) -> list[int]:

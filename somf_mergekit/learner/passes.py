@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..objectives import PREFERENCES, divergences, preference_losses, sft_losses
 from .comparison import Comparison
-from .divergence import Evidence, LearningDiverged
+from .divergence import LearningDiverged
 from .engine import LossNotFinite, Part
 from .logprobs import answer_sums
 from .problem import LearningProblem
@@ -24,14 +24,14 @@ class Losses:
         loss: mean over the pairs of the objective.
         margins: of each pair; none where the objective has no margin.
         utility: mean divergence over the tokens of the utility examples; None without them.
-        of_pairs: losses of this process' pairs, each with its row in the data.
-        wrong_utility: rows of this process' utility examples whose divergence is not finite.
+        wrong_rows: rows of this process' pairs whose loss is not finite.
+        wrong_utility: rows of its utility examples whose divergence is not finite.
     """
 
     loss: float
     margins: list[float]
     utility: float | None
-    of_pairs: list[tuple[int, float]] = field(default_factory=list)
+    wrong_rows: list[int] = field(default_factory=list)
     wrong_utility: list[int] = field(default_factory=list)
 
 
@@ -43,10 +43,6 @@ class Passes:
         self.problem = problem
         self.settings = problem.settings
         self.comparison = comparison
-        # Squared norms of the logits' gradients in the latest update, and its step.
-        self._names = [tensor.name for tensor in problem.tensors]
-        self._squares: list[float] = []
-        self._updated = 0
 
     def learn(self, batch: list[int], utility: list[int], step: int, rate_share: float) -> Losses:
         """Take a step by a batch's mean loss and its weighted utility term; return what it showed.
@@ -83,49 +79,41 @@ class Passes:
             self.problem.engine.learn(parts, step, rate_share)
         except LossNotFinite as error:
             raise LearningDiverged(
-                step, "the loss became NaN or infinite", self.evidence(shown), is_intact=True
+                step,
+                rows=sorted(together.gathered(shown.wrong_rows)),
+                utility_rows=sorted(together.gathered(shown.wrong_utility)),
             ) from error
-        self._squares, self._updated = self._gradient_squares(), step
-        if not all(map(math.isfinite, self._squares)):
-            raise LearningDiverged(
-                step, "a gradient became NaN or infinite", self.evidence(shown), is_intact=False
-            )
+        wrong = self._wrong_gradients()
+        if wrong:
+            raise LearningDiverged(step, tensors=wrong)
         return Losses(
             sum(together.gathered([shown.loss])),
             together.gathered(shown.margins),
             None if shown.utility is None else sum(together.gathered([shown.utility])),
-            shown.of_pairs,
         )
 
-    def evidence(self, shown: Losses) -> Evidence:
-        """Return what all processes know of a step, where it went bad."""
-        together = self.problem.together
-        pairs = together.gathered(shown.of_pairs)
-        return Evidence.of(
-            dict(zip(self._names, self._squares, strict=False)),
-            self._updated,
-            pairs,
-            together.gathered(shown.wrong_utility),
-        )
-
-    def _gradient_squares(self) -> list[float]:
-        """Return the squared norm of the gradient of each tensor's logits in the latest update."""
-        together, tensors = self.problem.together, self.problem.tensors
+    def _wrong_gradients(self) -> list[str]:
+        """Return the tensors whose logits' gradient in the latest update is not finite."""
+        tensors = self.problem.tensors
         none = torch.zeros((), device=self.problem.engine.device)
-        own = [none if t.gradient_square is None else t.gradient_square for t in tensors]
-        # Those that every process has are added up as often as there are processes.
-        counts = [together.count if t.is_shared else 1 for t in tensors]
-        summands = torch.stack(own) / torch.tensor(counts, device=none.device)
-        found: list[float] = together.add_up(summands).tolist()
-        return found
+        own = torch.stack(
+            [none if t.gradient_square is None else t.gradient_square for t in tensors]
+        )
+        # Each process has rows of some.
+        sums = self.problem.together.add_up(own).tolist()
+        return [t.name for t, total in zip(tensors, sums, strict=True) if not math.isfinite(total)]
 
     def _pair_loss(
         self, rows: list[int], share: float, step: int, shown: Losses
     ) -> Callable[[Tensor, Tensor], Tensor]:
         def loss(log_probs: Tensor, owners: Tensor) -> Tensor:
             losses, margins = self._pair_losses(rows, log_probs, owners)
-            numbers = (self.problem.pairs[row].row for row in rows)
-            shown.of_pairs += zip(numbers, losses.tolist(), strict=True)
+            finite = torch.isfinite(losses).tolist()
+            shown.wrong_rows += [
+                self.problem.pairs[row].row
+                for row, good in zip(rows, finite, strict=True)
+                if not good
+            ]
             total = _finite_sum(losses, step) * share
             shown.loss += float(total.detach())
             shown.margins += margins
