@@ -12,6 +12,8 @@ from types import ModuleType
 from typing import Any
 
 LOG = logging.getLogger("somf_mergekit")
+# What went wrong where an error would have broken the import of mergekit.
+failures: list[Exception] = []
 
 
 def install() -> None:
@@ -40,12 +42,19 @@ def register() -> None:
     """
     import mergekit.merge
 
-    from .contracts import MERGING, check_contracts
+    from .contracts import check_versions, installed
+    from .errors import RecipeError, first_line
 
-    check_contracts(MERGING)
-    _adopt_methods()
-    _adopt_plan()
-    _adopt_merge(mergekit.merge)
+    check_versions()
+    try:
+        _adopt_methods()
+        _adopt_plan()
+        _adopt_merge(mergekit.merge)
+    except (AttributeError, ImportError) as error:
+        raise RecipeError(
+            f"somf can't be added to mergekit {installed('mergekit')}: {first_line(error)}. "
+            "`mergekit-somf doctor` says which versions go together."
+        ) from error
 
 
 def _on_registry(_module: ModuleType) -> None:
@@ -99,19 +108,12 @@ def _carefully(action: Callable[..., None], *arguments: Any) -> None:
     try:
         action(*arguments)
     except Exception as error:
-        found, wanted = "unknown", "unknown"
-        try:
-            from .contracts import installed, supported
-
-            found, wanted = installed("mergekit"), supported("mergekit")
-        except Exception:
-            pass
+        failures.append(error)
         LOG.warning(
-            "somf-mergekit could not add its merge methods to mergekit %s: %s: %s; supported is %s",
-            found,
+            "somf-mergekit could not add its merge methods to mergekit: %s: %s; "
+            "`mergekit-somf doctor` says what is wrong",
             type(error).__name__,
             error,
-            wanted,
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from . import machine, processes, recipe
+from .contracts import installed
 from .errors import RecipeError, printable
 
 
@@ -35,7 +36,7 @@ class _Commands(click.Group):
 
 
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="somf-mergekit")
+@click.version_option(installed("somf-mergekit"))
 def main() -> None:
     """Merge language models with mergekit and keep them safe (SOMF)."""
 
@@ -224,6 +225,25 @@ def _demo() -> click.Command:
     return command
 
 
+def _doctor() -> click.Command:
+    """Say whether the stock mergekit-yaml knows somf here, and what to mend if it doesn't."""
+
+    @click.command("doctor", help=_doctor.__doc__)
+    def command() -> None:
+        from . import doctor
+
+        found = doctor.findings()
+        for one in found:
+            click.echo(printable(f"{one.subject}: {one.found}"))
+            if one.remedy:
+                click.echo(printable(f"  wrong: {one.remedy}"))
+        if any(one.remedy for one in found):
+            raise SystemExit(1)
+        click.echo("mergekit-yaml knows somf")
+
+    return command
+
+
 _MAKERS: dict[str, Callable[[], click.Command]] = {
     "merge": _merge,
     "learn": _learn,
@@ -234,6 +254,7 @@ _MAKERS: dict[str, Callable[[], click.Command]] = {
     "evaluate": _evaluate,
     "frontier": _frontier,
     "demo": _demo,
+    "doctor": _doctor,
 }
 
 

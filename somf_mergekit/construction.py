@@ -48,7 +48,7 @@ def constructed(
     chosen = expected.engine
     device = own_device(planned.options.device)
     store = _store(device, folder) if chosen == machine.STREAMING else None
-    if store:
+    if isinstance(store, PinnedMemory):
         ending.enter_context(store)
     placement = Placement(
         device=device,
@@ -95,7 +95,7 @@ def constructed(
 def _store(device: str, folder: str) -> MappedFiles | PinnedMemory:
     """Return where the streaming engine keeps what it brings layer by layer."""
     if torch.device(device).type != "cpu":
-        return PinnedMemory()
+        return PinnedMemory(torch.device(device))
     # The files go beside the mask: where that goes, there is a disk with room for models.
     beside = os.path.dirname(os.path.abspath(folder))
     os.makedirs(beside, exist_ok=True)

@@ -1,9 +1,22 @@
 """The one error class for mistakes in a recipe, its models or its data."""
 
+import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 
 import click
+
+
+@lru_cache(maxsize=1)
+def _log() -> logging.Logger:
+    log = logging.getLogger("somf_mergekit")
+    if os.environ.get("SOMF_DEBUG", "0") not in ("", "0"):
+        log.setLevel(logging.DEBUG)
+        log.addHandler(logging.StreamHandler())
+        log.propagate = False
+    return log
 
 
 class RecipeError(click.ClickException, ValueError):
@@ -60,5 +73,10 @@ def noted(problems: list[str], prefix: str = "") -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return what an error says first, its kind where it says nothing."""
+    """Return what an error says first, its kind where it says nothing.
+
+    Its traceback goes to the log at debug level, which SOMF_DEBUG=1 shows: the line may be all
+    that is reported of a fault of ours.
+    """
+    _log().debug("%s", type(error).__name__, exc_info=error)
     return (str(error).strip() or type(error).__name__).splitlines()[0]

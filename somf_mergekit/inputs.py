@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .answers import EncodedAnswer, answered_prompts, encoded_answers, has_answers
-from .contracts import LEARNING, check_contracts
 from .errors import noted, raise_together
 from .granularity import mask_layout, weight_storage
 from .headers import checkpoint_problems, planned_tensors
@@ -78,7 +77,6 @@ def checked_data(planned: PlannedMerge, problems: Sequence[str] = ()) -> SafetyD
         RecipeError: ``problems`` and everything else that is wrong, together; or what learning
             needs is not installed.
     """
-    check_contracts(LEARNING)
     found = list(problems)
     data = SafetyData([], [], "", "", [])
     utility: list[EncodedAnswer] = []

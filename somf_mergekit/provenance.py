@@ -3,12 +3,12 @@
 import json
 import math
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from mergekit.io.tasks import LoaderCache
 
+from .contracts import versions
 from .digests import file_digest, json_digest
 from .fusion_methods import fusion_arguments
 from .held_out import KEY, HeldOut
@@ -220,12 +220,6 @@ def _curve_mean(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
         return {}
     found = {key: [row[key] for row in rows if row[key] is not None] for key in _CURVES}
     return {key: sum(values) / len(values) for key, values in found.items() if values}
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what a mask and a merge depend on."""
-    names = ("somf-mergekit", "mergekit", "torch", "transformers")
-    return {name: version(name) for name in names}
 
 
 def differences(

@@ -12,7 +12,7 @@ from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 from mergekit.options import MergeOptions
 from pydantic import ValidationError
 
-from .contracts import MERGING, check_contracts
+from .contracts import check_versions
 from .errors import RecipeError, noted, raise_together
 from .fusion_check import count_problem, name_problem
 from .fusion_methods import known_fusions
@@ -97,7 +97,7 @@ def check_recipe(
     Raises:
         RecipeError: everything that is wrong, together; or mergekit lacks what we need of it.
     """
-    check_contracts(MERGING)
+    check_versions()
     problem = device_problem(own_device(options.device))
     problems = [*found, *setting_problems(), *([problem] if problem else [])]
     problems += OWN_METHODS[config.merge_method](config)

@@ -4,12 +4,16 @@ Installed as the top-level module ``_somf_mergekit_autoload``, so that ``import 
 working when the package itself is broken, half removed or, in an editable install, gone.
 """
 
+# Why nothing was installed, for `mergekit-somf doctor`.
+failure: "Exception | None" = None
+
 
 def autoload() -> None:
     """Make mergekit know ``somf`` as soon as it is imported; never raise."""
+    global failure
     try:
         from somf_mergekit.autoload import install
 
         install()
-    except Exception:  # an error here would break torch for everyone
-        pass
+    except Exception as error:  # raised here, it would break torch for everyone
+        failure = error

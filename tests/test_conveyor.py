@@ -151,7 +151,9 @@ def test_a_mask_learned_from_pinned_memory_is_the_same(
     learn(recipe, tmp_path / "plain")
     cuda, moved = FakeCuda(), []
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
-    monkeypatch.setattr(construction, "_store", lambda device, folder: PinnedMemory())
+    monkeypatch.setattr(
+        construction, "_store", lambda device, folder: PinnedMemory(torch.device("cuda"))
+    )
     real = model._move
 
     def watched(whole, placement):

@@ -12,6 +12,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from somf_mergekit import RecipeError, contracts
 from somf_mergekit.dialogue import answer_ids, prompt_ids, user_prompt
 from somf_mergekit.evaluate import (
     EvaluationSets,
@@ -20,9 +21,11 @@ from somf_mergekit.evaluate import (
     Skill,
     evaluated,
     is_refusal,
+    table,
     write_evaluation,
 )
 from somf_mergekit.evaluate import steps as evaluation_steps
+from somf_mergekit.evaluate.store import Store
 from somf_mergekit.finetune import finetune
 from somf_mergekit.preferences import Pair
 
@@ -335,6 +338,45 @@ def test_lost_answers_alone_are_generated_again(chat, evaluation, tmp_path, monk
     write_evaluation(evaluated(named(chat), SETS, SETTINGS, tmp_path, quiet=True), tmp_path)
     assert counted.prompts == len(lost) == 3
     assert written(tmp_path) == written(whole_out)
+
+
+def test_numbers_of_another_version_or_code_are_not_taken_for_todays(
+    chat, evaluation, tmp_path, monkeypatch
+):
+    _, whole_out = evaluation
+    for name in ("answers.jsonl", "values.jsonl"):
+        (tmp_path / name).write_bytes((whole_out / name).read_bytes())
+    shutil.copytree(chat / "merged", tmp_path / "model")
+    counted, models = counted_generation(monkeypatch), [NamedModel("m", str(tmp_path / "model"))]
+
+    def generated(**changes):
+        counted.prompts = 0
+        settings = EvaluationSettings(**{**vars(SETTINGS), **changes})
+        found = evaluated(models, SETS, settings, tmp_path, quiet=True)
+        return counted.prompts, table.as_json(found)["packages"]["transformers"]
+
+    each, today = ALL_PROMPTS / 3, contracts.versions()
+    assert generated() == (0, today["transformers"])
+    with monkeypatch.context() as patch:
+        for module in (evaluation_steps, table):
+            patch.setattr(module, "versions", lambda: today | {"transformers": "6.0"})
+        assert generated() == (each, "6.0")
+    assert generated() == (0, today["transformers"])
+    (tmp_path / "model/modeling.py").write_text("# what runs\n")
+    assert generated()[0] == 0
+    assert generated(trust_remote_code=True)[0] == each
+    (tmp_path / "model/modeling.py").write_text("# what else runs\n")
+    assert generated(trust_remote_code=True)[0] == each
+
+
+def test_one_process_at_a_time_measures_into_a_folder(tmp_path):
+    with Store(tmp_path / "out"):
+        refused = pytest.raises(RecipeError, match="another process is measuring into")
+        with refused, Store(tmp_path / "out"):
+            pass
+    with Store(tmp_path / "out") as store:
+        store.add_value("k", {}, 1)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["values.jsonl"]
 
 
 def test_what_is_known_depends_on_content_and_not_on_names(chat, evaluation, tmp_path, monkeypatch):

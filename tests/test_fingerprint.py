@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from somf_mergekit import digests, provenance
+from somf_mergekit.contracts import versions
 
 
 @pytest.fixture
@@ -136,7 +137,7 @@ def test_what_changes_a_mask_is_named_and_the_old_one_kept(own_family, change, n
 def test_versions_that_differ_are_named(own_family, monkeypatch):
     learned(own_family)
     with monkeypatch.context() as other:
-        other.setattr(provenance, "version", lambda name: "0")
+        other.setattr(provenance, "versions", lambda: dict.fromkeys(versions(), "0"))
         told = learned(own_family)
     assert "versions (mergekit, somf-mergekit, torch, transformers): a new one" in told
 

@@ -215,7 +215,7 @@ def test_the_mask_is_the_one_that_learn_learns(chat, whole, tmp_path):
 
 def test_files_of_a_frontier(whole):
     out, output, written = whole
-    names = ["frontier.json", "frontier.md", "frontier.png", "lock", "mask", "measured"]
+    names = ["frontier.json", "frontier.md", "frontier.png", "mask", "measured"]
     assert sorted(path.name for path in out.iterdir()) == names
     assert (out / "frontier.png").read_bytes().startswith(b"\x89PNG")
     text = (out / "frontier.md").read_text()

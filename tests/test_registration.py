@@ -157,6 +157,30 @@ def test_our_own_command_works_where_the_autoload_is_off(family_recipe, tmp_path
     assert "Unimplemented merge method somf" in stock.stderr
 
 
+DOCTOR = "from somf_mergekit.cli import main; main(['doctor'])"
+
+
+def test_the_doctor_finds_nothing_wrong_here():
+    result = tiny.invoke("mergekit-somf", "doctor")
+    assert result.exit_code == 0, result.output
+    assert "mergekit: 0.1.5, supported is <0.2,>=0.1.5" in result.output
+    assert result.output.endswith("run_merge: added to mergekit\nmergekit-yaml knows somf\n")
+
+
+def test_the_doctor_says_that_the_autoload_is_off():
+    result = python(DOCTOR, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert result.returncode == 1, result.stderr
+    assert "TORCH_DEVICE_BACKEND_AUTOLOAD: 0\n  wrong: unset it" in result.stdout
+    assert "merge method somf: not added to mergekit\n" in result.stdout
+
+
+def test_the_doctor_shows_what_the_entry_point_swallowed(site):
+    remove_wrapt(site)
+    result = python(DOCTOR, site)
+    assert result.returncode == 1, result.stderr
+    assert "entry point: failed: ImportError: no wrapt\n  wrong: install" in result.stdout
+
+
 def test_the_autoload_imports_nothing_heavy():
     code = (
         "import sys; sys.modules['torch'] = None\n"

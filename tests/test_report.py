@@ -18,6 +18,7 @@ from somf_mergekit.report import MaskCensus
 from somf_mergekit.report.card import with_section
 from somf_mergekit.report.census import Collapse
 from somf_mergekit.report.curve import curve_rows
+from somf_mergekit.report.memory import peak_memory
 from somf_mergekit.report.names import kind_of, layer_of
 from somf_mergekit.report.tables import collapse_list
 from somf_mergekit.report.vectors import TaskVectors, TensorRecord
@@ -239,6 +240,13 @@ def test_circumstances(reported):
     assert seconds["learning"] >= steps
     assert report["peak_memory_bytes"]["process"] > 50 << 20
     assert report["failures"] == []
+
+
+def test_the_peak_is_that_of_the_device_that_merged(monkeypatch):
+    peaks = {"cuda": 1, "cuda:0": 1, "cuda:1": 2}
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device="cuda:0": peaks[device])
+    assert peak_memory("cuda:1")["device"] == 2
+    assert "device" not in peak_memory("cpu")
 
 
 def test_no_text_of_the_data_is_told(reported):

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import os
 import resource
 
 import pytest
@@ -195,7 +196,7 @@ def test_pinned_tensors_take_pages_of_their_own_until_they_are_given_back(monkey
     cuda = FakeCuda()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
     values = torch.arange(12, dtype=torch.bfloat16).view(3, 4)
-    with PinnedMemory() as memory:
+    with PinnedMemory(torch.device("cuda")) as memory:
         kept = memory.kept(values)
         assert torch.equal(kept, values)
         room = memory.empty((5, 7), torch.float32)
@@ -206,10 +207,17 @@ def test_pinned_tensors_take_pages_of_their_own_until_they_are_given_back(monkey
     assert cuda.pinned == {}
 
 
+def test_memory_beside_another_kind_of_device_is_not_pinned(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "cudart", None)
+    with PinnedMemory(torch.device("xpu")) as memory:
+        values = torch.arange(12.0).view(3, 4)
+        assert torch.equal(memory.kept(values), values)
+
+
 def test_memory_that_can_not_be_pinned_is_told(monkeypatch):
     monkeypatch.setattr(torch.cuda, "cudart", lambda: FakeCuda(failing=2))
     with pytest.raises(RecipeError, match=r"could not pin 16 bytes .*CUDA error 2.*ulimit -l"):
-        PinnedMemory().empty((4,), torch.float32)
+        PinnedMemory(torch.device("cuda")).empty((4,), torch.float32)
 
 
 def test_the_store_is_chosen_by_device(monkeypatch, tmp_path):
@@ -225,7 +233,10 @@ def test_streaming_leaves_nothing_beside_the_mask(family_recipe, tmp_path):
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["m"]
 
 
-def test_mapped_tensors_keep_what_is_written_and_refuse_a_full_disk(tmp_path):
+@pytest.mark.parametrize("has_call", [True, False], ids=["Linux", "macOS"])
+def test_mapped_tensors_keep_what_is_written_and_refuse_a_full_disk(
+    has_call, tmp_path, monkeypatch
+):
     files = MappedFiles(str(tmp_path))
     values = torch.arange(12, dtype=torch.bfloat16).view(3, 4)
     kept = files.kept(values)
@@ -234,6 +245,9 @@ def test_mapped_tensors_keep_what_is_written_and_refuse_a_full_disk(tmp_path):
     assert torch.equal(kept, values * 2)
     assert files.empty((0, 3), torch.float32).shape == (0, 3)
     assert list(tmp_path.iterdir()) == []
+    if not has_call:
+        monkeypatch.delattr(os, "posix_fallocate")
+    assert files.empty((3 << 20,), torch.float32).sum() == 0
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:

@@ -4,10 +4,10 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ..contracts import versions
 from ..errors import RecipeError
 from .settings import DemoSettings
 from .table import Scores, markdown_table
@@ -16,7 +16,6 @@ from .table import Scores, markdown_table
 MARKER = "demo.json"
 PAIRS = "safety_pairs.jsonl"
 TABLE, RESULTS = "table.md", "results.json"
-VERSIONS_OF = ("torch", "transformers", "mergekit", "somf-mergekit")
 
 
 def prepare_folder(out_dir: Path, models: Sequence[str], settings: DemoSettings, seed: int) -> None:
@@ -55,18 +54,11 @@ def write_results(
         "seed": seed,
         "seconds": round(seconds, 1),
         "held_out_prompts": settings.held_out,
-        "versions": {name: _version(name) for name in VERSIONS_OF},
+        "versions": versions(),
         "settings": asdict(settings),
         "rows": [asdict(row) for row in rows],
     }
     _write_json(results, out_dir / RESULTS)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _write_json(content: Any, path: Path) -> None:

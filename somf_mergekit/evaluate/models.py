@@ -1,7 +1,6 @@
 """The models of an evaluation: found, told apart by their content, loaded one at a time."""
 
 import gc
-import hashlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..dialogue import check_words
+from ..digests import file_digests, json_digest
 from ..errors import RecipeError, first_line
 from .settings import EvaluationSettings, NamedModel
 
@@ -24,7 +24,7 @@ _CONTENT = (
     "vocab*",
     "merges.txt",
 )
-_BLOCK = 1 << 24
+_CODE = "*.py"
 
 
 @dataclass(frozen=True)
@@ -88,19 +88,21 @@ def found_model(
 
 
 def content_digest(folder: Path, patterns: Iterable[str] = _CONTENT) -> str:
-    """Return a SHA-256 over the names and contents of a folder's files.
+    """Return a SHA-256 over the names and contents of a folder's files, read where they are new.
 
     Args:
         folder: of a model.
         patterns: of the files that count, each counted once.
     """
-    digest = hashlib.sha256()
-    for file in sorted({file for pattern in patterns for file in folder.glob(pattern)}):
-        digest.update(file.name.encode())
-        with file.open("rb") as content:
-            while block := content.read(_BLOCK):
-                digest.update(block)
-    return digest.hexdigest()
+    files = sorted({str(file) for pattern in patterns for file in folder.glob(pattern)})
+    names = [os.path.relpath(file, folder) for file in files]
+    return json_digest([names, file_digests(files)])
+
+
+def model_digest(subject: Subject, settings: EvaluationSettings) -> str:
+    """Return a SHA-256 over all of a model's files that decide its answers, its code if it runs."""
+    code = [_CODE] if settings.trust_remote_code else []
+    return content_digest(subject.folder, [*_CONTENT, *code])
 
 
 class ModelsInMemory:
@@ -162,7 +164,7 @@ def _folder(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, allow_patterns=[*_CONTENT, "*.json", "*.py"]))
+        return Path(snapshot_download(source, allow_patterns=[*_CONTENT, "*.json", _CODE]))
     except Exception as error:
         raise RecipeError(
             f"model {source}: no such folder, and it can't be had from the hub: {first_line(error)}"

@@ -1,7 +1,7 @@
 """An evaluation from its first check to its result."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ def evaluated(
     models: Sequence[NamedModel],
     sets: EvaluationSets,
     settings: EvaluationSettings,
-    out: str | Path,
+    out: str | Path | Store,
     *,
     problems: Sequence[str] = (),
     quiet: bool = False,
@@ -37,7 +37,7 @@ def evaluated(
         sets: what is measured on.
         settings: how.
         out: gets every generated answer (``answers.jsonl``, which may hold harmful text) and what
-            was computed (``values.jsonl``).
+            was computed (``values.jsonl``); or a store that is open.
         problems: what the caller has found wrong, told together with what is found here.
         quiet: show no progress bar.
         distances: measure how far the models are from the base and the specialists.
@@ -46,11 +46,13 @@ def evaluated(
         RecipeError: everything that is wrong, together, before a model is loaded; or a model's
             weights can't be loaded or used.
     """
-    taking_part = checked_participants(models, sets, settings, out, problems)
+    folder = out.folder if isinstance(out, Store) else Path(out)
+    taking_part = checked_participants(models, sets, settings, folder, problems)
     taking_part = replace(taking_part, distances=distances)
     sets = sets.limited(settings.limit)
-    store = Store(Path(out))
-    with no_model_bars(), _progress(_example_count(taking_part, sets), quiet) as on_progress:
+    opened = nullcontext(out) if isinstance(out, Store) else Store(folder)
+    count = _example_count(taking_part, sets)
+    with opened as store, no_model_bars(), _progress(count, quiet) as on_progress:
         steps = Steps(settings, store, on_progress)
         computed = _computed(steps, taking_part, sets)
         harness = taking_part.harness

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..contracts import installed, versions
 from ..dialogue import Message
 from ..preferences import Pair
 from .coherence import answers_coherence
@@ -17,7 +18,7 @@ from .likelihood import (
     comparable_pairs,
     preference_margins,
 )
-from .models import ModelsInMemory, Subject, content_digest
+from .models import ModelsInMemory, Subject, model_digest
 from .sets import Skill
 from .settings import EvaluationSettings
 from .store import Store, digest
@@ -49,7 +50,7 @@ class Steps:
         """Return a digest of a model, read once."""
         place = str(subject.folder)
         if place not in self._digests:
-            self._digests[place] = content_digest(subject.folder)
+            self._digests[place] = model_digest(subject, self.settings)
         return self._digests[place]
 
     def answers(self, subject: Subject, name: str, prompts: Prompts) -> list[str]:
@@ -166,7 +167,9 @@ class Steps:
             self._memory.clear()
             return harness.results(subject, self.settings)
 
-        content = [harness.tasks, harness.content, self.settings.limit]
+        settings = self.settings
+        content = [harness.tasks, harness.content, settings.limit, settings.resamples]
+        content.append(installed("lm-eval"))
         key = self._key("harness", [subject], content, None)
         return dict(self._once(key, f"{subject.name}: lm-evaluation-harness", 1, compute))
 
@@ -178,6 +181,7 @@ class Steps:
         settings = self.settings
         # In what batches and where it is computed shows in the last digits.
         how = [settings.batch_size, settings.dtype, settings.place.partition(":")[0]]
+        how += [versions()]
         return digest([what, [self.content(model) for model in models], content, size, how])
 
     def _once(self, key: str, words: str, count: int, compute: Callable[..., Any]) -> Any:

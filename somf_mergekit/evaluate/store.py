@@ -4,10 +4,13 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from ..dialogue import Message
+from ..errors import RecipeError
+from ..files import locked
 
 ANSWERS, VALUES = "answers.jsonl", "values.jsonl"
 
@@ -23,16 +26,33 @@ class Store:
 
     ``answers.jsonl`` is the only place where prompts and generated answers are written: they may be
     harmful. ``values.jsonl`` holds numbers. A line that an interruption left unfinished is
-    ignored.
+    ignored. As a context, it holds the folder for this process alone.
     """
 
     def __init__(self, folder: Path):
-        self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self._lock = ExitStack()
         self._answers: dict[str, dict[int, str]] = {}
+        self._values: dict[str, Any] = {}
+
+    def __enter__(self) -> "Store":
+        """Read what is there.
+
+        Raises:
+            RecipeError: another process writes there, or it can't be written.
+        """
+        in_use = f"another process is measuring into {self.folder}: wait for it, or name another"
+        try:
+            self._lock.enter_context(locked(self.folder, in_use))
+        except OSError as error:
+            raise RecipeError(f"{self.folder} can't be written: {error.strerror}") from error
         for row in self._rows(ANSWERS):
             self._answers.setdefault(row["key"], {})[row["number"]] = row["answer"]
         self._values = {row["key"]: row["value"] for row in self._rows(VALUES)}
+        return self
+
+    def __exit__(self, *ended: object) -> None:
+        self._lock.close()
 
     def answers(self, key: str) -> dict[int, str]:
         """Return the answers under ``key`` so far, by their prompt's number."""
@@ -79,14 +99,14 @@ class Store:
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        with (self._folder / name).open("ab+") as file:
+        with (self.folder / name).open("ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 lines = lines if file.read() == b"\n" else "\n" + lines
             file.write(lines.encode())
 
     def _rows(self, name: str) -> Iterator[dict[str, Any]]:
-        path = self._folder / name
+        path = self.folder / name
         if not path.exists():
             return
         # Not by splitlines, which also parts a line at what an answer may hold.

@@ -4,10 +4,10 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ..contracts import versions
 from ..files import write_whole
 from ..tables import aligned_table
 from .evaluation import Estimate, Evaluation, Row
@@ -18,7 +18,6 @@ from .store import ANSWERS
 JSON_FILE, TABLE_FILE = "evaluation.json", "evaluation.md"
 _NOTHING = "-"
 _MARK = "*"
-_PACKAGES = ("somf-mergekit", "torch", "transformers")
 
 
 def write_evaluation(evaluation: Evaluation, folder: str | Path) -> str:
@@ -78,7 +77,7 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
         "lm_eval": evaluation.harness,
         "notes": list(evaluation.notes),
         "settings": asdict(evaluation.settings) | {"device": evaluation.settings.place},
-        "packages": {name: version(name) for name in _PACKAGES},
+        "packages": versions(),
     }
 
 
@@ -154,7 +153,7 @@ def circumstances(evaluation: Evaluation) -> list[str]:
     ]
     lines += [f"{name}: {source}" for name, (source, _) in evaluation.models.items()]
     lines += evaluation.notes
-    packages = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
+    packages = ", ".join(f"{name} {number}" for name, number in versions().items())
     lines.append(
         f"greedy answers of {settings.max_new_tokens} tokens at most, likelihoods of "
         f"{settings.max_length} with the prompt, batches of {settings.batch_size}, dtype "

@@ -9,6 +9,7 @@ from typing import Any
 
 from mergekit.options import MergeOptions
 
+from ..contracts import versions
 from ..digests import file_digests, json_digest
 from ..evaluate.runner import evaluated
 from ..evaluate.sets import EvaluationSets
@@ -18,7 +19,7 @@ from ..masks import MaskSet
 from ..plan import PlannedMerge
 from ..planner import write_merge
 from ..progress import no_model_bars
-from ..provenance import content_of_models, resolved_merge, versions
+from ..provenance import content_of_models, resolved_merge
 from ..recipe_blocks import plain, recipe_text
 from .axes import found_measures
 from .over import FUSION, KIND, TEMPERATURE
@@ -42,6 +43,7 @@ class Making:
         options: mergekit's.
         keep: whether merges stay.
         say: tells what is done.
+        store: of what was measured before.
     """
 
     out: Path
@@ -51,6 +53,7 @@ class Making:
     options: MergeOptions
     keep: bool
     say: Callable[[str], None]
+    store: Store
     _content: dict[str, Any] = field(default_factory=dict)
 
     def of_base(self) -> dict[str, dict[str, Any]]:
@@ -81,8 +84,8 @@ class Making:
         """
         measuring = asdict(self.settings) | {"place": self.settings.place}
         record = json_digest(["frontier", key, self.sets.digest, measuring])
-        store = Store(self.out / MEASURED_FOLDER)
         kept = self.out / KEPT_FOLDER / f"{file_name(point.label)}-{key[:8]}"
+        store = self.store
         if store.has_value(record) and (kept.exists() or not self.keep):
             return dict(store.value(record))
         with self._merged(point, planned, masks, kept) as folder:
@@ -131,7 +134,7 @@ class Making:
             models,
             self.sets,
             self.settings,
-            self.out / MEASURED_FOLDER,
+            self.store,
             quiet=self.options.quiet,
             distances=False,
         )

@@ -1,8 +1,7 @@
 """A frontier from its first check to its files."""
 
-import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,18 @@ from mergekit.options import MergeOptions
 from ..errors import RecipeError, first_line
 from ..evaluate.sets import HARMFUL, HARMLESS, PAIRS, EvaluationSets
 from ..evaluate.settings import EvaluationSettings
+from ..evaluate.store import Store
+from ..files import locked
 from ..learner.interruption import LearningInterrupted
 from ..masks import MaskSet
 from ..recipe_blocks import recipe_text
 from ..recipe_check import read_recipe
 from .axes import axes_of
 from .checks import Prepared, prepared, sets_of
-from .making import Making
+from .making import MEASURED_FOLDER, Making
 from .points import BASE, BASE_LABEL, PLAIN
 from .result import Entry, Frontier, placed
 from .writer import write_frontier
-
-_LOCK = "lock"
 
 
 def frontier(
@@ -73,9 +72,10 @@ def frontier(
             click.echo(f"somf: {text}", err=True)
 
     axes, failures = axes_of(sets), dict[str, str]()
-    with _locked(folder):
+    in_use = f"another frontier is being made in {folder}: wait for it, or name another folder"
+    with locked(folder, in_use), Store(folder / MEASURED_FOLDER) as store:
         masks = _masks(ready, failures)
-        making = Making(folder, ready.base, sets, settings, options, keep, say)
+        making = Making(folder, ready.base, sets, settings, options, keep, say, store)
         entries = _entries(ready, making, masks, failures)
         found = Frontier(
             recipe=recipe_text(recipe),
@@ -152,22 +152,3 @@ def _told_place(path: str, folder: Path) -> str:
     place = Path(os.path.realpath(path))
     real = folder.resolve()
     return str(place.relative_to(real)) if place.is_relative_to(real) else str(place)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder: two frontiers would delete each other's merges.
-
-    Raises:
-        RecipeError: another one holds it.
-    """
-    from filelock import FileLock, Timeout
-
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / _LOCK, timeout=0):
-            yield
-    except Timeout as error:
-        raise RecipeError(
-            f"another frontier is being made in {folder}: wait for it, or name another folder"
-        ) from error

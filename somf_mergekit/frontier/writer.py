@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..contracts import versions
 from ..evaluate.coherence import N_GRAM
 from ..evaluate.sets import HARMFUL, PAIRS
 from ..evaluate.store import ANSWERS
 from ..files import whole_file, write_whole
-from ..provenance import versions
 from ..tables import aligned_table
 from .axes import ACCURACY, REFUSALS, value
 from .making import MEASURED_FOLDER

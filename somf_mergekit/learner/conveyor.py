@@ -61,7 +61,9 @@ class Conveyor:
 
         def moved(own: Tensor) -> Tensor:
             if id(own) not in copies:
-                copies[id(own)] = own.to(self._device, non_blocking=True, copy=True)
+                copies[id(own)] = own.to(
+                    self._device, non_blocking=self._computing.is_cuda, copy=True
+                )
             return copies[id(own)]
 
         try:
@@ -69,7 +71,8 @@ class Conveyor:
                 yield
         finally:
             if changes and isinstance(tensor, MaskedTensor):
-                tensor.logits.copy_(copies[id(tensor.logits)], non_blocking=True)
+                done = copies[id(tensor.logits)]
+                tensor.logits.copy_(done, non_blocking=self._computing.is_cuda)
 
     def forget(self) -> None:
         """Bring all layers anew: their logits were changed in the host's memory."""
@@ -154,22 +157,23 @@ def _parts(tensor: LearnedTensor, moved: Callable[[Tensor], Tensor]) -> dict[str
 
 
 class _Stream:
-    """A CUDA stream; on another device, where all happens at once, nothing."""
+    """A CUDA stream; on another device nothing, and copies are waited for."""
 
     def __init__(self, device: torch.device, is_current: bool = False):
         self._device, self._stream = device, None
-        if device.type == "cuda" and not is_current:
+        self.is_cuda = device.type == "cuda"
+        if self.is_cuda and not is_current:
             self._stream = torch.cuda.Stream(device)
 
     def do(self, copies: Copies) -> None:
         """Ask for copies, in their order."""
         with torch.cuda.stream(self._stream) if self._stream else nullcontext():
             for there, own in copies:
-                there.copy_(own, non_blocking=True)
+                there.copy_(own, non_blocking=self.is_cuda)
 
     def now(self) -> Any:
         """Return an event that has happened when all is done that was asked for so far."""
-        return self._own.record_event() if self._device.type == "cuda" else None
+        return self._own.record_event() if self.is_cuda else None
 
     def wait(self, event: Any) -> None:
         """Let what is asked for from now on wait for an event; None has happened."""
@@ -177,7 +181,7 @@ class _Stream:
             self._own.wait_event(event)
 
     def finish(self) -> None:
-        if self._device.type == "cuda":
+        if self.is_cuda:
             self._own.synchronize()
 
     @property

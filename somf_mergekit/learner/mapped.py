@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ..errors import RecipeError
 
+_BLOCK = 1 << 22
+
 
 class MappedFiles:
     """A place for tensors that do not fit in memory.
@@ -20,12 +22,6 @@ class MappedFiles:
     def __init__(self, folder: str):
         """Take a folder that is there, on a disk with room, not in memory."""
         self._folder = folder
-
-    def __enter__(self) -> "MappedFiles":
-        return self
-
-    def __exit__(self, *ended: object) -> None:
-        """Nothing is left to do."""
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return a tensor of zeros in a file of its own.
@@ -40,7 +36,7 @@ class MappedFiles:
             handle, path = tempfile.mkstemp(prefix=".somf-", dir=self._folder)
             try:
                 # Without room on the disk, writing to the mapped tensor would kill the process.
-                os.posix_fallocate(handle, 0, entries * dtype.itemsize)
+                _take_room(handle, entries * dtype.itemsize)
                 mapped = torch.from_file(path, shared=True, size=entries, dtype=dtype)
             finally:
                 os.close(handle)
@@ -55,3 +51,14 @@ class MappedFiles:
     def kept(self, tensor: Tensor) -> Tensor:
         """Return a copy in a file."""
         return self.empty(tuple(tensor.shape), tensor.dtype).copy_(tensor)
+
+
+def _take_room(handle: int, size: int) -> None:
+    """Let a new file have ``size`` bytes of the disk, zeros."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(handle, 0, size)
+        return
+    # macOS has no such call; a file that is only made longer has no room yet.
+    zeros = bytes(min(size, _BLOCK))
+    while size:
+        size -= os.write(handle, zeros[:size])

@@ -1,4 +1,4 @@
-"""Tensors in the host's memory that a GPU copies from and to by itself, while it computes."""
+"""Tensors in the host's memory that are copied to and from an accelerator."""
 
 import math
 import mmap
@@ -10,12 +10,15 @@ from ..errors import RecipeError
 
 
 class PinnedMemory:
-    """A place for tensors that do not fit in a GPU's memory; a context that gives it back.
+    """A place for tensors that do not fit in a device's memory; a context that gives it back.
 
-    torch's own pinned tensors take up to twice their size: the next power of two.
+    A CUDA device copies from and to it by itself, while it computes: the memory is pinned. torch's
+    own pinned tensors take up to twice their size: the next power of two. For other kinds of
+    device it is ordinary memory.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device):
+        self._is_pinned = device.type == "cuda"
         self._addresses: list[int] = []
 
     def __enter__(self) -> "PinnedMemory":
@@ -41,10 +44,11 @@ class PinnedMemory:
         except OSError as error:
             raise RecipeError(_no_room(size, str(error))) from error
         found = torch.frombuffer(pages, dtype=dtype, count=entries)
-        failed = int(torch.cuda.cudart().cudaHostRegister(found.data_ptr(), size, 0))
-        if failed:
-            raise RecipeError(_no_room(size, f"CUDA error {failed}"))
-        self._addresses.append(found.data_ptr())
+        if self._is_pinned:
+            failed = int(torch.cuda.cudart().cudaHostRegister(found.data_ptr(), size, 0))
+            if failed:
+                raise RecipeError(_no_room(size, f"CUDA error {failed}"))
+            self._addresses.append(found.data_ptr())
         return found.view(shape)
 
     def kept(self, tensor: Tensor) -> Tensor:

@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..contracts import versions
 from ..evaluate.evaluation import Evaluation
 from ..evaluate.table import as_json
 from ..held_out import KEY, told_held_out, why_none
 from ..plan import PlannedMerge
-from ..provenance import told_settings, versions
+from ..provenance import told_settings
 from .census import MaskCensus
 from .curve import curve_rows
 from .vectors import Gram, TaskVectors, VectorSummary

@@ -16,7 +16,7 @@ def peak_memory(device: str | None) -> dict[str, int]:
     if device and device.startswith("cuda"):
         import torch
 
-        found["device"] = torch.cuda.max_memory_allocated()
+        found["device"] = torch.cuda.max_memory_allocated(device)
     return found
 
 

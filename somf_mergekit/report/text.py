@@ -3,9 +3,10 @@
 import json
 from collections.abc import Iterator
 
+from ..contracts import versions
 from ..evaluate.table import circumstances, comparison
 from ..held_out import told_held_out, verdict, why_none
-from ..provenance import told_settings, versions
+from ..provenance import told_settings
 from ..tables import aligned_table
 from .content import Report, short_names
 from .curve import curve_rows
