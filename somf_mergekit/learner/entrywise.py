@@ -37,19 +37,14 @@ def write_masked(
         return
     flat, fused, start = weight.view(-1), merged.fused.view(-1), merged.start.reshape(-1)
     parts = pieces(len(flat), flat.device)
-    if rescale == "none":
-        for part in parts:
-            flat[part] = draw.part(part).mul_(fused[part]).add_(start[part])
-        return
-    # The mean is known after a pass: until then the mask is kept where the weight goes.
     total = torch.zeros((), device=flat.device)
-    for part in parts:
-        mask = draw.part(part)
-        total += mask.sum()
-        flat[part] = mask
+    if rescale == "mean":
+        for part in parts:
+            total += draw.part(part).sum()
     scale = mask_scale(shard.add_up(total).double() / shard.entries, rescale)
+    # The mask is drawn again rather than stored: in the weight's dtype it would be rounded.
     for part in parts:
-        flat[part] = flat[part].float().mul_(fused[part]).mul_(scale).add_(start[part])
+        flat[part] = draw.part(part).mul_(scale).mul_(fused[part]).add_(start[part])
 
 
 def update_logits(

@@ -194,9 +194,9 @@ def _write_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     words, lanes, at, exists = _places(word, count, SKIPPED, WORDS)
     mask = _mask_of(logits, key, words, lanes, at, exists, sharpness, DRAWN, STRIDE)
-    change = tl.load(fused + at, mask=exists, other=0.0).to(tl.float32) * mask
     if RESCALED:
-        change *= _scale(totals, entries)
+        mask *= _scale(totals, entries)
+    change = mask * tl.load(fused + at, mask=exists, other=0.0).to(tl.float32)
     merged = change + tl.load(start + at, mask=exists, other=0.0).to(tl.float32)
     tl.store(weight + at, merged.to(weight.dtype.element_ty), mask=exists)
 
