@@ -97,7 +97,7 @@ class _Checks:
         from somf_mergekit import masking, noise
         from somf_mergekit.learner import triton_check
         from somf_mergekit.learner.draws import Draw
-        from somf_mergekit.learner.optimizer import step_logits
+        from somf_mergekit.learner.optimizer import logit_gradient, signsgd_step
         from somf_mergekit.shards import Shard
         from somf_mergekit.weights import LinearWeight
 
@@ -112,10 +112,9 @@ class _Checks:
         key = noise.noise_key(seed=0, step=3, name="w")
         for draw in (Draw(values[3], key, 0, 0.5), Draw(values[3].clone(), key, 4099, 0.5)):
             mask = draw.part(slice(0, ENTRIES))
-            of_factor = gradient.float() * fused.float()
-            formula = masking.logit_gradient(of_factor, mask, draw.temperature, rescale)
-            stepped = draw.logits.clone()
-            square = step_logits(stepped, [(slice(None), formula)], 1.0)
+            room, stepped = torch.empty_like(mask), draw.logits.clone()
+            formula = logit_gradient(gradient.float() + 0, fused, room, draw, rescale, shard)
+            square = signsgd_step(stepped, formula, 1.0)
             weight = torch.empty_like(start)
             kernels.write_masked(weight, merged, draw, rescale, shard)
             expected = start.float() + fused.float() * masking.mask_factor(mask, rescale)
@@ -136,11 +135,11 @@ class _Checks:
         return _difference(self._learned(name, engine, self.device), expected)
 
     def _without_kernels(self) -> dict[str, Any]:
-        from somf_mergekit.learner import entrywise, whole
+        from somf_mergekit.learner import entrywise, tensors, whole
 
         with_kernels = self._learned("one entry a weight", "resident", self.device)
         with ExitStack() as torch_alone:
-            for module in (entrywise, whole):
+            for module in (entrywise, whole, tensors):
                 patch = mock.patch.object(module, "kernels_for", return_value=None)
                 torch_alone.enter_context(patch)
             other = self._learned("one entry a weight", "resident", self.device, "torch")

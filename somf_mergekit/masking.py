@@ -4,8 +4,6 @@ A mask has the weight's shape or a coarser one that broadcasts to it. The formul
 arXiv 2405.09055 (subspace-oriented model fusion) and arXiv 2312.06173 (concrete masks).
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -123,29 +121,3 @@ def masked_task_vector(task_vector: Tensor, factor: Tensor) -> Tensor:
         factor: see ``mask_factor``; broadcasts to the weight.
     """
     return task_vector.float() * factor
-
-
-def logit_gradient(
-    factor_gradient: Tensor, sample: Tensor, temperature: float, rescale: str
-) -> Tensor:
-    """Return dL/dx from G = dL/dc for m = sigmoid((x + noise) / T) and c = m / mean(m).
-
-    With n entries and s = mean(m): dL/dm = G / s - (sum G m) / (s^2 n), and dm/dx = m (1 - m) / T.
-    Where the fusion is linear, W = start + D c, an entry's G is the sum of dL/dW D over the weights
-    that it covers. Sums are taken in float32.
-
-    Args:
-        factor_gradient: G, one value per mask entry.
-        sample: m, one value per mask entry.
-        temperature: T.
-        rescale: ``mean``, or ``none`` (c = m: s = 1 and no second term).
-
-    Returns:
-        float32 in the shape of ``sample``.
-    """
-    scale = mask_scale(mask_mean(sample), rescale)
-    gradient = factor_gradient.float() * scale
-    if rescale == "mean":
-        total = (factor_gradient * sample).sum(dtype=torch.float32)
-        gradient -= total * scale * scale / math.prod(sample.shape)
-    return gradient.mul_(sample).mul_(1 - sample).div_(temperature)

@@ -115,7 +115,7 @@ class Settings(BaseModel):
         gt=0,
         le=100,
         json_schema_extra=_PER_TENSOR,
-        description="How far a logit moves a step, at the schedule's peak.",
+        description="How far a logit moves in a step, at the schedule's peak.",
     )
     epochs: int = Field(4, ge=1, le=1000, description="Passes over the pairs, at most.")
     max_steps: int | None = Field(

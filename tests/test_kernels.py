@@ -9,11 +9,11 @@ import sys
 import pytest
 import torch
 from test_learner import TRAJECTORIES, make_problem, trajectory
+from test_masking import logit_gradient, signsgd
 
 from somf_mergekit import masking, noise
-from somf_mergekit.learner import entrywise, optimizer, triton_check, whole
+from somf_mergekit.learner import entrywise, optimizer, tensors, triton_check, whole
 from somf_mergekit.learner.draws import Draw
-from somf_mergekit.learner.optimizer import step_logits
 from somf_mergekit.shards import Shard
 from somf_mergekit.weights import LinearWeight
 
@@ -47,6 +47,7 @@ def test_kernels_compute_the_formulas(kernels, name, rescale, dtype, monkeypatch
     generator = torch.Generator().manual_seed(0)
     start, fused, gradient, logits = torch.randn(4, *shape, generator=generator)
     merged, shard = LinearWeight(start.to(dtype), fused.to(dtype)), Shard(shape)
+    logits_before = logits.clone()
     draw = DRAWS[name](logits.view(-1), noise.noise_key(seed=0, step=3, name="w"))
     mask = draw.part(slice(0, start.numel())).view(shape)
     torch.testing.assert_close(kernels.whole_mask(draw).view(shape), mask)
@@ -58,14 +59,17 @@ def test_kernels_compute_the_formulas(kernels, name, rescale, dtype, monkeypatch
     if name == "untrained":
         return
     kept = gradient.to(dtype)
-    factor_gradient = kept.float() * merged.fused.float()
-    formula = masking.logit_gradient(factor_gradient, mask, draw.temperature, rescale).view(-1)
-    expected = logits.view(-1).clone()
-    square = step_logits(expected, [(slice(None), formula.clone())], 0.25)
+    # Rows of tokens that no pair has.
+    kept[::3] = 0
+    own_product = kept.float() * merged.fused.float()
+    formula, own = logit_gradient(own_product, mask, draw.temperature, rescale)
+    expected = signsgd(logits, formula, own, 0.25, 1.0).float()
+    given = kept.clone()
     found = kernels.update_logits(kept, merged.fused, draw, rescale, shard, 0.25)
-    assert float(found) == pytest.approx(float(square), rel=1e-4)
-    torch.testing.assert_close(kept, gradient.to(dtype))
-    torch.testing.assert_close(logits.view(-1), expected, rtol=1e-5, atol=1e-5)
+    assert float(found) == pytest.approx(float(formula.square().sum()), rel=1e-4)
+    assert torch.equal(kept, given)
+    assert torch.equal(draw.logits.view(shape)[::3], logits_before[::3])
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["defaults", "row", "no rescale", "ties"])
@@ -73,7 +77,7 @@ def test_learning_with_kernels_goes_the_same_way(kernels, name, monkeypatch):
     changes = TRAJECTORIES[name] | {"max_steps": 2}
     losses, logits = trajectory(make_problem(**changes))
     used = []
-    for module in (entrywise, whole):
+    for module in (entrywise, whole, tensors):
         found = lambda device: used.append(device) or kernels  # noqa: E731
         monkeypatch.setattr(module, "kernels_for", found)
     other_losses, other = trajectory(make_problem(**changes))
@@ -94,7 +98,7 @@ TYPES = {"blocks": "i32", "key": "i64", "word": "i32", "count": "i32"}
 TYPES |= dict.fromkeys(("sharpness", "entries", "rate"), "fp32")
 FLOATS = ("sums", "totals", "squares", "found", "logits")
 MADE_FOR = dict.fromkeys(("WEIGHTED", "FUSED", "RESCALED", "DRAWN"), True)
-MADE_FOR |= {"STRIDE": 1, "SKIPPED": 0, "WORDS": 256, "EPS": 1e-8}
+MADE_FOR |= {"STRIDE": 1, "SKIPPED": 0, "WORDS": 256, "EPS": 1e-5, "TINY": 1e-38}
 names = ("_mask_kernel", "_totals_kernel", "_write_kernel", "_update_kernel")
 for kernel in (getattr(kernels, name) for name in names):
     signature, made_for, aligned = {}, {}, {}
@@ -175,5 +179,5 @@ def test_where_kernels_fail_torch_is_used_and_it_is_told_once(found, told, monke
 
 
 def test_a_wrong_kernel_shows(kernels, monkeypatch):
-    monkeypatch.setattr(kernels, "_totals", lambda *_, **__: torch.ones(2))
+    monkeypatch.setattr(kernels, "_totals", lambda *_, **__: torch.ones(3))
     assert triton_check.largest_error(kernels, torch.device("cpu")) > 0.01

@@ -8,11 +8,12 @@ import tiny
 import torch
 from mergekit.merge_methods import merge_tensors
 from mergekit.merge_methods.base import TensorEntry, TensorGroup, TensorMetadata
+from test_masking import logit_gradient, signsgd
 
 from somf_mergekit import masking, noise, pieces
 from somf_mergekit.answers import EncodedAnswer
 from somf_mergekit.granularity import Storage, mask_layout
-from somf_mergekit.learner import engine, entrywise, loop, passes
+from somf_mergekit.learner import engine, entrywise, loop, optimizer, passes
 from somf_mergekit.learner.divergence import LearningDiverged
 from somf_mergekit.learner.draws import Draw
 from somf_mergekit.learner.logprobs import (
@@ -112,9 +113,10 @@ def answer_sum(model, weights, prompt, answer):
     return token_log_probs(model, weights, prompt, answer).sum()
 
 
-def plain_weight(tensor, mask):
+def plain_weight(tensor, mask, mean=None):
     """The merged weight under a mask, differentiable: the fusion of masked models."""
-    factor = mask / mask.mean() if tensor.rescale == "mean" else mask
+    mean = mask.mean() if mean is None else mean
+    factor = mask / mean if tensor.rescale == "mean" else mask
     if tensor.layout.repeat > 1:
         factor = torch.cat(
             [
@@ -163,8 +165,8 @@ def reference_trajectory(problem):
         for n, t in weights_of.items()
     }
 
-    def merged(masks):
-        return {n: plain_weight(weights_of[n], m) for n, m in masks.items()}
+    def merged(masks, means=None):
+        return {n: plain_weight(weights_of[n], m, means and means[n]) for n, m in masks.items()}
 
     def sampled(step, start, prefix=""):
         masks = {}
@@ -172,7 +174,7 @@ def reference_trajectory(problem):
             key = noise.noise_key(seed=settings.seed, step=step, name=prefix + name)
             u = noise.uniform_noise(key, x.numel()).view(x.shape)
             masks[name] = torch.sigmoid((x + torch.log(u / (1 - u))) / settings.temperature)
-        return merged(masks)
+        return masks
 
     def answers(weights, pair):
         return [
@@ -189,8 +191,9 @@ def reference_trajectory(problem):
     losses, divergences = [], []
     for step in range(settings.max_steps):
         if settings.reference == "redrawn":
-            fixed = sampled(step, untrained, "untrained/")
-        weights = sampled(step, logits)
+            fixed = merged(sampled(step, untrained, "untrained/"))
+        masks = sampled(step, logits)
+        weights = merged(masks)
         terms = []
         for row in range(step * settings.batch_size, (step + 1) * settings.batch_size):
             pair = pairs[row % len(pairs)]
@@ -209,14 +212,18 @@ def reference_trajectory(problem):
             divergence = torch.cat(apart).mean()
             divergences.append(divergence.item())
             loss = loss + settings.utility_weight * divergence
-        gradients = torch.autograd.grad(loss, list(logits.values()), allow_unused=True)
+        of_weights = torch.autograd.grad(loss, list(weights.values()), retain_graph=True)
+        # An entry's own gradient is what there is where the mean doesn't follow the mask.
+        fixed_mean = merged(masks, {n: m.mean().detach() for n, m in masks.items()})
         steps, warmup = settings.max_steps, max(1, round(0.08 * settings.max_steps))
         progress = (step - warmup + 1) / (steps - warmup + 1)
         rate = (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * progress))
-        for x, gradient in zip(logits.values(), gradients, strict=True):
-            if gradient is not None:
-                step_size = gradient / (gradient.abs() + 1e-8)
-                x.data -= settings.learning_rate * rate * step_size
+        for (name, x), of_weight in zip(logits.items(), of_weights, strict=True):
+            both = [
+                torch.autograd.grad(w[name], x, of_weight, retain_graph=True)[0].double()
+                for w in (weights, fixed_mean)
+            ]
+            x.data = signsgd(x.data, *both, settings.learning_rate * rate, 1e-5).float()
     return losses, divergences, [x.detach() for x in logits.values()]
 
 
@@ -336,12 +343,14 @@ def test_gradients_are_those_of_the_formula_in_bfloat16_too(rescale):
         entrywise.write_masked(weight, merged, drawn, rescale, shard)
         expected = start + fused * masking.mask_factor(sample, rescale)
         torch.testing.assert_close(weight.float(), expected, rtol=tolerance, atol=tolerance)
-        found = torch.full((630,), torch.nan)
         kept = gradient.to(dtype, copy=True)
-        for part, piece in entrywise.logit_gradients(weight, kept, merged, drawn, rescale, shard):
-            found[part] = piece
-        expected = masking.logit_gradient(gradient * fused, sample, 0.5, rescale)
-        torch.testing.assert_close(found.view(70, 9), expected, rtol=tolerance, atol=tolerance)
+        found = optimizer.logit_gradient(kept, merged.fused, weight, drawn, rescale, shard)
+        ((_, *both),) = found.parts()
+        formulas = logit_gradient(gradient * fused, sample, 0.5, rescale)
+        for one, expected in zip(both, formulas, strict=True):
+            torch.testing.assert_close(
+                one.view(70, 9), expected.float(), rtol=tolerance, atol=tolerance
+            )
 
 
 def test_a_second_run_is_equal_bit_for_bit_and_another_seed_is_not():

@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from somf_mergekit import masking, noise, pieces
+from somf_mergekit.learner import optimizer
+from somf_mergekit.learner.draws import Draw
+from somf_mergekit.shards import Shard
 
 
 def draw(*shape, seed=0):
@@ -18,22 +21,76 @@ def uniform(shape, **changes):
     return noise.uniform_noise(key(**changes), math.prod(shape)).view(shape)
 
 
+def logit_gradient(factor_gradient, mask, temperature, rescale):
+    """dL/dx and its own term by the formula, from dL/dc, in float64."""
+    given, mask = factor_gradient.double(), mask.double()
+    slope = mask * (1 - mask) / temperature
+    if rescale == "none":
+        return given * slope, given * slope
+    own = given * slope / mask.mean()
+    return own - (given * mask).mean() / mask.mean() ** 2 * slope, own
+
+
+def signsgd(logits, gradient, own, rate, eps):
+    """A step by the formula."""
+    size = torch.minimum(gradient.abs(), own.abs())
+    length = size / (size + eps * own.abs().mean() + 1e-300)
+    return logits - rate * gradient.sign() * length
+
+
 @pytest.mark.parametrize("mask_shape", [(6, 5), (6, 1), (1, 5), (1, 1)])
 @pytest.mark.parametrize("rescale", masking.RESCALES)
-def test_logit_gradient_is_that_of_autograd(mask_shape, rescale):
+def test_logit_gradient_and_its_own_term_are_those_of_autograd(mask_shape, rescale):
     base, delta, gradient = draw(6, 5), draw(6, 5, seed=1), draw(6, 5, seed=2)
     logits = draw(*mask_shape, seed=3).requires_grad_()
     noise = uniform(mask_shape)
 
     sample = torch.sigmoid((logits + torch.log(noise) - torch.log(1 - noise)) / 0.5)
-    scale = sample.mean() if rescale == "mean" else 1.0
-    weight = base + delta * sample / scale
-    (expected,) = torch.autograd.grad((weight * gradient).sum(), logits)
+    expected = []
+    for mean in (sample.mean(), sample.mean().detach()):
+        weight = base + delta * sample / (mean if rescale == "mean" else 1.0)
+        of_logits = torch.autograd.grad((weight * gradient).sum(), logits, retain_graph=True)
+        expected.append(of_logits[0].flatten())
 
-    found = masking.logit_gradient(
-        (gradient * delta).sum_to_size(mask_shape), sample.detach(), 0.5, rescale
+    of_factor = (gradient * delta).sum_to_size(mask_shape).contiguous()
+    drawn, room = Draw(logits.detach().view(-1), key(), 0, 0.5), torch.empty(mask_shape)
+    found = optimizer.logit_gradient(of_factor, None, room, drawn, rescale, Shard(mask_shape))
+    ((_, *both),) = found.parts()
+    for one, other in zip(both, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert found.size == pytest.approx(expected[1].abs().mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-12])
+@pytest.mark.parametrize("mask_shape", [(64, 32), (64, 1)])
+@pytest.mark.parametrize("rescale", masking.RESCALES)
+def test_a_step_is_the_rate_but_for_entries_without_a_gradient_of_their_own(
+    rescale, mask_shape, size
+):
+    of_factor = size * draw(*mask_shape)
+    of_factor[::2] = 0
+    logits = draw(*mask_shape, seed=3)
+    drawn, room = Draw(logits.clone().view(-1), key(), 0, 0.5), torch.empty(mask_shape)
+    of_logits = optimizer.logit_gradient(
+        of_factor.clone(), None, room, drawn, rescale, Shard(mask_shape)
     )
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    optimizer.signsgd_step(drawn.logits, of_logits, 0.1)
+    moved = drawn.logits.view(mask_shape) - logits
+    assert torch.equal(moved[::2], torch.zeros_like(moved[::2]))
+    assert moved[1::2].abs().mean() == pytest.approx(0.1, rel=0.02)
+    sample = masking.concrete_sample(logits, key(), 0.5)
+    expected = signsgd(logits, *logit_gradient(of_factor, sample, 0.5, rescale), 0.1, optimizer.EPS)
+    torch.testing.assert_close(moved, (expected - logits).float(), rtol=0, atol=1e-3)
+
+
+def test_a_step_of_a_tensor_without_any_gradient_is_none():
+    logits = draw(5)
+    drawn = Draw(logits.clone(), key(), 0, 0.5)
+    found = optimizer.logit_gradient(
+        torch.zeros(5), None, torch.empty(5), drawn, "mean", Shard((5,))
+    )
+    assert float(optimizer.signsgd_step(drawn.logits, found, 0.1)) == 0
+    assert torch.equal(drawn.logits, logits)
 
 
 def test_concrete_sample_follows_its_formula_in_pieces_too(monkeypatch):
@@ -72,7 +129,7 @@ def test_concrete_samples_and_their_gradients_have_torchs_distribution(logit, te
     theirs = torch.distributions.RelaxedBernoulli(temperature, logits=logits).rsample()
     (their_gradient,) = torch.autograd.grad(theirs.sum(), logits)
     ours = masking.concrete_sample(logits.detach(), key(), temperature)
-    gradient = masking.logit_gradient(torch.ones(count), ours, temperature, "none")
+    gradient = ours * (1 - ours) / temperature
     # 1 % of equal distributions are further apart than this.
     limit = 1.63 * (2 / count) ** 0.5
     assert kolmogorov_smirnov(ours, theirs.detach()) < limit

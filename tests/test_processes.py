@@ -92,6 +92,13 @@ def test_several_processes_learn_what_one_learns(
     assert compared[0]["pairs"] == compared[1]["pairs"] == 12
     for key in ("plain_fusion", "merge"):
         assert compared[1][key] == pytest.approx(compared[0][key], rel=1e-2, abs=1e-3)
+    # Tokens that no pair has stay where they start, whichever process had which pairs.
+    untouched = [
+        masks.entries("model.embed_tokens.weight").sub(127.5 / 256).abs().sum(dim=1) == 0
+        for masks in (one, other)
+    ]
+    assert torch.equal(*untouched)
+    assert 0.5 < untouched[0].float().mean() < 1
     apart = torch.cat([(one.entries(n) - other.entries(n)).flatten() for n in one.names()])
     assert (apart.abs() < 0.01).float().mean() > 0.98
     assert apart.mean().abs() < 1e-3

@@ -37,6 +37,26 @@ def test_trajectory_is_that_of_the_resident_engine_bit_for_bit(name, autocast):
     assert all(torch.equal(a, b) for a, b in zip(logits, other, strict=True))
 
 
+@pytest.mark.parametrize("changes", [{}, {"granularity": "row"}, {"fusion": "ties"}], ids=str)
+@pytest.mark.parametrize("micro_batch", [1, 4])
+@pytest.mark.parametrize("runs", [engine.ResidentEngine, streaming.StreamingEngine])
+def test_entries_without_a_gradient_of_their_own_stay(runs, micro_batch, changes):
+    problem = make_problem(runs=runs, micro_batch=micro_batch, max_steps=3, **changes)
+    trajectory(problem)
+    seen = {t for p in problem.pairs for t in [*p.prompt, *p.chosen, *p.rejected]}
+    unseen = sorted(set(range(VOCABULARY)) - seen)
+    assert len(unseen) > 2
+    moved = {t.name: t.logits != 0 for t in problem.tensors}
+    assert not moved["model.embed_tokens.weight"][unseen].any()
+    assert moved["model.embed_tokens.weight"][sorted(seen)].any()
+    if changes.get("fusion") == "ties":
+        # Both models' entries are trimmed in one of (1 - 0.6)^2, and the trim follows the mask.
+        for name, own in moved.items():
+            assert (~own).float().mean() > 0.02 or own.numel() < 100, name
+    else:
+        assert all(own.all() for name, own in moved.items() if "embed" not in name)
+
+
 def test_batches_that_go_through_in_groups_give_the_same(monkeypatch):
     monkeypatch.setattr(streaming, "GROUP_TOKENS", 20)
     batches = [token_batch([(e.prompt, e.answer)]) for e in make_utility()]

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..shards import Shard
 from ..weights import LinearWeight
 from .draws import Draw
-from .optimizer import EPS
+from .optimizer import EPS, TINY
 
 # Words of noise a program, of four entries each.
 _WORDS = 256
@@ -36,12 +36,15 @@ def update_logits(
     shard: Shard,
     rate: float,
 ) -> Tensor:
-    """Take the optimiser's step on the logits of ``draw``; weight and gradient stay as they are.
+    """Take the step of ``optimizer.signsgd_step`` on the logits of ``draw``.
+
+    Weight and gradient stay as they are.
 
     Args:
         gradient: dL/dW in the weight's shape, complete; or dL/dc of each entry.
         fused: D, in the weight's shape; None where the gradient is that of the mask's factor.
-        draw, rescale, shard, rate: see ``entrywise.update_logits``.
+        draw, rescale, shard: see ``optimizer.logit_gradient``.
+        rate: the learning rate of this step.
 
     Returns:
         The squared norm of the logits' gradient, see there.
@@ -53,7 +56,7 @@ def update_logits(
     squares = torch.empty(_grid(draw), device=products.device)
     values = squares, products, other, totals, float(shard.entries), rate
     constants = _constants(draw, rescale) | of_weight
-    _update_kernel[_grid(draw)](*values, *_mask(draw), **constants, EPS=EPS)
+    _update_kernel[_grid(draw)](*values, *_mask(draw), **constants, EPS=EPS, TINY=TINY)
     return squares.sum()
 
 
@@ -71,12 +74,15 @@ def _totals(
     weighted: tuple[Tensor, Tensor] | None = None,
     FUSED: bool = True,
 ) -> Tensor:
-    """Return sum(m) and, where G and D are given, sum(G D m) of the whole mask, float32 (2,)."""
+    """Return sum(m), float32 (1,), with sum(G m) and sum(|G| m (1 - m)) (3,) where G is given.
+
+    They are of the whole mask. G is the product of ``weighted``, or the first where not FUSED.
+    """
     grid = _grid(draw)
     # A sum for each program, added up after: atomic additions come in another order every time.
-    sums = torch.empty((1 + bool(weighted), *grid), device=draw.logits.device)
+    sums = torch.empty((3 if weighted else 1, *grid), device=draw.logits.device)
     # What the kernels do not read where nothing is rescaled.
-    if rescale == "none":
+    if rescale == "none" and not weighted:
         return sums.view(-1)[:1]
     values = (sums, *(weighted or (sums, sums)), *grid, *_mask(draw))
     constants = _constants(draw) | {"WEIGHTED": bool(weighted), "FUSED": FUSED}
@@ -184,6 +190,8 @@ def _totals_kernel(  # type: ignore[no-untyped-def]
     if WEIGHTED:
         of_factor = _factor_gradient(products, fused, at, exists, FUSED)
         tl.store(sums + blocks + block, tl.sum(of_factor * mask))
+        sizes = tl.abs(of_factor) * mask * (1 - mask)
+        tl.store(sums + 2 * blocks + block, tl.sum(sizes))
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -205,16 +213,22 @@ def _write_kernel(  # type: ignore[no-untyped-def]
 def _update_kernel(  # type: ignore[no-untyped-def]
     squares, products, fused, totals, entries, rate, logits, key, word, count, sharpness,
     RESCALED: tl.constexpr, FUSED: tl.constexpr, DRAWN: tl.constexpr, STRIDE: tl.constexpr,
-    SKIPPED: tl.constexpr, WORDS: tl.constexpr, EPS: tl.constexpr,
+    SKIPPED: tl.constexpr, WORDS: tl.constexpr, EPS: tl.constexpr, TINY: tl.constexpr,
 ):  # fmt: skip
     words, lanes, at, exists = _places(word, count, SKIPPED, WORDS)
     mask = _mask_of(logits, key, words, lanes, at, exists, sharpness, DRAWN, STRIDE)
-    gradient = _factor_gradient(products, fused, at, exists, FUSED)
+    slope = mask * (1 - mask) * sharpness
+    own = _factor_gradient(products, fused, at, exists, FUSED) * slope
+    size = tl.load(totals + 2) * sharpness / entries
+    gradient = own
     if RESCALED:
         scale = _scale(totals, entries)
-        gradient = gradient * scale - tl.load(totals + 1) * scale * scale / entries
-    gradient *= mask * (1 - mask) * sharpness
+        own *= scale
+        size *= scale
+        gradient = own - tl.load(totals + 1) * scale * scale / entries * slope
     tl.store(squares + tl.program_id(0), tl.sum(gradient * gradient))
-    step = rate * gradient / (tl.abs(gradient) + EPS)
+    least = tl.minimum(tl.abs(gradient), tl.abs(own))
+    step = rate * least / (least + tl.maximum(EPS * size, TINY))
+    step = tl.where(gradient < 0, -step, step)
     x = tl.load(logits + at * STRIDE, mask=exists, other=0.0)
     tl.store(logits + at * STRIDE, x - step, mask=exists)

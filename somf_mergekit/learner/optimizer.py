@@ -1,23 +1,100 @@
-"""The optimiser of the logits: no state, one pass."""
+"""The optimisers of the logits: each takes a step on one tensor, from its complete gradient."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# Entries whose gradient is far below this, such as the embeddings of tokens that no pair has,
-# stay about where they start.
-EPS = 1e-8
+from ..masking import mask_scale
+from ..pieces import pieces
+from ..shards import Shard
+from .draws import Draw
+
+# Of the mean size of a tensor's gradients: entries far below it hardly move.
+EPS = 1e-5
+# Below the size of any gradient: where all are 0, nothing is divided by 0.
+TINY = torch.finfo(torch.float32).tiny
 
 
-def step_logits(logits: Tensor, gradients: Iterable[tuple[slice, Tensor]], rate: float) -> Tensor:
-    """Move each logit by about the learning rate against the sign of its gradient.
+@dataclass(frozen=True)
+class LogitGradient:
+    """dL/dx of the logits that are kept, for m = sigmoid((x + noise) / T) and c = m / mean(m).
 
-    The step is rate g / (|g| + EPS): Adam without memory of earlier steps.
+    With n entries, s = mean(m) and G = dL/dc: dL/dm = G / s - (sum G m) / (s^2 n), and dm/dx =
+    m (1 - m) / T. Where the fusion is linear, W = start + D c, an entry's G is the sum of dL/dW D
+    over the weights that it covers. The first term is the entry's own; the second is shared, for a
+    change of any entry changes the mask's mean. Without the rescale, s = 1 and there is no second.
+
+    Attributes:
+        products: G m (1 - m), (count,).
+        slopes: m (1 - m), (count,).
+        of_products: 1 / (s T).
+        of_slopes: (sum G m) / (s^2 n T), or 0.
+        size: mean size of the own terms, of the whole mask.
+    """
+
+    products: Tensor
+    slopes: Tensor
+    of_products: float
+    of_slopes: float
+    size: float
+
+    def parts(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yield parts of the entries with dL/dx and its own term, new float32 tensors."""
+        for part in pieces(len(self.products), self.products.device):
+            own = self.products[part].float() * self.of_products
+            yield part, own.sub(self.slopes[part], alpha=self.of_slopes), own
+
+
+def logit_gradient(
+    gradient: Tensor, fused: Tensor | None, room: Tensor, draw: Draw, rescale: str, shard: Shard
+) -> LogitGradient:
+    """Return dL/dx from dL/dW, whose product with D is G, or from G itself.
+
+    Args:
+        gradient: dL/dW of the rows that are kept, complete, or G; what it held is lost.
+        fused: D, in the same shape; None where the gradient is G.
+        room: for as many numbers: what it held is lost.
+        draw: the mask that the weight was written with.
+        rescale: see ``masking.mask_scale``.
+        shard: the rows that are kept; sums are over the whole mask.
+    """
+    products, slopes = gradient.reshape(-1), room.view(-1)
+    sums = torch.zeros(3, device=products.device)
+    for part in pieces(len(products), products.device):
+        mask = draw.part(part)
+        product = products[part].float()
+        if fused is not None:
+            product = product.mul_(fused.view(-1)[part])
+        slope = torch.addcmul(mask, mask, mask, value=-1)
+        weighted = torch.dot(product, mask)
+        product.mul_(slope)
+        sums += torch.stack([mask.sum(), weighted, product.abs().sum()])
+        products[part], slopes[part] = product, slope
+    total, weighted, size = shard.add_up(sums).double()
+    scale = mask_scale(total / shard.entries, rescale) / draw.temperature
+    common = weighted * scale * scale * draw.temperature if rescale == "mean" else 0.0
+    return LogitGradient(
+        products,
+        slopes,
+        float(scale),
+        float(common / shard.entries),
+        float(size * scale / shard.entries),
+    )
+
+
+def signsgd_step(logits: Tensor, found: LogitGradient, rate: float) -> Tensor:
+    """Move each logit by the learning rate against the sign of its gradient, in place.
+
+    This is signSGD (arXiv 1802.04434), but that an entry whose own term of the gradient is next to
+    nothing stays where it is: with a the smaller size of the two, the step is rate sign(g) a /
+    (a + e), where e is EPS times the mean size of the own terms. Such entries are the embeddings of
+    tokens that no pair has, and what TIES has trimmed: the term that all share would move them all.
 
     Args:
         logits: flattened.
-        gradients: parts of the logits with their gradients, float32, which are lost.
+        found: their gradient.
         rate: the learning rate of this step.
 
     Returns:
@@ -25,7 +102,9 @@ def step_logits(logits: Tensor, gradients: Iterable[tuple[slice, Tensor]], rate:
         not, or none can tell (above 1e19).
     """
     square = torch.zeros((), device=logits.device)
-    for part, gradient in gradients:
+    floor = max(EPS * found.size, TINY)
+    for part, gradient, own in found.parts():
         square += torch.dot(gradient, gradient)
-        logits[part].sub_(gradient.div_(gradient.abs().add_(EPS)), alpha=rate)
+        size = torch.minimum(gradient.abs(), own.abs_())
+        logits[part].sub_(size.div_(size + floor).copysign_(gradient), alpha=rate)
     return square

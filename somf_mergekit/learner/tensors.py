@@ -12,8 +12,10 @@ from ..noise import noise_key
 from ..shards import Shard
 from ..weights import LinearWeight, MergedWeight
 from .draws import Draw, Mask, MergedMask
-from .entrywise import update_logits, write_masked
-from .whole import update_entries, whole_mask
+from .entrywise import write_masked
+from .optimizer import logit_gradient, signsgd_step
+from .triton_check import kernels_for
+from .whole import whole_mask
 
 
 class Content(Enum):
@@ -142,18 +144,14 @@ class MaskedTensor:
         rate = rate_share * self.learning_rate
         # The sample is drawn again rather than kept: it is a function of logits, seed and step.
         draw = self._sample(step)
-        if isinstance(self.merged, LinearWeight) and self._is_entrywise:
-            own = self.shard.own(self.weight.detach())
-            self.gradient_square = update_logits(
-                own, gradient, self.merged, draw, self.rescale, self.shard, rate
-            )
+        gradient, fused, room, shard = self._factor_gradient(gradient, draw)
+        kernels = kernels_for(gradient.device)
+        if kernels:
+            arguments = (gradient, fused, draw, self.rescale, shard, rate)
+            self.gradient_square = kernels.update_logits(*arguments)
             return
-        sample = self._whole(draw)
-        # The gradient of a linear weight is the same at any factor.
-        is_linear = isinstance(self.merged, LinearWeight)
-        factor = sample if is_linear else mask_factor(sample, self.rescale)
-        of_factor = self.merged.factor_gradient(gradient, factor, self.layout, self.shard)
-        self.gradient_square = update_entries(of_factor, sample, draw, self.rescale, rate)
+        found = logit_gradient(gradient, fused, room, draw, self.rescale, shard)
+        self.gradient_square = signsgd_step(draw.logits, found, rate)
 
     @property
     def is_shared(self) -> bool:
@@ -184,6 +182,19 @@ class MaskedTensor:
     @property
     def _is_entrywise(self) -> bool:
         return self.layout.shape == self.weight.shape
+
+    def _factor_gradient(
+        self, gradient: Tensor, draw: Draw
+    ) -> tuple[Tensor, Tensor | None, Tensor, Shard]:
+        """Return the first three arguments of ``optimizer.logit_gradient``, and the last."""
+        if isinstance(self.merged, LinearWeight) and self._is_entrywise:
+            return gradient, self.merged.fused, self.shard.own(self.weight.detach()), self.shard
+        sample = self._whole(draw)
+        # The gradient of a linear weight is the same at any factor.
+        is_linear = isinstance(self.merged, LinearWeight)
+        factor = sample if is_linear else mask_factor(sample, self.rescale)
+        of_factor = self.merged.factor_gradient(gradient, factor, self.layout, self.shard)
+        return of_factor, None, sample, Shard(tuple(self.layout.shape))
 
     def _sample(self, step: int) -> Draw:
         key = noise_key(seed=self.seed, step=step, name=self.name)

@@ -9,12 +9,12 @@ import click
 import torch
 
 from ..errors import first_line
-from ..masking import concrete_sample, logit_gradient, mask_factor
+from ..masking import concrete_sample, mask_factor
 from ..noise import noise_key, uniform_noise
 from ..shards import Shard
 from ..weights import LinearWeight
 from .draws import Draw
-from .optimizer import step_logits
+from .optimizer import logit_gradient, signsgd_step
 
 # Of the tensor they are tried on: several programs, the last one not full.
 _ENTRIES = 2051
@@ -53,16 +53,17 @@ def _tried(device: torch.device) -> Any:
 
 
 def largest_error(kernels: Any, device: torch.device) -> float:
-    """Return how far the kernels are from the formulas of ``masking`` on a small tensor."""
+    """Return how far the kernels are from what torch computes, on a small tensor."""
     values = uniform_noise(1, 4 * _ENTRIES, device=device).view(4, _ENTRIES).sub(0.5)
     start, fused, gradient, logits = values
     merged, shard = LinearWeight(start, fused), Shard((_ENTRIES,))
     key = noise_key(seed=0, step=0, name="")
     sample = concrete_sample(logits, key, _TEMPERATURE)
-    of_logits = logit_gradient(gradient * fused, sample, _TEMPERATURE, "mean")
-    expected = logits.clone()
-    square = step_logits(expected, [(slice(None), of_logits.clone())], _RATE)
     draw, weight = Draw(logits, key, 0, _TEMPERATURE), torch.empty_like(start)
+    expected, room = logits.clone(), torch.empty_like(start)
+    of_logits = logit_gradient(gradient.clone(), fused, room, draw, "mean", shard)
+    square = signsgd_step(expected, of_logits, _RATE)
+    is_clear = torch.cat([g.abs() for _, g, _ in of_logits.parts()]) > _CLEAR
     # A mask that is drawn whole has the gradient of its factor.
     other = Draw(logits.clone(), key, 0, _TEMPERATURE)
     kernels.update_logits(gradient * fused, None, other, "mean", shard, _RATE)
@@ -72,7 +73,7 @@ def largest_error(kernels: Any, device: torch.device) -> float:
     errors = (
         weight - (start + fused * mask_factor(sample, "mean")),
         whole - sample,
-        *((own.logits - expected)[of_logits.abs() > _CLEAR] for own in (draw, other)),
+        *((own.logits - expected)[is_clear] for own in (draw, other)),
         found / square - 1,
     )
     return max(float(error.abs().max()) for error in errors)
