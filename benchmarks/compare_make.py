@@ -114,7 +114,7 @@ def _trained(start: Path, folder: Path, source: Path, settings: dict[str, Any]) 
     def before_step(step: int) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), _CLIPPED)
         for group in optimizer.param_groups:
-            group["lr"] = settings["learning_rate"] * rate_share(step, steps)
+            group["lr"] = settings["learning_rate"] * rate_share(step, steps, own.warmup)
 
     dpo_seconds(model, optimizer, plan, before_step, own.objective, own.beta)
     save_whole(model, tokenizer, folder, settings)

@@ -90,6 +90,7 @@ def forecast(planned: PlannedMerge, data: SafetyData, together: Processes = ALON
         pair_tokens=2 * settings.max_length,
         processes=together.count,
         on_cpu=on_cpu,
+        has_moments=settings.optimizer == "adamw",
     )
     usable = int(_USABLE_SHARE * free)
     chosen = machine.machine_setting("engine")
@@ -164,6 +165,7 @@ def engine_needs(
     pair_tokens: int,
     processes: int = 1,
     on_cpu: bool = True,
+    has_moments: bool = False,
 ) -> dict[str, Need]:
     """Return what each engine needs in each process.
 
@@ -176,6 +178,7 @@ def engine_needs(
         pair_tokens: of a pair's two sequences.
         processes: that learn together.
         on_cpu: whether the model learns there, not on a GPU.
+        has_moments: whether the optimiser keeps two numbers an entry, as AdamW does.
     """
     text = config.get_text_config()
     storage = weight_storage(config)
@@ -192,7 +195,11 @@ def engine_needs(
             in_model *= 2  # with the gradient
             kept += size * (computed if linear else tensor.kept_tensors * stored)
             layout = mask_layout(tensor.granularity, name, tensor.shape, storage)
-            kept += _LOGIT_BYTES * math.prod(layout.shape)
+            entries = math.prod(layout.shape)
+            kept += _LOGIT_BYTES * entries * (3 if has_moments else 1)
+            if has_moments and not linear:
+                # The gradient and slope of each entry, until the norm of the whole is known.
+                resident += 2 * _LOGIT_BYTES * entries
         resident += in_model + kept
         stores += kept
         shards += kept // processes if linear else kept

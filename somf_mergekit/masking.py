@@ -10,9 +10,9 @@ from torch import Tensor
 from .noise import noise_key, uniform_noise
 from .pieces import pieces
 
-MASK_KINDS = ("soft", "binary", "sampled")
+MASK_KINDS = ("soft", "binary", "sampled", "bernoulli")
 RESCALES = ("mean", "none")
-# The draw of a `sampled` mask at merge time; optimiser steps count from 0.
+# The draw of a mask at merge time; optimiser steps count from 0.
 MERGE_STEP = -1
 # Keeps the logit of a probability finite (within +-13.8).
 _PROBABILITY_EDGE = 1e-6
@@ -58,20 +58,46 @@ def mask_from_probabilities(
 ) -> Tensor:
     """Return the mask that a merge uses, float32 in the shape of ``probability``.
 
-    ``soft`` is the probability itself, ``binary`` is 1 where it is above 0.5, ``sampled`` is one
-    concrete draw that depends on ``seed`` and ``name`` alone.
+    ``soft`` is the probability itself, ``binary`` is 1 where it is above 0.5. The others are one
+    draw each, from the same noise, that depends on ``seed`` and ``name`` alone: ``sampled`` is a
+    concrete one; ``bernoulli`` is 1 with the probability and else 0, at any temperature.
 
     Raises:
         ValueError: ``kind`` is none of MASK_KINDS.
     """
     if kind == "soft":
         return probability.float()
+    mask = torch.empty(probability.shape, device=probability.device)
+    flat, entries = mask.view(-1), probability.reshape(-1)
+    key = noise_key(seed=seed, step=MERGE_STEP, name=name)
+    for part in pieces(len(flat), flat.device):
+        flat[part] = merged_piece(entries[part].float(), kind, key, part.start, temperature)
+    return mask
+
+
+def merged_piece(
+    probability: Tensor, kind: str, key: int, start: int, temperature: float
+) -> Tensor:
+    """Return the part of the mask of ``mask_from_probabilities`` for a part of its entries.
+
+    Args:
+        probability: of consecutive entries, float32 (count,).
+        kind: see there.
+        key: of a draw's noise.
+        start: the first of these entries, in the flattened tensor.
+        temperature: of a concrete draw.
+
+    Raises:
+        ValueError: ``kind`` is none of MASK_KINDS.
+    """
+    if kind == "soft":
+        return probability
     if kind == "binary":
         return (probability > 0.5).float()
-    if kind == "sampled":
-        key = noise_key(seed=seed, step=MERGE_STEP, name=name)
-        return concrete_sample(logit_of(probability), key, temperature)
-    raise ValueError(f"unknown mask kind {kind!r}: expected one of {', '.join(MASK_KINDS)}")
+    if kind not in MASK_KINDS:
+        raise ValueError(f"unknown mask kind {kind!r}: expected one of {', '.join(MASK_KINDS)}")
+    drawn = concrete_piece(logit_of(probability), key, start, temperature)
+    return drawn if kind == "sampled" else (drawn > 0.5).float()
 
 
 def mask_scale(mean: Tensor, rescale: str) -> Tensor:

@@ -181,7 +181,7 @@ def _written(
     """Return the learned mask, which the first process writes into ``folder``."""
     tensors = learning.masked
     # All processes take part where each has a share of a mask.
-    probabilities = ((t.name, torch.sigmoid(t.whole_logits())) for t in tensors)
+    probabilities = ((t.name, torch.sigmoid(t.whole())) for t in tensors)
     if not together.is_first:
         collections.deque(probabilities, maxlen=0)
         together.wait()

@@ -66,7 +66,13 @@ def trajectory(problem, progress=None, checkpoints=None, until=None):
 
 
 @pytest.mark.parametrize(
-    "settings", [SETTINGS, {"max_steps": 6, "epochs": 2, "reference": "redrawn"}], ids=str
+    "settings",
+    [
+        SETTINGS,
+        {"max_steps": 6, "epochs": 2, "reference": "redrawn"},
+        {"max_steps": 6, "epochs": 2, "optimizer": "adamw", "granularity": "row"},
+    ],
+    ids=str,
 )
 def test_a_learning_that_was_stopped_ends_as_one_that_was_not(settings, tmp_path):
     losses, logits = trajectory(make_problem(**settings))
@@ -85,6 +91,10 @@ def test_a_learning_that_was_stopped_ends_as_one_that_was_not(settings, tmp_path
     assert names == ["step-5", "step-6"]
     checkpoints.remove()
     assert list(tmp_path.iterdir()) == []
+    # Without a checkpoint, the optimiser starts anew as the logits do.
+    assert checkpoints.latest().step == 0
+    for tensor in second.tensors:
+        assert all(not own.any() for own in tensor.state.values())
 
 
 def test_a_mask_learned_once_more_is_the_same_byte_for_byte_with_its_record(

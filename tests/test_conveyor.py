@@ -103,7 +103,7 @@ def test_logits_set_from_outside_are_brought_anew(elsewhere):
         if sets:
             # As a checkpoint does, after the engine has looked at the model.
             for tensor in problem.tensors:
-                tensor.set_logits(torch.full(tensor.layout.shape, 2.0))
+                tensor.set_whole(torch.full(tensor.layout.shape, 2.0))
         reports = []
         learn_logits(problem, reports.append, lambda done, total: None)
         return reports[0].loss, [t.logits for t in problem.tensors]

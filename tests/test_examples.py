@@ -11,11 +11,12 @@ import pytest
 import tiny
 import torch
 import yaml
+from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods import merge_tensors
 from repair_formulas import REFERENCE
 
-from somf_mergekit import MaskSet, recipe
+from somf_mergekit import MaskSet, noise, recipe
 from somf_mergekit.mask_files import write_masks
 from somf_mergekit.repairs.catalogue import REPAIRS
 
@@ -182,6 +183,10 @@ def expected_tensors(content, masks):
             mask = masks.probabilities(name)
             if ours.get("mask_kind") == "binary":
                 mask = (mask > 0.5).float()
+            elif ours.get("preset") == "paper":
+                key = noise.noise_key(seed=ours.get("seed", 0), step=-1, name=name)
+                u = noise.uniform_noise(key, mask.numel()).view(mask.shape)
+                mask = torch.sigmoid((torch.logit(mask) + torch.logit(u)) / 0.5)
             factor = mask * (1 / mask.mean().item())
         tensors = [start + (model[name] - start) * factor for model in models]
         with_base = fusion != "linear"
@@ -209,10 +214,12 @@ def assert_equal_but_for_rounding(found, expected):
         torch.testing.assert_close(found[name], tensor, rtol=1 / 128, atol=1e-6)
 
 
-def resolved(parameters):
+def resolved(content):
     """Every setting of a recipe: its own, else its preset's, else the default."""
+    parameters = content["parameters"]
     values = {parameter.name: parameter.default for parameter in recipe.parameters()}
-    values |= recipe.PRESETS.get(parameters.get("preset"), {})
+    values |= recipe.preset_values(MergeConfiguration.model_validate(content))
+    values["beta"] = 5.0 if values["objective"] == "dpo_norm" else 0.1
     values |= {key: value for key, value in parameters.items() if key in values}
     return {
         key: ",".join(value) if isinstance(value, list) else value for key, value in values.items()
@@ -264,7 +271,7 @@ def test_an_example_writes_its_fusion_of_the_masked_models(example, workplace):
     else:
         artifact = run_as_told(example) / "somf"
         told = json.loads((artifact / "somf.json").read_text())
-        assert told["settings"] == resolved(parameters)
+        assert told["settings"] == resolved(content)
         assert yaml.safe_load(told["recipe"]) == content
         assert told["steps"] > 1
     FURTHER.get(example.stem, lambda _: None)(artifact)

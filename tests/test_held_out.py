@@ -101,7 +101,8 @@ def margins(folder, pairs):
 
 @pytest.mark.parametrize("engine", ["resident", "streaming"])
 @pytest.mark.parametrize(
-    "mask_kind", ["soft", "sampled", [{"filter": "mlp", "value": "binary"}, {"value": "soft"}]]
+    "mask_kind",
+    ["soft", "sampled", "bernoulli", [{"filter": "mlp", "value": "binary"}, {"value": "soft"}]],
 )
 def test_the_numbers_are_those_of_the_written_merges(
     mask_kind, engine, recipe, tmp_path, monkeypatch
@@ -271,10 +272,10 @@ def test_a_learning_that_was_stopped_tells_the_same_of_held_out_pairs(
     class Stop(Exception):
         pass
 
-    def stopping(step, steps):
+    def stopping(step, *schedule):
         if step == 3:
             raise Stop
-        return real(step, steps)
+        return real(step, *schedule)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "rate_share", stopping)

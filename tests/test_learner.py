@@ -9,6 +9,7 @@ import torch
 from mergekit.merge_methods import merge_tensors
 from mergekit.merge_methods.base import TensorEntry, TensorGroup, TensorMetadata
 from test_masking import logit_gradient, signsgd
+from transformers import get_cosine_schedule_with_warmup
 
 from somf_mergekit import masking, noise, pieces
 from somf_mergekit.answers import EncodedAnswer
@@ -88,6 +89,7 @@ def make_problem(
                 seed=settings.seed,
                 init_logit=settings.init_logit,
                 learning_rate=settings.learning_rate,
+                moments=torch.zeros(2, *layout.shape) if settings.optimizer == "adamw" else None,
             )
         )
     utility = make_utility() if settings.utility_dataset else []
@@ -188,7 +190,8 @@ def reference_trajectory(problem):
             fixed = merged({n: torch.sigmoid(x) for n, x in untrained.items()})
         unmasked = merged({n: torch.ones_like(x) for n, x in untrained.items()})
         plain = [token_log_probs(model, unmasked, e.prompt, e.answer) for e in problem.utility]
-    losses, divergences = [], []
+    losses, divergences, norms = [], [], []
+    adamw = torch.optim.AdamW(list(logits.values()), weight_decay=0.0)
     for step in range(settings.max_steps):
         if settings.reference == "redrawn":
             fixed = merged(sampled(step, untrained, "untrained/"))
@@ -215,7 +218,7 @@ def reference_trajectory(problem):
         of_weights = torch.autograd.grad(loss, list(weights.values()), retain_graph=True)
         # An entry's own gradient is what there is where the mean doesn't follow the mask.
         fixed_mean = merged(masks, {n: m.mean().detach() for n, m in masks.items()})
-        steps, warmup = settings.max_steps, max(1, round(0.08 * settings.max_steps))
+        steps, warmup = settings.max_steps, max(1, round(settings.warmup * settings.max_steps))
         progress = (step - warmup + 1) / (steps - warmup + 1)
         rate = (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * progress))
         for (name, x), of_weight in zip(logits.items(), of_weights, strict=True):
@@ -223,7 +226,16 @@ def reference_trajectory(problem):
                 torch.autograd.grad(w[name], x, of_weight, retain_graph=True)[0].double()
                 for w in (weights, fixed_mean)
             ]
-            x.data = signsgd(x.data, *both, settings.learning_rate * rate, 1e-5).float()
+            if settings.optimizer == "signsgd":
+                x.data = signsgd(x.data, *both, settings.learning_rate * rate, 1e-5).float()
+            else:
+                x.grad = both[0].float()
+        if settings.optimizer == "adamw":
+            norms.append(float(torch.nn.utils.clip_grad_norm_(list(logits.values()), 1.0)))
+            adamw.param_groups[0]["lr"] = settings.learning_rate * rate
+            adamw.step()
+    if norms:
+        assert (max(norms) > 1) == (settings.beta > 1), norms
     return losses, divergences, [x.detach() for x in logits.values()]
 
 
@@ -245,6 +257,9 @@ TRAJECTORIES = {
     "column": {"granularity": "column"},
     "head": {"granularity": "head"},
     "tensor": {"granularity": "tensor", "mask_rescale": "none"},
+    "adamw": {"optimizer": "adamw", "objective": "dpo", "warmup": 0.0},
+    "adamw, clipped, by rows": {"optimizer": "adamw", "beta": 40.0, "granularity": "row"},
+    "adamw, ties": {"optimizer": "adamw", "objective": "dpo", "fusion": "ties"},
     "ties by rows": {"fusion": "ties", "granularity": "row"},
 }
 
@@ -413,11 +428,33 @@ def test_steps_epochs_and_batches():
 
 
 def test_learning_rate_warms_up_and_falls_to_almost_nothing():
-    rates = [0.1 * loop.rate_share(step, 60) for step in range(60)]
+    rates = [0.1 * loop.rate_share(step, 60, 0.08) for step in range(60)]
     assert rates[:5] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])
     assert all(a > b for a, b in itertools.pairwise(rates[4:]))
     assert rates[-1] < 0.001
-    assert loop.rate_share(0, 1) == 1
+    assert loop.rate_share(0, 1, 0.08) == 1
+    # Without a warm-up, what transformers has for a cosine.
+    rates = [loop.rate_share(step, 963, 0) for step in range(963)]
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    cosine = get_cosine_schedule_with_warmup(optimizer, 0, 963)
+    for rate in rates:
+        assert rate == pytest.approx(cosine.get_last_lr()[0], abs=1e-9)
+        optimizer.step()
+        cosine.step()
+
+
+def test_learning_may_end_before_its_schedule():
+    changes = {"learning_rate": 0.1, "warmup": 0.0, "max_steps": 2}
+    reports = []
+    problem = make_problem(**changes, schedule_steps=963)
+    loop.learn_logits(problem, reports.append, lambda done, total: None)
+    assert [r.rate_share for r in reports] == [1, loop.rate_share(1, 963, 0)]
+    # One that is shorter than learning has no effect.
+    short, plain = [], []
+    for shares, more in ((short, {"schedule_steps": 1}), (plain, {})):
+        problem = make_problem(**changes, **more)
+        loop.learn_logits(problem, shares.append, lambda done, total: None)
+    assert [r.rate_share for r in short] == [r.rate_share for r in plain] == [1, 0.5]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "granite"])

@@ -152,6 +152,29 @@ def test_mask_kinds():
         masking.mask_from_probabilities(probability, "hard", **options)
 
 
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.9])
+def test_a_bernoulli_mask_is_a_concrete_draw_above_one_half_at_any_temperature(share):
+    probability = torch.full((100_000,), share)
+    options = {"seed": 3, "name": "w"}
+    found = [
+        masking.mask_from_probabilities(probability, kind, temperature=temperature, **options)
+        for kind, temperature in (("bernoulli", 0.5), ("bernoulli", 10), ("sampled", 0.5))
+    ]
+    assert found[0].unique().tolist() == [0, 1]
+    assert found[0].mean().item() == pytest.approx(share, abs=0.005)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], (found[2] > 0.5).float())
+    other = masking.mask_from_probabilities(
+        probability, "bernoulli", temperature=0.5, seed=4, name="w"
+    )
+    assert not torch.equal(found[0], other)
+    # A draw of nothing keeps nothing.
+    nothing = masking.mask_from_probabilities(
+        torch.zeros(100), "bernoulli", temperature=0.5, **options
+    )
+    assert torch.equal(masking.mask_factor(nothing, "mean"), torch.zeros(100))
+
+
 def test_sampling_at_the_ends_stays_finite():
     sample = masking.mask_from_probabilities(
         torch.tensor([0.0, 1.0]), "sampled", temperature=0.5, seed=0, name="w"

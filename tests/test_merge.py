@@ -176,9 +176,10 @@ def test_a_given_mask_is_what_is_used(learned, tmp_path, family, family_recipe):
     assert masks.probabilities("lm_head.weight")[0, 0] == 0.5 / 256
 
 
-def test_sampled_masks_come_from_the_seed(learned, tmp_path, family, family_recipe):
+@pytest.mark.parametrize("kind", ["sampled", "bernoulli"])
+def test_drawn_masks_come_from_the_seed(kind, learned, tmp_path, family, family_recipe):
     source, _ = learned
-    given = {"safety_dataset": None, "mask": str(source / "out"), "mask_kind": "sampled"}
+    given = {"safety_dataset": None, "mask": str(source / "out"), "mask_kind": kind}
     outputs = {}
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
         merged(family_recipe(**given, seed=seed), tmp_path / name)
@@ -189,6 +190,9 @@ def test_sampled_masks_come_from_the_seed(learned, tmp_path, family, family_reci
     key = noise.noise_key(seed=5, step=-1, name="lm_head.weight")
     u = noise.uniform_noise(key, p.numel()).view(p.shape)
     mask = torch.sigmoid((torch.logit(p) + torch.logit(u)) / 0.5)
+    if kind == "bernoulli":
+        mask = (u > 1 - p).float()
+        assert 0.4 < mask.mean() < 0.6
     base, one, two = (
         tiny.tensors_of(family / n)["lm_head.weight"] for n in ("base", "math", "code")
     )

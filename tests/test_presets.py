@@ -5,25 +5,33 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from mergekit.options import MergeOptions
 
-from somf_mergekit import recipe
+from somf_mergekit import MaskSet, noise, recipe
+from somf_mergekit.learner import loop
 from somf_mergekit.planner import planned_merge
 from somf_mergekit.recipe_check import read_recipe
 
 PAGE = Path(__file__).parent.parent / "docs/recipe.md"
 PAPER = {
+    "held_out_share": 0.0,
     "granularity": "weight",
+    "mask_kind": "sampled",
     "temperature": 0.5,
     "init_logit": 0.0,
     "mask_rescale": "mean",
     "objective": "dpo",
     "beta": 0.1,
     "reference": "redrawn",
+    "optimizer": "adamw",
     "learning_rate": 0.01,
+    "warmup": 0.0,
+    "schedule_steps": 963,
     "batch_size": 16,
-    "epochs": 1,
-    "max_steps": 900,
+    "epochs": 3,
+    "max_steps": 300,
+    "max_length": 1024,
 }
 
 
@@ -31,10 +39,10 @@ PAPER = {
 def planned(family):
     """The plan of a recipe over the family, as a function of its parameters."""
 
-    def plan(**parameters):
+    def plan(models=("math", "code"), **parameters):
         content = tiny.recipe(
             family / "base",
-            [family / "math", family / "code"],
+            [family / model for model in models],
             safety_dataset=str(family / "pairs.jsonl"),
             **parameters,
         )
@@ -60,6 +68,63 @@ def test_what_the_recipe_sets_wins_over_the_preset(planned):
     found = planned(preset="paper", **own)
     assert found.settings.model_dump().items() >= (PAPER | own).items()
     assert set(rates(found).values()) == {0.05}
+
+
+@pytest.mark.parametrize(
+    ("models", "parameters", "steps", "sum_of_rates"),
+    [
+        (("math", "code"), {"fusion": "task_arithmetic"}, 300, 2.8),
+        (("math", "code"), {"fusion": "ties", "density": 0.2}, 200, 1.9),
+        (("math", "code"), {"fusion": "dare_linear", "density": 0.8}, 100, 1.0),
+        (("math", "code"), {"fusion": "linear"}, 321, 2.9),
+        (("math", "code"), {"fusion": "della_linear"}, 300, 2.8),
+        (("math",), {"fusion": "task_arithmetic"}, 900, 2.4),
+        (("math",), {"fusion": "dare_linear", "density": 0.8}, 900, 2.4),
+    ],
+)
+def test_each_fusion_ends_where_the_authors_took_its_mask(
+    planned, models, parameters, steps, sum_of_rates
+):
+    settings = planned(models, preset="paper", **parameters).settings
+    assert loop.step_count(settings, 5135) == settings.max_steps == steps
+    shares = [loop.rate_share(n, settings.schedule_steps, settings.warmup) for n in range(steps)]
+    assert settings.learning_rate * sum(shares) == pytest.approx(sum_of_rates, abs=0.05)
+    own = planned(models, preset="paper", max_steps=7, learning_rate=0.5, **parameters).settings
+    assert (own.max_steps, own.learning_rate) == (7, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("objective", "beta"), [("dpo", 0.1), ("dpo_norm", 5.0), ("ipo", 0.1), ("hinge", 0.1)]
+)
+def test_another_objective_has_its_own_beta_under_the_preset(planned, objective, beta):
+    assert planned(preset="paper", objective=objective).settings.beta == beta
+    assert planned(preset="paper", objective=objective, beta=2.0).settings.beta == 2.0
+
+
+def test_a_merge_by_the_preset_uses_one_draw_of_a_mask_learned_by_adamw(family, tmp_path):
+    content = tiny.recipe(
+        family / "base",
+        [family / "math", family / "code"],
+        safety_dataset=str(family / "pairs.jsonl"),
+        preset="paper",
+    )
+    found = tiny.merged(content, tmp_path / "out")["lm_head.weight"]
+    masks = MaskSet.open(tmp_path / "out/somf")
+    told = masks.provenance
+    assert told["settings"].items() >= (PAPER | {"preset": "paper"}).items()
+    # 24 pairs, 16 a step, three times; none is held out.
+    assert (told["steps"], told["dataset"]["pairs"], told["held_out"]["pairs"]) == (6, 24, 0)
+    p = masks.probabilities("lm_head.weight")
+    # Six steps of AdamW move a logit by 0.06 at most, or little more.
+    assert 0.005 < (p - 0.5).abs().max() < 0.02
+    key = noise.noise_key(seed=0, step=-1, name="lm_head.weight")
+    u = noise.uniform_noise(key, p.numel()).view(p.shape)
+    mask = torch.sigmoid((torch.logit(p) + torch.logit(u)) / 0.5)
+    base, one, two = (
+        tiny.tensors_of(family / n)["lm_head.weight"] for n in ("base", "math", "code")
+    )
+    expected = base + 0.5 * ((one - base) + (two - base)) * mask / mask.mean()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_tensors_that_a_filter_leaves_out_get_the_presets_value(planned):
@@ -92,3 +157,5 @@ def test_documentation_shows_the_preset_as_it_is():
     assert rows == [
         (name, str(value), defaults[name]) for name, value in recipe.PRESETS["paper"].items()
     ]
+    ends = re.findall(r"^\| `(\w+)` \| (\d+) \| [\d.]+ \| [\d.]+ \|$", section, re.M)
+    assert ends == [(name, str(steps)) for name, steps in recipe.PAPER_STEPS.items()]

@@ -51,11 +51,12 @@ def losses(folder):
 @pytest.mark.parametrize(
     ("count", "engine", "settings"),
     [
-        (2, "streaming", {}),
+        (2, "streaming", {"optimizer": "adamw"}),
         (4, "resident", {}),
         # Rows that can't be dealt out evenly; entries that cover rows of several processes.
         (3, "sharded", {"granularity": BY_PLACE, "mask_rescale": BY_MEAN}),
         (2, "sharded", {"fusion": "ties", "density": 0.5}),
+        (3, "sharded", {"optimizer": "adamw", "warmup": 0.0}),
     ],
 )
 def test_several_processes_learn_what_one_learns(
@@ -98,7 +99,8 @@ def test_several_processes_learn_what_one_learns(
         for masks in (one, other)
     ]
     assert torch.equal(*untouched)
-    assert 0.5 < untouched[0].float().mean() < 1
+    share = untouched[0].float().mean()
+    assert share == 0 if settings.get("optimizer") == "adamw" else 0.5 < share < 1
     apart = torch.cat([(one.entries(n) - other.entries(n)).flatten() for n in one.names()])
     assert (apart.abs() < 0.01).float().mean() > 0.98
     assert apart.mean().abs() < 1e-3

@@ -143,6 +143,9 @@ def test_the_engine_is_chosen_by_what_is_free(monkeypatch, family_recipe, tmp_pa
     for name in ("streaming", "resident"):
         monkeypatch.setenv("SOMF_ENGINE", name)
         needs[name] = forecast(planned, data).memory
+    with_moments = planned_merge(read_recipe(family_recipe(optimizer="adamw")), MergeOptions())
+    expected = forecast(with_moments, data)
+    assert expected.memory - needs["resident"] == 2 * 4 * expected.entries
     monkeypatch.delenv("SOMF_ENGINE")
     assert 0 < needs["streaming"] < needs["resident"]
     file = tiny.write_recipe(tmp_path / "recipe.yml", content)

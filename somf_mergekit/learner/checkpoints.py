@@ -1,7 +1,7 @@
 """What lets learning go on where it was stopped: the logits and what was computed to compare with.
 
-There is no other state: noise is a function of the seed, data come in a fixed order, and the
-optimiser keeps nothing.
+With them goes what the optimiser keeps of earlier steps. There is no other state: noise is a
+function of the seed, and data come in a fixed order.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import click
@@ -32,7 +33,7 @@ _NAME = re.compile(r"^step-(\d+)-([0-9a-f]+)\.safetensors$")
 # At the end too, where more than this would be lost if the mask could not be written.
 _END_SECONDS = 60
 _HEADER_KEY = "somf"
-_LOGITS, _PAIRS, _RATIOS = "logits/", "reference rows", "reference"
+_PAIRS, _RATIOS = "reference rows", "reference"
 _TOKENS, _LENGTHS, _UNMASKED = "utility rows", "utility lengths", "utility"
 _KEPT = (_PAIRS, _RATIOS, _TOKENS, _LENGTHS, _UNMASKED)
 # The last tensor of the file: a checksum over the header and all others.
@@ -127,7 +128,7 @@ class Checkpoints:
         if own:
             say("somf: no checkpoint can be used: learning begins anew")
         for tensor in self._tensors:
-            tensor.logits.fill_(tensor.init_logit)
+            tensor.restart()
         return Progress()
 
     def after_step(self, progress: Progress, *, is_last: bool) -> None:
@@ -171,13 +172,15 @@ class Checkpoints:
         }
         content = [StoredTensor.of(name, kept[name]) for name in _KEPT]
         content += [
-            StoredTensor(_LOGITS + t.name, t.layout.shape, torch.float32, t.whole_logits)
+            StoredTensor(f"{name}/{t.name}", t.layout.shape, torch.float32, partial(t.whole, name))
             for t in self._tensors
+            for name in t.state
         ]
         if not self._together.is_first:
             # Each has rows of what the first one writes.
             for tensor in self._tensors:
-                tensor.whole_logits()
+                for name in tensor.state:
+                    tensor.whole(name)
             self._together.wait()
             return
         header = {
@@ -246,16 +249,17 @@ class Checkpoints:
                 raise ValueError(f"its format is {header['format']}, not {FORMAT}")
             if header["fingerprint"] != self._fingerprint:
                 raise ValueError("it is of another recipe")
-            shapes = {t.name: file.get_slice(_LOGITS + t.name).get_shape() for t in self._tensors}
+            shapes = {t.name: file.get_slice(f"logits/{t.name}").get_shape() for t in self._tensors}
             if any(tuple(shapes[t.name]) != t.layout.shape for t in self._tensors):
                 raise ValueError("its masks have other shapes")
             values = {name: file.get_tensor(name) for name in _KEPT}
             for name in _KEPT:
                 checksum.update(tensor_bytes(values[name]))
             for tensor in self._tensors:
-                logits = file.get_tensor(_LOGITS + tensor.name)
-                checksum.update(tensor_bytes(logits))
-                tensor.set_logits(logits)
+                for name in tensor.state:
+                    whole = file.get_tensor(f"{name}/{tensor.name}")
+                    checksum.update(tensor_bytes(whole))
+                    tensor.set_whole(whole, name)
             if bytes(file.get_tensor(_CHECKSUM).tolist()) != checksum.digest():
                 raise ValueError("it is damaged (its checksum is another)")
             lengths = values[_LENGTHS].tolist()

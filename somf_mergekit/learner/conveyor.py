@@ -71,8 +71,8 @@ class Conveyor:
                 yield
         finally:
             if changes and isinstance(tensor, MaskedTensor):
-                done = copies[id(tensor.logits)]
-                tensor.logits.copy_(done, non_blocking=self._computing.is_cuda)
+                for own in _changing(tensor):
+                    own.copy_(copies[id(own)], non_blocking=self._computing.is_cuda)
 
     def forget(self) -> None:
         """Bring all layers anew: their logits were changed in the host's memory."""
@@ -97,7 +97,7 @@ class Conveyor:
 
     def _sent_back(self, number: int, slot: "_Slot", done: Any) -> Any:
         masked = [tensor for tensor in self._layers[number] if isinstance(tensor, MaskedTensor)]
-        copies = [(tensor.logits, slot.moved(tensor.logits)) for tensor in masked]
+        copies = [(own, slot.moved(own)) for tensor in masked for own in _changing(tensor)]
         self._outgoing.wait(done)
         self._outgoing.do(copies)
         return self._outgoing.now()
@@ -153,7 +153,13 @@ def _parts(tensor: LearnedTensor, moved: Callable[[Tensor], Tensor]) -> dict[str
     found = {"base": moved(tensor.base), "merged": tensor.merged and tensor.merged.kept(moved)}
     if isinstance(tensor, MaskedTensor):
         found["logits"] = moved(tensor.logits)
+        found["moments"] = None if tensor.moments is None else moved(tensor.moments)
     return found
+
+
+def _changing(tensor: MaskedTensor) -> list[Tensor]:
+    """Return what a step changes of a weight."""
+    return [own for own in (tensor.logits, tensor.moments) if own is not None]
 
 
 class _Stream:

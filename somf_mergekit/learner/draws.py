@@ -1,13 +1,13 @@
 """What a weight's mask is drawn from: nothing of it is stored."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..mask_codes import stored_probability
-from ..masking import concrete_piece, logit_of
+from ..masking import concrete_piece, merged_piece
 
 
 class Mask(Protocol):
@@ -48,7 +48,7 @@ class MergedMask:
     """What ``masking.mask_from_probabilities`` makes of the mask once that has been stored.
 
     Attributes:
-        drawn: the sample of a merge, of these logits.
+        drawn: the draw of a merge, of these logits.
         kind: see there.
     """
 
@@ -57,9 +57,9 @@ class MergedMask:
 
     def part(self, part: slice) -> Tensor:
         """See Mask."""
-        probability = stored_probability(torch.sigmoid(self.drawn.logits[part]))
-        if self.kind != "sampled":
-            return (probability > 0.5).float() if self.kind == "binary" else probability
-        first = self.drawn.first + part.start
-        stored = replace(self.drawn, logits=logit_of(probability), first=first)
-        return stored.part(slice(0, len(probability)))
+        drawn = self.drawn
+        assert drawn.key is not None
+        probability = stored_probability(torch.sigmoid(drawn.logits[part]))
+        return merged_piece(
+            probability, self.kind, drawn.key, drawn.first + part.start, drawn.temperature
+        )

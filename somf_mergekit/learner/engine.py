@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..processes import ALONE, Processes
 from .logprobs import TokenBatch, answer_token_log_probs, output_head
+from .optimizer import LogitGradient, clip_share
 from .tensors import Content, FixedTensor, MaskedTensor, State
 
 # Log-probabilities of the tokens of a batch's answers, and which sequence each belongs to.
@@ -63,7 +64,9 @@ class Engine(Protocol):
 class Updates:
     """Updates each tensor as soon as its gradient is complete, so that few exist at once.
 
-    Where several processes learn together, it is complete when all have added theirs.
+    Where several processes learn together, it is complete when all have added theirs. AdamW cuts
+    the norm of the gradient of all tensors together, so that under it gradients are measured when
+    they are complete, and wait for that norm.
     """
 
     def __init__(
@@ -75,15 +78,24 @@ class Updates:
         """Take over tensors, and the context in which what one is made of can be computed with."""
         self._tensors, self._together, self._at_hand = tensors, together, at_hand
         self._step, self._share = 0, 0.0
+        self._clip: float | None = None
+        self._waiting: list[tuple[MaskedTensor, LogitGradient]] = []
         self._are_last = False
         for tensor in tensors:
             tensor.weight.requires_grad_(True)
             hook = partial(self._accumulated, tensor)
             tensor.weight.register_post_accumulate_grad_hook(hook)
 
-    def begin(self, step: int, share: float) -> None:
-        """Wait for the gradients of a step, which updates with a share of the learning rate."""
-        self._step, self._share, self._are_last = step, share, False
+    def begin(self, step: int, share: float, clip: float | None = None) -> None:
+        """Wait for the gradients of a step, which updates with a share of the learning rate.
+
+        Args:
+            step: its number.
+            share: of the learning rate at its peak.
+            clip: for AdamW, see ``optimizer.clip_share``; None where it is not known yet.
+        """
+        self._step, self._share, self._clip, self._are_last = step, share, clip, False
+        self.drop()
         for tensor in self._tensors:
             # A step that was broken off leaves some.
             tensor.weight.grad = tensor.gradient_square = None
@@ -95,16 +107,29 @@ class Updates:
     def finish(self) -> None:
         """Update what is not yet."""
         for tensor in self._tensors:
+            if tensor.gradient_square is not None:
+                continue
             own = tensor.weight.grad
+            if own is None:
+                # Experts that no token went to.
+                own = torch.zeros_like(tensor.weight)
             if self._together.count > 1:
-                # Experts that no token of this process went to have none.
-                given = torch.zeros_like(tensor.weight) if own is None else own
                 if tensor.shard.is_whole:
-                    own = self._together.add_up(given).to(given.dtype)
+                    own = self._together.add_up(own).to(own.dtype)
                 else:
-                    own = tensor.shard.own_sum(given)
-            if own is not None:
-                self._update(tensor, own)
+                    own = tensor.shard.own_sum(own)
+            self._update(tensor, own)
+
+    def take(self, clip: float) -> None:
+        """Take the steps that wait."""
+        for tensor, found in self._waiting:
+            with self._at_hand(tensor):
+                tensor.move(found, self._step, self._share, clip)
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget the steps that wait."""
+        self._waiting.clear()
 
     def _accumulated(self, tensor: MaskedTensor, _: Tensor) -> None:
         if self._are_last:
@@ -113,7 +138,14 @@ class Updates:
 
     def _update(self, tensor: MaskedTensor, gradient: Tensor) -> None:
         with self._at_hand(tensor):
-            tensor.update(gradient, self._step, self._share)
+            if tensor.moments is None:
+                tensor.update(gradient, self._step, self._share)
+            else:
+                found = tensor.measured(gradient, self._step)
+                if self._clip is None:
+                    self._waiting.append((tensor, found))
+                else:
+                    tensor.move(found, self._step, self._share, self._clip)
         tensor.weight.grad = None
 
 
@@ -164,6 +196,8 @@ class ResidentEngine:
                     self._updates.gradients_end()
                 loss.backward()
         self._updates.finish()
+        if needs_norm(self._tensors):
+            self._updates.take(clip_of(self._tensors, self._together, self.device))
 
     def _log_probs(self, batch: TokenBatch) -> TokenLogProbs:
         with autocast_to(self._autocast_type, self.device):
@@ -176,6 +210,27 @@ class ResidentEngine:
             for other in self._fixed:
                 other.write(state)
             self._fixed_content = state.of_fixed
+
+
+def needs_norm(tensors: Sequence[MaskedTensor]) -> bool:
+    """Return whether the optimiser needs the norm of the whole gradient before it steps."""
+    return any(tensor.moments is not None for tensor in tensors)
+
+
+def clip_of(tensors: Sequence[MaskedTensor], together: Processes, device: torch.device) -> float:
+    """Return ``optimizer.clip_share`` of the latest gradients."""
+    return clip_share(float(gradient_squares(tensors, together, device).sum()))
+
+
+def gradient_squares(
+    tensors: Sequence[MaskedTensor], together: Processes, device: torch.device
+) -> Tensor:
+    """Return the squared norm of each tensor's latest logit gradient, float32, of all processes."""
+    none = torch.zeros((), device=device)
+    own = [none if t.gradient_square is None else t.gradient_square for t in tensors]
+    # Those that every process has are added up as often as there are processes.
+    counts = [together.count if t.is_shared else 1 for t in tensors]
+    return together.add_up(torch.stack(own) / torch.tensor(counts, device=device))
 
 
 @contextmanager

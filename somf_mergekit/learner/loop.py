@@ -13,8 +13,6 @@ from .comparison import Comparison
 from .passes import Passes
 from .problem import LearningProblem
 
-WARMUP_SHARE = 0.08
-
 
 @dataclass(frozen=True)
 class StepReport:
@@ -46,9 +44,15 @@ def step_count(settings: Settings, pairs: int) -> int:
     return steps if settings.max_steps is None else min(steps, settings.max_steps)
 
 
-def rate_share(step: int, steps: int) -> float:
-    """Return a step's share of the peak learning rate: linear warm-up, then half a cosine to 0."""
-    warmup = max(1, round(WARMUP_SHARE * steps))
+def rate_share(step: int, steps: int, warmup_share: float) -> float:
+    """Return a step's share of the peak learning rate: linear warm-up, then half a cosine to 0.
+
+    Args:
+        step: its number, from 0.
+        steps: of the whole schedule.
+        warmup_share: of these steps; the peak is at the first step where it is 0.
+    """
+    warmup = max(1, round(warmup_share * steps))
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup + 1) / (steps - warmup + 1)))
@@ -94,6 +98,7 @@ def learn_logits(
     steps = step_count(settings, len(problem.pairs))
     if steps == 0:
         return
+    schedule = max(steps, settings.schedule_steps or 0)
     plan = batches(len(problem.pairs), settings, steps)
     has_utility = problem.utility and settings.utility_weight > 0
     utility_plan = batches(len(problem.utility), settings, steps, "utility/") if has_utility else []
@@ -106,7 +111,7 @@ def learn_logits(
         start = time.perf_counter()
         if settings.objective in PREFERENCES and settings.reference == "redrawn":
             comparison.redraw(step, batch)
-        share = rate_share(step, steps)
+        share = rate_share(step, schedule, settings.warmup)
         shown = passes.learn(batch, utility_plan[step] if has_utility else [], step, share)
         margins = shown.margins
         report = StepReport(

@@ -129,6 +129,7 @@ def learning_model(
         values, shard = tensor.parameters, placement.shard(tensor)
         layout = mask_layout(values["granularity"], tensor.name, tensor.shape, storage)
         kept = shard.own_shape if layout.shape == tensor.shape else layout.shape
+        has_moments = settings.optimizer == "adamw"
         masked[id(place)] = MaskedTensor(
             name=tensor.name,
             weight=place,
@@ -143,6 +144,7 @@ def learning_model(
             init_logit=values["init_logit"],
             learning_rate=values["learning_rate"],
             kind=values["mask_kind"],
+            moments=placement.logits((2, *kept)).zero_() if has_moments else None,
         )
     _check_complete(model, filled)
     if not any(tensor.changed for tensor in loaded):

@@ -13,6 +13,8 @@ from .draws import Draw
 
 # Of the mean size of a tensor's gradients: entries far below it hardly move.
 EPS = 1e-5
+# Of AdamW, as published: they are the defaults of transformers.
+BETAS, ADAMW_EPS, MAX_NORM = (0.9, 0.999), 1e-8, 1.0
 # Below the size of any gradient: where all are 0, nothing is divided by 0.
 TINY = torch.finfo(torch.float32).tiny
 
@@ -45,6 +47,13 @@ class LogitGradient:
         for part in pieces(len(self.products), self.products.device):
             own = self.products[part].float() * self.of_products
             yield part, own.sub(self.slopes[part], alpha=self.of_slopes), own
+
+    def square(self) -> Tensor:
+        """Return the squared norm of dL/dx, float32: not finite where some entry is not."""
+        square = torch.zeros((), device=self.products.device)
+        for _, gradient, _ in self.parts():
+            square += torch.dot(gradient, gradient)
+        return square
 
 
 def logit_gradient(
@@ -108,3 +117,34 @@ def signsgd_step(logits: Tensor, found: LogitGradient, rate: float) -> Tensor:
         size = torch.minimum(gradient.abs(), own.abs_())
         logits[part].sub_(size.div_(size + floor).copysign_(gradient), alpha=rate)
     return square
+
+
+def adamw_step(
+    logits: Tensor, moments: Tensor, found: LogitGradient, rate: float, step: int, clip: float
+) -> None:
+    """Take a step of AdamW without decay (arXiv 1711.05101) on the logits, in place.
+
+    Args:
+        logits: flattened.
+        moments: running means of the gradient and of its square, (2, count), float32.
+        found: the logits' gradient.
+        rate: the learning rate of this step.
+        step: its number, from 0.
+        clip: what the gradient is multiplied with, see ``clip_share``.
+    """
+    first, second = moments
+    of_first, of_second = BETAS
+    for part, gradient, _ in found.parts():
+        gradient.mul_(clip)
+        mean = first[part].lerp_(gradient, 1 - of_first)
+        square = second[part].mul_(of_second).addcmul_(gradient, gradient, value=1 - of_second)
+        size = square.sqrt().div_((1 - of_second ** (step + 1)) ** 0.5).add_(ADAMW_EPS)
+        logits[part].addcdiv_(mean, size, value=-rate / (1 - of_first ** (step + 1)))
+
+
+def clip_share(square: float) -> float:
+    """Return what a gradient of this squared norm is multiplied with for its norm to be 1 at most.
+
+    As ``torch.nn.utils.clip_grad_norm_`` does, of the gradient of all logits.
+    """
+    return min(1.0, MAX_NORM / (square**0.5 + 1e-6))

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..objectives import PREFERENCES, divergences, preference_losses, sft_losses
 from .comparison import Comparison
 from .divergence import LearningDiverged
-from .engine import LossNotFinite, Part
+from .engine import LossNotFinite, Part, gradient_squares
 from .logprobs import answer_sums
 from .problem import LearningProblem
 from .sequences import pair_log_probs
@@ -94,14 +94,11 @@ class Passes:
 
     def _wrong_gradients(self) -> list[str]:
         """Return the tensors whose logits' gradient in the latest update is not finite."""
-        tensors = self.problem.tensors
-        none = torch.zeros((), device=self.problem.engine.device)
-        own = torch.stack(
-            [none if t.gradient_square is None else t.gradient_square for t in tensors]
-        )
-        # Each process has rows of some.
-        sums = self.problem.together.add_up(own).tolist()
-        return [t.name for t, total in zip(tensors, sums, strict=True) if not math.isfinite(total)]
+        problem = self.problem
+        squares = gradient_squares(problem.tensors, problem.together, problem.engine.device)
+        pairs = zip(problem.tensors, squares.tolist(), strict=True)
+        return [tensor.name for tensor, square in pairs if not math.isfinite(square)]
+
 
     def _pair_loss(
         self, rows: list[int], share: float, step: int, shown: Losses

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..processes import ALONE, Processes
 from .conveyor import Conveyor, LearnedTensor
-from .engine import Part, TokenLogProbs, Updates, agreed
+from .engine import Part, TokenLogProbs, Updates, agreed, clip_of, needs_norm
 from .layered import Call, LayeredModel
 from .layers import layer_of_weights, layers_of
 from .logprobs import TokenBatch
@@ -42,7 +42,7 @@ class StreamingEngine:
             StreamingImpossible: it can't be run layer by layer.
         """
         self.device = next(model.parameters()).device
-        self._together = together
+        self._together, self._tensors = together, tensors
         layers = layers_of(model)
         place = layer_of_weights(model, layers)
         weights: list[LearnedTensor] = [*tensors, *fixed]
@@ -93,14 +93,30 @@ class StreamingEngine:
                 with self._loaded(number, state, self._after(number)):
                     kept.append(self._model.through(number, kept[-1], calls))
         with agreed(self._together, step, self.device):
-            gradients = self._loss_gradients(parts, kept.pop())
+            last = self._loss_gradients(parts, kept.pop())
+        clip = None
+        if needs_norm(self._tensors):
+            # The layers' gradients are computed twice, for there is no memory to keep them in.
+            gradients = last
+            for number in reversed(range(len(self._model))):
+                self._updates[number].begin(step, rate_share)
+                with self._loaded(number, state, self._before(number)):
+                    gradients = self._back_through(number, kept[number], calls, gradients)
+                    self._updates[number].finish()
+                    self._updates[number].drop()
+            self._into_embeddings(batches, gradients)
+            self._outer_updates.finish()
+            clip = clip_of(self._tensors, self._together, self.device)
+            self._outer_updates.take(clip)
+        gradients = last
         for number in reversed(range(len(self._model))):
-            self._updates[number].begin(step, rate_share)
-            with self._loaded(number, state, number - 1 if number else None, changes=True):
+            self._updates[number].begin(step, rate_share, clip)
+            with self._loaded(number, state, self._before(number), changes=True):
                 gradients = self._back_through(number, kept.pop(), calls, gradients)
                 self._updates[number].finish()
-        self._into_embeddings(batches, gradients)
-        self._outer_updates.finish()
+        if clip is None:
+            self._into_embeddings(batches, gradients)
+            self._outer_updates.finish()
         if self._conveyor:
             self._conveyor.settle()
 
@@ -154,6 +170,9 @@ class StreamingEngine:
                 yield
             finally:
                 self._free(own)
+
+    def _before(self, number: int) -> int | None:
+        return number - 1 if number else None
 
     def _after(self, number: int) -> int | None:
         return number + 1 if number + 1 < len(self._model) else None

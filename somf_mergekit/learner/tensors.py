@@ -13,7 +13,7 @@ from ..shards import Shard
 from ..weights import LinearWeight, MergedWeight
 from .draws import Draw, Mask, MergedMask
 from .entrywise import write_masked
-from .optimizer import logit_gradient, signsgd_step
+from .optimizer import LogitGradient, adamw_step, logit_gradient, signsgd_step
 from .triton_check import kernels_for
 from .whole import whole_mask
 
@@ -88,6 +88,8 @@ class MaskedTensor:
         init_logit: where the logits start.
         learning_rate: at the schedule's peak.
         kind: of the mask that the merge uses, one of ``masking.MASK_KINDS``.
+        moments: what AdamW keeps of earlier steps, (2, *shape of the logits), float32; None under
+            signSGD, which keeps nothing.
         gradient_square: squared norm of the gradient of the latest update, of the logits that this
             process keeps; None where there was none.
     """
@@ -105,6 +107,7 @@ class MaskedTensor:
     init_logit: float
     learning_rate: float
     kind: str = "soft"
+    moments: Tensor | None = None
     gradient_square: Tensor | None = field(default=None, init=False)
 
     @torch.no_grad()
@@ -132,7 +135,7 @@ class MaskedTensor:
 
     @torch.no_grad()
     def update(self, gradient: Tensor, step: int, rate_share: float) -> None:
-        """Take one optimiser step on the logits from the weight's gradient.
+        """Take a step of signSGD on the logits from the weight's gradient.
 
         The weight's own values and the gradient's are lost: the next step makes them anew.
 
@@ -153,23 +156,58 @@ class MaskedTensor:
         found = logit_gradient(gradient, fused, room, draw, self.rescale, shard)
         self.gradient_square = signsgd_step(draw.logits, found, rate)
 
+    @torch.no_grad()
+    def measured(self, gradient: Tensor, step: int) -> LogitGradient:
+        """Return the logits' gradient, for ``move``.
+
+        Arguments, and what is lost, are those of ``update``.
+        """
+        draw = self._sample(step)
+        gradient, fused, room, shard = self._factor_gradient(gradient, draw)
+        found = logit_gradient(gradient, fused, room, draw, self.rescale, shard)
+        self.gradient_square = found.square()
+        return found
+
+    @torch.no_grad()
+    def move(self, found: LogitGradient, step: int, rate_share: float, clip: float) -> None:
+        """Take a step of AdamW; arguments as of ``update`` and ``optimizer.adamw_step``."""
+        assert self.moments is not None
+        rate = rate_share * self.learning_rate
+        logits, moments = self.logits.view(-1), self.moments.view(2, -1)
+        adamw_step(logits, moments, found, rate, step, clip)
+
+    def restart(self) -> None:
+        """Set the logits, and what the optimiser keeps, to where they start."""
+        self.logits.fill_(self.init_logit)
+        if self.moments is not None:
+            self.moments.zero_()
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What a step changes, by name: views in the shape of the logits."""
+        found = {"logits": self.logits}
+        if self.moments is not None:
+            found["mean"], found["square"] = self.moments
+        return found
+
     @property
     def is_shared(self) -> bool:
         """Whether every process that learns has all of the logits."""
         return not self._is_entrywise or self.shard.is_whole
 
-    def whole_logits(self) -> Tensor:
-        """Return the logits of the whole mask; all processes that keep them together must ask."""
+    def whole(self, name: str = "logits") -> Tensor:
+        """Return one of ``state`` of the whole mask; all processes that keep it must ask."""
+        own = self.state[name]
         if self.is_shared:
-            return self.logits
-        found = torch.empty(self.layout.shape, device=self.logits.device)
-        self.shard.own(found).copy_(self.logits)
+            return own
+        found = torch.empty(self.layout.shape, device=own.device)
+        self.shard.own(found).copy_(own)
         self.shard.gather(found)
         return found
 
-    def set_logits(self, whole: Tensor) -> None:
-        """Set the logits to those of a whole mask."""
-        self.logits.copy_(self.shard.own(whole) if self._is_entrywise else whole)
+    def set_whole(self, whole: Tensor, name: str = "logits") -> None:
+        """Set one of ``state`` to that of a whole mask."""
+        self.state[name].copy_(self.shard.own(whole) if self._is_entrywise else whole)
 
     def _write(self, draw: Mask) -> None:
         own = self.shard.own(self.weight)
