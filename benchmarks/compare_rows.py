@@ -150,7 +150,7 @@ class _Rows:
         yield from self._variants(rates)
         yield from self._three()
         yield _prepared("published", "as published, before alignment", is_shared=True)
-        # The published hyper-parameters take one pass over all pairs, in batches of 16.
+        # The published hyper-parameters, but for the length: they take many times as long.
         paper = recipe(
             "somf",
             GROUPS["two"],
@@ -161,9 +161,15 @@ class _Rows:
             max_length=self.learning.max_length,
             seed=self.seed,
         )
-        merge = self._masked("task_arithmetic", GROUPS["two"])
-        made = {"as published": Making(learns=paper, merges=(merge,))}
-        yield Row("somf_paper", "somf, preset paper", "two", made, is_single=True)
+        made = {
+            setting: Making(
+                learns=paper,
+                merges=(self._masked("task_arithmetic", GROUPS["two"], mask_kind=kind),),
+            )
+            for setting, kind in (("soft as published", "sampled"), ("binary", "bernoulli"))
+        }
+        label = "somf, preset paper"
+        yield Row("somf_paper", label, "two", made, is_single=True, tests_all=True)
 
     def _variants(self, rates: tuple[dict[str, Any], ...]) -> Iterator[Row]:
         """Yield what differs in one way from a mask that the published objective is learned by."""
@@ -175,6 +181,16 @@ class _Rows:
             ({}, rates[0]),
             granularity="weight",
             **binary,
+        )
+        # The published binary mask: the same masks as above, drawn and not thresholded.
+        drawn = {"mask_kind": "bernoulli"}
+        yield self._single("somf_bernoulli", "Bernoulli mask", ({}, *rates), **drawn)
+        yield self._single(
+            "somf_weight_bernoulli",
+            "one entry a weight, Bernoulli mask",
+            ({}, rates[0]),
+            granularity="weight",
+            **drawn,
         )
         # Starts at 0.95 of the plain merge, and can only take away.
         unscaled = {"mask_rescale": "none", "init_logit": 3.0}
