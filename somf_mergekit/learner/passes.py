@@ -99,7 +99,6 @@ class Passes:
         pairs = zip(problem.tensors, squares.tolist(), strict=True)
         return [tensor.name for tensor, square in pairs if not math.isfinite(square)]
 
-
     def _pair_loss(
         self, rows: list[int], share: float, step: int, shown: Losses
     ) -> Callable[[Tensor, Tensor], Tensor]:
