@@ -12,6 +12,7 @@ from mergekit.io import ShardedTensorIndex
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
+from .adapters import adapter_problem, cache_problem, cached_folder, is_cached, put_together
 from .errors import first_line, raise_together
 from .plan import few
 
@@ -58,6 +59,8 @@ def check_models(
     for model in models:
         problems += _weight_problems(model, options)
     raise_together(problems, heading)
+    adapted = [model for model in models if model.lora and not is_cached(model, options)]
+    raise_together(filter(None, (put_together(model, options) for model in adapted)), heading)
 
 
 def _configuration_problems(model: ModelReference, options: MergeOptions) -> list[str]:
@@ -123,42 +126,45 @@ def _class_hint(config: Any) -> str:
 def _mixture_problems(
     models: Collection[ModelReference], base: ModelReference, options: MergeOptions
 ) -> list[str]:
-    """Return a sentence where models are not of the base's class."""
-    if options.allow_crimes:
-        return []
+    """Return a sentence where models are not of the base's class, or no adapter can be of it."""
     configs = {m: m.config(trust_remote_code=options.trust_remote_code) for m in {base, *models}}
     named = {model: config.architectures[0] for model, config in configs.items()}
-    definition = arch_info_for_config(configs[base])
-    return [
-        f"model {model}: it is a {named[model]}, {base} a {named[base]}: all models must have been "
-        "fine-tuned from the same base, and be of its class"
-        for model in models
-        if named[model] != named[base]
-        and (definition is None or arch_info_for_config(configs[model]) != definition)
-    ]
+    defined = {model: arch_info_for_config(config) for model, config in configs.items()}
+    problems = []
+    for model in models:
+        is_alike = named[model] == named[base] or (
+            defined[base] is not None and defined[model] == defined[base]
+        )
+        if not is_alike and not options.allow_crimes:
+            problems.append(
+                f"model {model}: it is a {named[model]}, {base} a {named[base]}: all models must "
+                "have been fine-tuned from the same base, and be of its class"
+            )
+        elif model.lora and None in defined.values():
+            problems.append(
+                f"model {model}: mergekit has no definition of {named[model]}, and infers none "
+                "from an adapter: merge the adapter into its base with PEFT, and give that model"
+            )
+    return problems
 
 
 def _weight_problems(model: ModelReference, options: MergeOptions) -> list[str]:
-    """Return a sentence where a model's weights can't be opened, or are not those of its adapter.
-
-    mergekit's loaders must know the options.
-    """
-    kept = _kept_adapter(model, options)
-    if model.lora and not os.path.isdir(kept):
-        # mergekit will put it into its base.
-        return []
-    hint = f"; if {kept} was left unfinished, remove it" if kept else ""
+    """Return a sentence where a model's weights can't be opened, or its adapter doesn't fit."""
+    if model.lora and not is_cached(model, options):
+        problem = adapter_problem(model, options)
+        return [problem] if problem else []
     try:
         index = LoaderCache().get(model).index
     except Exception as error:  # a damaged checkpoint has many of its own
+        kept = cached_folder(model, options) if model.lora else ""
+        hint = f"; if {kept} was left unfinished, remove it" if kept else ""
         return [f"model {model}: its weights can't be opened: {first_line(error)}{hint}"]
-    files = {os.path.join(index.base_path, file) for file in index.tensor_paths.values()}
-    if kept and _changed(_files_in(model.lora.path, model.model.path)) > _changed(files):
-        return [
-            f"model {model}: the adapter or its base was changed after mergekit put them together "
-            f"in {kept}, which it would take: remove that folder"
-        ]
-    return _form_problems(model, index)
+    problems = _form_problems(model, index)
+    if model.lora:
+        files = {os.path.join(index.base_path, file) for file in index.tensor_paths.values()}
+        changed = cache_problem(model, files, options)
+        problems += [changed] if changed else []
+    return problems
 
 
 def _form_problems(model: ModelReference, index: ShardedTensorIndex) -> list[str]:
@@ -179,29 +185,3 @@ def _form_problems(model: ModelReference, index: ShardedTensorIndex) -> list[str
     if index.is_safetensors and {pickled, pickled + _INDEX} & set(files):
         LOG.warning("%s: its safetensors are read, and not the %s beside them", model, pickled)
     return []
-
-
-def _kept_adapter(model: ModelReference, options: MergeOptions) -> str:
-    """Return where mergekit keeps an adapter with its base, once it has put them together."""
-    if not model.lora:
-        return ""
-    # As ModelReference.merged names it.
-    name = f"{model.model._unique_id()}_{model.lora._unique_id()}"
-    return os.path.join(options.lora_merge_cache, name)
-
-
-def _files_in(*folders: str) -> list[str]:
-    """Return the weight files in those of the folders that are on this machine."""
-    ends = (".safetensors", ".bin")
-    return [
-        os.path.join(folder, name)
-        for folder in folders
-        if os.path.isdir(folder)
-        for name in os.listdir(folder)
-        if name.endswith(ends)
-    ]
-
-
-def _changed(files: Collection[str]) -> float:
-    """Return when the last of the files was changed."""
-    return max((os.stat(file).st_mtime for file in files if os.path.exists(file)), default=0.0)

@@ -7,7 +7,8 @@ import pytest
 import tiny
 import torch
 import transformers
-from safetensors.torch import save_file
+from mergekit.common import ModelReference
+from safetensors.torch import load_file, save_file
 
 SIZE = {
     "hidden_size": 32,
@@ -388,3 +389,130 @@ def test_what_is_no_causal_language_model_is_not_learned_on(tmp_path, family):
         "is a LlamaForSequenceClassification, and it would be learned on a LlamaForCausalLM, which "
         "has no score.weight" in said
     )
+
+
+def lora(base, folder, **options):
+    """Save an adapter of a base; return its name in a recipe."""
+    from peft import LoraConfig, get_peft_model
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    options = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False, **options}
+    get_peft_model(model, LoraConfig(**options)).save_pretrained(folder)
+    return folder
+
+
+def adapter_config(**values):
+    def change(folder, _):
+        file = folder / "adapter_config.json"
+        content = json.loads(file.read_text()) | values
+        kept = {key: value for key, value in content.items() if value is not None}
+        file.write_text(json.dumps(kept))
+
+    return change
+
+
+def of_a_wider_base(folder, tokenizer):
+    tiny.save_model(tiny.tiny_llama(0, len(tokenizer), hidden=64), tokenizer, folder / "wide")
+    lora(folder / "wide", folder)
+
+
+def adapter_tensors(change):
+    def changed(folder, _):
+        file = folder / "adapter_model.safetensors"
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    return changed
+
+
+def under_other_names(tensors):
+    for name in list(tensors):
+        tensors[name.replace("model.layers", "transformer.h")] = tensors.pop(name)
+
+
+def without_a_layer(tensors):
+    for name in [name for name in tensors if ".layers.1." in name]:
+        del tensors[name]
+
+
+def prompt_tuning(folder, tokenizer):
+    from peft import PromptTuningConfig, get_peft_model
+
+    model = tiny.tiny_llama(0, len(tokenizer))
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    get_peft_model(model, config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def q_adapter(family, tmp_path_factory):
+    return lora(family / "base", tmp_path_factory.mktemp("adapter") / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (adapter_config(peft_type=None), "is missing required keys: {'peft_type'}"),
+        (adapter_config(peft_type="NOVEL"), "PEFT knows no adapter of the type 'NOVEL'"),
+        (adapter_config(target_modules=["qkv"]), "Target modules"),
+        (of_a_wider_base, "size mismatch for base_model.model.model.layers.0.self_attn.q_proj"),
+        (
+            adapter_tensors(under_other_names),
+            "the base has no place for its base_model.model.trans",
+        ),
+        (adapter_tensors(without_a_layer), "it has no base_model.model.model.layers.1.self_attn"),
+        (prompt_tuning, "PROMPT_TUNING adds to the prompt and can't be merged into weights"),
+    ],
+)
+def test_adapters_that_do_not_fit(family, q_adapter, tmp_path, change, said):
+    place = tmp_path / "adapter"
+    shutil.copytree(q_adapter, place)
+    change(place, tiny.tiny_tokenizer())
+    cache = tmp_path / "cache"
+    content = somf(family, family, math=f"base+{place}")
+    message = tiny.refused(content, tmp_path, "--lora-merge-cache", cache)
+    assert f"the adapter {place} can't be put on its base: " in message
+    assert said in message
+    assert not cache.exists()
+
+
+def test_an_adapter_is_merged_where_an_attempt_had_failed(
+    family, q_adapter, tmp_path, caplog, monkeypatch
+):
+    """And it may be of a base of another name."""
+    place = tmp_path / "adapter"
+    shutil.copytree(q_adapter, place)
+    adapter_config(base_model_name_or_path="someone/other")(place, None)
+    cache = tmp_path / "cache"
+    options = ("--lora-merge-cache", cache)
+    content = resta(family)
+    content["models"][0]["model"] = f"{family / 'base'}+{place}"
+
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.LlamaForCausalLM, "save_pretrained", full)
+        said = tiny.refused(content, tmp_path, *options)
+    assert "mergekit can't put the adapter on its base: No space left on device" in said
+    assert list(cache.iterdir()) == []
+    reference = ModelReference.parse(content["models"][0]["model"])
+    (cache / f"{reference.model._unique_id()}_{reference.lora._unique_id()}").mkdir()
+    written = tiny.merged(content, tmp_path / "out", *options)
+    assert "the adapter was trained on someone/other, and is put on" in caplog.text
+    base, code = (tiny.tensors_of(family / name) for name in ("base", "code"))
+    parts = load_file(place / "adapter_model.safetensors")
+    name = "layers.0.self_attn.q_proj"
+    one, two = (parts[f"base_model.model.model.{name}.lora_{part}.weight"] for part in "AB")
+    name = f"model.{name}.weight"
+    # lora_alpha / r
+    expected = base[name] + 4 * two @ one - 0.5 * (code[name] - base[name])
+    torch.testing.assert_close(written[name], expected)
+
+
+def test_adapters_of_what_mergekit_does_not_define(packed, tmp_path):
+    place = lora(packed / "base", tmp_path / "adapter", target_modules=["o_proj"])
+    content = resta(packed)
+    content["models"][0]["model"] = f"{packed / 'base'}+{place}"
+    said = tiny.refused(content, tmp_path, "--lora-merge-cache", tmp_path / "cache")
+    assert "mergekit has no definition of DeepseekV3ForCausalLM, and infers none from" in said
