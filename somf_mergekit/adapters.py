@@ -97,7 +97,7 @@ def _misfit(model: ModelReference, config: Any, options: MergeOptions) -> str | 
         given = peft.load_peft_weights(path, device="cpu", revision=revision)
         found = peft.set_peft_model_state_dict(adapted, given, low_cpu_mem_usage=True)
     except Exception as error:  # as many as there are kinds of adapters
-        return " ".join(str(error).split()[:60]) or type(error).__name__
+        return " ".join(str(error).split()[:40]) or type(error).__name__
     if found.unexpected_keys:
         return f"the base has no place for its {few(found.unexpected_keys)}"
     own = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")

@@ -162,10 +162,14 @@ def _class_problem(planned: PlannedMerge) -> str | None:
 
     trust = planned.options.trust_remote_code
     named = planned.base_model.config(trust_remote_code=trust).architectures[0]
+    ways = (
+        "Give models that are causal language models, or a learned mask with the parameter `mask`"
+    )
     try:
         made = class_of(empty_model(AutoModelForCausalLM, planned.out_config, trust, None))
     except ImportError as error:
         why = f"its configuration asks for what is not installed: {first_line(error)}"
+        ways = "Install it, or take it (attn_implementation) out of the base's config.json"
     except Exception:  # a list of all configurations, or an error of a stranger's code
         why = "transformers can't load it as a causal language model"
     else:
@@ -181,8 +185,7 @@ def _class_problem(planned: PlannedMerge) -> str | None:
             return None
     return (
         f"a mask can't be learned for this merge: the base {planned.base_model} is a {named}, and "
-        f"{why}. Give models that are causal language models, or a learned mask with the parameter "
-        "`mask`"
+        f"{why.removesuffix('.')}. {ways}"
     )
 
 

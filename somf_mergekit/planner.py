@@ -252,7 +252,18 @@ def _planned(
         RecipeError: ``problems`` and what else keeps mergekit from planning it.
     """
     check_recipe(config, options, problems)
-    given = config.model_copy(deep=True)
+    planned = unchecked_plan(config, options)
+    learns = planned.config.merge_method == recipe.METHOD_NAME
+    wrong = plan_problems(planned) if learns else []
+    return planned, [*wrong, *unused_filters(config, planned)]
+
+
+def unchecked_plan(config: MergeConfiguration, options: MergeOptions) -> PlannedMerge:
+    """Return mergekit's plan of a recipe of any merge method; nothing is checked.
+
+    Raises:
+        RecipeError: mergekit can't plan it.
+    """
     written = config.model_copy(deep=True)
     recipe.join_patterns(written)
     recipe.apply_preset(written)
@@ -267,18 +278,15 @@ def _planned(
         raise
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise RecipeError(f"mergekit can't plan this merge: {error}") from error
-    planned = PlannedMerge(
+    return PlannedMerge(
         config=planner.config,
-        recipe=recipe_text(given),
+        recipe=recipe_text(config),
         options=options,
         base_model=planner.config.base_model,
         out_config=planner.out_model_config,
         tensors=tuple(planner._tensors),
         tokenizer_task=planner._tokenizer_task,
     )
-    learns = planned.config.merge_method == recipe.METHOD_NAME
-    wrong = plan_problems(planned) if learns else []
-    return planned, [*wrong, *unused_filters(given, planned)]
 
 
 def _ready(config: MergeConfiguration, planned: PlannedMerge) -> ReadyRecipe:

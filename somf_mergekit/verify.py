@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from mergekit.architecture import get_architecture_info
 from mergekit.common import dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor
@@ -14,7 +13,6 @@ from mergekit.io import LazyTensorLoader, ShardedTensorIndex
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods import registry
 from mergekit.options import MergeOptions
-from mergekit.plan import MergePlanner
 from torch import Tensor
 
 from . import machine, recipe
@@ -22,7 +20,7 @@ from .errors import RecipeError, first_line
 from .groups import are_equal
 from .masks import MaskSet
 from .model_check import check_models
-from .planner import with_mask
+from .planner import unchecked_plan, with_mask
 from .recipe_check import OWN_METHODS, read_recipe
 from .sources import content_fingerprint
 from .tensor_sets import tensor_set_problems
@@ -136,7 +134,9 @@ def _tensor_checks(
     Each is computed by mergekit's loaders and this package's method, one at a time.
     """
     try:
-        tasks = {weight.name: (weight, task) for weight, task in _planned(config, options)}
+        models = config.referenced_models()
+        check_models(models, config.base_model, options, [], "This merge can't be planned")
+        planned = unchecked_plan(config, options)
         written = _written(folder)
     except RecipeError as error:
         yield Check("tensors", UNCHECKED, error.message)
@@ -149,7 +149,8 @@ def _tensor_checks(
         # Others may load it instead.
         if file.endswith(".safetensors") and file not in own:
             yield Check(file, WRONG, "is beside the written weights, and none of them")
-    lost = tensor_set_problems(list(tasks.values()), options)
+    tasks = {weight.name: (weight, task) for weight, task in planned.tensors}
+    lost = tensor_set_problems(planned.tensors, options)
     for problem in lost:
         yield Check("inputs", WRONG, problem)
     stored = set(written.index.tensor_paths)
@@ -178,28 +179,6 @@ def _tensor_checks(
     if len(chosen) < len(there):
         told += f"; {len(there) - len(chosen)} not looked at (--all looks)"
     yield Check("tensors", RIGHT, told)
-
-
-def _planned(config: MergeConfiguration, options: MergeOptions) -> list[tuple[Any, Any]]:
-    """Return each tensor that a recipe's merge writes, with the task that makes it.
-
-    Raises:
-        RecipeError: a model is not at hand, or mergekit can't plan the merge.
-    """
-    models = config.referenced_models()
-    check_models(models, config.base_model, options, [], "This merge can't be planned")
-    example = (config.base_model or models[0]).config(trust_remote_code=options.trust_remote_code)
-    config = config.model_copy(deep=True)
-    if config.merge_method == recipe.METHOD_NAME:
-        recipe.join_patterns(config)
-        recipe.apply_preset(config)
-    try:
-        planner = MergePlanner(config, get_architecture_info(config, options), options, example)
-        # As mergekit plans it: our own planning learns a mask.
-        MergePlanner._plan.__wrapped__(planner)
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
-        raise RecipeError(f"mergekit can't plan this merge: {first_line(error)}") from error
-    return planner._tensors
 
 
 def _written(folder: str) -> LazyTensorLoader:

@@ -339,6 +339,7 @@ def test_an_attention_that_is_not_installed(family, copied, tmp_path):
     configured(folder / "base", attn_implementation="flash_attention_2")
     said = checked(somf(family, family, base=folder / "base"), tmp_path)
     assert "its configuration asks for what is not installed: FlashAttention2" in said
+    assert "take it (attn_implementation) out of the base's config.json" in said
 
 
 def vision_language(folder, seed):
@@ -516,3 +517,23 @@ def test_adapters_of_what_mergekit_does_not_define(packed, tmp_path):
     content["models"][0]["model"] = f"{packed / 'base'}+{place}"
     said = tiny.refused(content, tmp_path, "--lora-merge-cache", tmp_path / "cache")
     assert "mergekit has no definition of DeepseekV3ForCausalLM, and infers none from" in said
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_damage_outside_of_what_is_masked(family, copied, tmp_path, value):
+    """Only the merge itself can find it, in one line, and with a mask given or none at all."""
+    name = "model.layers.1.input_layernorm.weight"
+    content = somf(family, family)
+    content["parameters"] |= {"include": "q_proj", "max_steps": 0}
+    file = tiny.write_recipe(tmp_path / "learned.yml", content)
+    assert tiny.invoke("mergekit-somf", "learn", file, tmp_path / "mask").exit_code == 0
+    folder = copied(family)
+    changed(folder, "math", lambda tensors: tensors[name].fill_(value))
+    given = somf(folder, family)
+    given["parameters"] = {"mask": str(tmp_path / "mask"), "include": "q_proj"}
+    for recipe in (given, resta(folder)):
+        file = tiny.write_recipe(tmp_path / "recipe.yml", recipe)
+        result = tiny.invoke("mergekit-yaml", file, tmp_path / "out")
+        assert isinstance(result.exception, SystemExit)
+        assert f"{name} of {folder / 'math'} has NaN or infinite entries" in result.output
+        assert not list(tmp_path.glob("out/*.safetensors"))
