@@ -38,6 +38,8 @@ class RecipeError(click.ClickException, ValueError):
 
     def format_message(self) -> str:
         """Return the message as a terminal may show it."""
+        if self.__cause__ is not None:
+            _log().debug("%s", type(self).__name__, exc_info=self)
         return printable(self.message)
 
 

@@ -96,10 +96,6 @@ def dataset_rows(source: str, split: str = "train", config: str | None = None) -
     """
     import datasets
 
-    if hasattr(datasets.config, "HF_DATASETS_TRUST_REMOTE_CODE"):
-        # Before datasets 4, it would ask on the terminal whether to run code that comes with a
-        # dataset, and raise an error from a timer later on where there is none to ask.
-        datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False
     path = os.path.expanduser(source)
     try:
         if os.path.isfile(path):
@@ -167,8 +163,12 @@ def _built(source: str, split: str, config: str | None, folder: str | None = Non
     """
     import datasets
 
+    # Before datasets 4, it would ask on the terminal whether to run code that comes with a
+    # dataset, and raise an error from a timer later on where there is none to ask.
+    asks = hasattr(datasets.config, "HF_DATASETS_TRUST_REMOTE_CODE")
+    further = {"trust_remote_code": False} if asks else {}
     # What datasets.load_dataset does, with a look in between.
-    builder = datasets.load_dataset_builder(folder or source, name=config)
+    builder = datasets.load_dataset_builder(folder or source, name=config, **further)
     parts = (builder.config.data_files or {}).values()
     files = [str(file) for part in parts for file in part]
     if folder is None:

@@ -1,3 +1,4 @@
+import logging
 import re
 from pathlib import Path
 
@@ -5,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from somf_mergekit import MaskSet, recipe
+from somf_mergekit import MaskSet, errors, recipe
 from somf_mergekit.mask_files import write_masks
 from somf_mergekit.report import MaskCensus, kind_of, layer_of
 
@@ -174,3 +175,24 @@ def test_inspect_prints_tables_and_writes_a_png(masks, tmp_path):
 
 def test_documentation_shows_the_parameters_as_they_are():
     assert recipe.parameter_table() in (ROOT / "docs/recipe.md").read_text()
+
+
+def test_the_traceback_behind_a_reported_line_is_shown_to_who_debugs(monkeypatch, capsys):
+    log = logging.getLogger("somf_mergekit")
+    before = log.level, list(log.handlers), log.propagate
+
+    def reported():
+        errors._log.cache_clear()
+        with pytest.raises(KeyError) as caught:
+            {}["lost"]
+        assert errors.first_line(caught.value) == "'lost'"
+        return capsys.readouterr().err
+
+    try:
+        assert reported() == ""
+        monkeypatch.setenv("SOMF_DEBUG", "1")
+        assert re.search(r"Traceback .*test_cli\.py.*KeyError: 'lost'", reported(), re.DOTALL)
+    finally:
+        log.setLevel(before[0])
+        log.handlers, log.propagate = before[1:]
+        errors._log.cache_clear()

@@ -136,6 +136,12 @@ def test_another_seed_learns_anew_and_keeps_the_old_mask(learned, tmp_path, fami
     assert "learned with other" in result.output
     assert (tmp_path / "out/somf.before/masks.safetensors").read_bytes() == old
     assert (tmp_path / "out/somf/masks.safetensors").read_bytes() != old
+    # That place is for the mask of this folder alone.
+    given = family_recipe(safety_dataset=None, mask=str(tmp_path / "out/somf.before"))
+    file = tiny.write_recipe(tmp_path / "given.yml", given)
+    refused = tiny.invoke("mergekit-yaml", file, tmp_path / "out")
+    assert "would be put aside: move it to another folder" in " ".join(refused.output.split())
+    assert (tmp_path / "out/somf.before/masks.safetensors").read_bytes() == old
 
 
 def test_another_mask_kind_reuses_the_mask(tmp_path, family, family_recipe):

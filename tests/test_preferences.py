@@ -274,3 +274,19 @@ def test_a_tokenizer_that_is_made_of_nothing_is_refused():
     empty = PreTrainedTokenizerFast(tokenizer_object=bare, bos_token="<s>", unk_token="<unk>")
     with pytest.raises(ValueError, match="knows no words"):
         check_words(empty)
+
+
+def test_code_that_comes_with_a_dataset_is_never_asked_about(monkeypatch):
+    asked = []
+
+    def builder(source, **given):
+        asked.append(given)
+        raise ValueError("no")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+    # As before datasets 4.
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_TRUST_REMOTE_CODE", True, raising=False)
+    with pytest.raises(RecipeError, match="can't be read: no"):
+        dataset_rows("nobody/nothing")
+    assert asked == [{"name": None, "trust_remote_code": False}]
+    assert datasets.config.HF_DATASETS_TRUST_REMOTE_CODE is True

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 
-from somf_mergekit import MaskSet
+from somf_mergekit import MaskSet, RecipeError, prepass
 from somf_mergekit.learner import tensors
 from somf_mergekit.learner.engine import LossNotFinite, agreed
 from somf_mergekit.processes import Processes, own_device, processes
@@ -174,6 +174,32 @@ def test_a_process_waits_for_one_that_reads_for_hours(monkeypatch):
     monkeypatch.setattr("accelerate.PartialState", state)
     assert processes("cpu") == Processes(1, 2)
     assert connected[0]["timeout"] >= timedelta(hours=24)
+
+
+def test_processes_that_found_other_data_are_refused():
+    class Three(Processes):
+        def gathered(self, values):
+            (own,) = values
+            return [own, own, {**own, "data": "2"}]
+
+    planned = SimpleNamespace(models=["a", "b"])
+    prepass._check_agreement(planned, {"data": "1"}, Processes())
+    with pytest.raises(RecipeError, match="process 2 has other data than process 0"):
+        prepass._check_agreement(planned, {"data": "1"}, Three(0, 3))
+
+
+def test_what_the_first_process_does_ends_all_where_it_fails():
+    class OfFirst(Processes):
+        def of_first(self, value):
+            return value if self.is_first else (None, "the disk is full")
+
+    def fails():
+        raise RecipeError("the disk is full")
+
+    for rank in (0, 1):
+        with pytest.raises(RecipeError, match="the disk is full"):
+            OfFirst(rank, 2).first_does(fails)
+    assert OfFirst(0, 2).first_does(lambda: 7) == Processes().first_does(lambda: 7) == 7
 
 
 GOES_BAD = """

@@ -132,8 +132,8 @@ def _entries(
         try:
             found = making.of_point(point, ready.plans[number], usable[number], key)
         except Exception as error:
-            failures[point.label] = first_line(error)
-            making.say(f"{point.label} failed: {first_line(error)}")
+            failures[point.label] = reason = first_line(error)
+            making.say(f"{point.label} failed: {reason}")
             continue
         is_own = any(not ready.points[other].values for other in same[key])
         label = None if point.kind == PLAIN else ready.wanted[number].label
