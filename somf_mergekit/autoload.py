@@ -25,6 +25,7 @@ def install() -> None:
         "mergekit.merge_methods.registry": _on_registry,
         "mergekit.plan": _on_plan,
         "mergekit.merge": _on_merge,
+        "mergekit.scripts.multimerge": _on_steps,
     }
     for name, hook in hooks.items():
         loading = sys.modules.get(name)
@@ -50,6 +51,8 @@ def register() -> None:
         _adopt_methods()
         _adopt_plan()
         _adopt_merge(mergekit.merge)
+        if "mergekit.scripts.multimerge" in sys.modules:
+            _adopt_steps(sys.modules["mergekit.scripts.multimerge"])
     except (AttributeError, ImportError) as error:
         raise RecipeError(
             f"somf can't be added to mergekit {installed('mergekit')}: {first_line(error)}. "
@@ -69,6 +72,10 @@ def _on_merge(module: ModuleType) -> None:
     # The planner again: it had no hook where it was the module that imported torch.
     _carefully(_adopt_plan)
     _carefully(_adopt_merge, module)
+
+
+def _on_steps(module: ModuleType) -> None:
+    _carefully(_adopt_steps, module)
 
 
 class _Announced(ModuleSpec):
@@ -124,6 +131,12 @@ def _adopt_methods() -> None:
 
 def _adopt_plan() -> None:
     import_module("somf_mergekit.planner")
+
+
+def _adopt_steps(module: ModuleType) -> None:
+    from .steps import wrap_steps
+
+    wrap_steps(module)
 
 
 def _adopt_merge(module: ModuleType) -> None:

@@ -78,7 +78,7 @@ def _learn() -> click.Command:
 
 
 def _check() -> click.Command:
-    """Check a recipe, its models and its data; say what would be learned. Loads no weights."""
+    """Check a recipe, its models and its data; say what would be learned. Loads no model."""
 
     def callback(recipe_file: str, **values: Any) -> None:
         from . import forecast, planner, recipe_check

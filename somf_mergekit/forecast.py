@@ -7,13 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mergekit.common import dtype_from_name
+from mergekit.io.tasks import LoaderCache
+
 from . import machine
 from .errors import RecipeError
 from .granularity import mask_layout, weight_storage
-from .headers import PlannedTensor, planned_tensors
+from .headers import PlannedTensor, planned_tensors, tensor_shapes
 from .inputs import SafetyData
+from .learner.checkpoints import GENERATIONS
 from .learner.loop import step_count
 from .machine import RESIDENT, SHARDED, STREAMING
+from .places import weight_bytes
 from .plan import PlannedMerge
 from .processes import ALONE, Processes, own_device
 
@@ -61,6 +66,15 @@ class Forecast:
         if self.host:
             told += f", and {_gib(self.host)} of {_gib(self.free_host)} GiB beside the GPU"
         return told + (f", and {_gib(self.disk)} GiB of disk" if self.disk else "")
+
+    def files(self, folder: str) -> list[tuple[str, str, int]]:
+        """Return what learning writes into the mask's folder or beside it, see ``check_room``."""
+        return [
+            ("the mask", folder, self.entries),
+            # One is written before the oldest goes.
+            ("checkpoints", folder, _LOGIT_BYTES * self.entries * (GENERATIONS + 1)),
+            ("weights while learning", folder, self.disk),
+        ]
 
 
 def forecast(planned: PlannedMerge, data: SafetyData, together: Processes = ALONE) -> Forecast:
@@ -131,6 +145,16 @@ def forecast(planned: PlannedMerge, data: SafetyData, together: Processes = ALON
         host=need.host,
         free_host=free_host,
     )
+
+
+def merge_bytes(planned: PlannedMerge) -> int:
+    """Return about how many bytes the weights of a merge take on disk."""
+    name = planned.config.out_dtype or planned.config.dtype
+    if name is None:
+        index = LoaderCache().get(planned.base_model).index
+        return weight_bytes(index.base_path)
+    entries = sum(map(math.prod, tensor_shapes(planned).values()))
+    return entries * dtype_from_name(name).itemsize
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from .errors import RecipeError
 from .fusions import is_linear
 from .model_classes import empty_model, shapes_of
-from .plan import PlannedMerge, few, gather_task, task_parameters
+from .plan import PlannedMerge, few, gather_task, mask_name, task_parameters
 from .tensor_sets import is_missing, names_of, tensor_set_problems
 
 # As weights of models are stored once they are quantized.
@@ -99,7 +99,24 @@ class PlannedTensor:
 
 
 def planned_tensors(planned: PlannedMerge) -> dict[str, PlannedTensor]:
-    """Return the tensors of the merge by name, as far as file headers tell their shapes."""
+    """Return the tensors of a somf merge by name, as far as file headers tell their shapes."""
+    shapes = tensor_shapes(planned)
+    return {
+        weight.name: PlannedTensor(
+            may_get_mask=planned.may_get_mask(weight.name),
+            has_vocabulary=weight.vocabulary_axis is not None,
+            kept_as=mask_name(task),
+            shape=shapes[weight.name],
+            granularity=str(task.parameters["granularity"]),
+            kept_tensors=1 if is_linear(task_parameters(task)) else len(task.model_order),
+        )
+        for weight, task in planned.tensors
+        if weight.name in shapes
+    }
+
+
+def tensor_shapes(planned: PlannedMerge) -> dict[str, tuple[int, ...]]:
+    """Return the base's shapes of the tensors of a merge, as far as file headers tell them."""
     found = {}
     defined: dict[str, tuple[int, ...]] | None = None
     for weight, task in planned.tensors:
@@ -111,14 +128,7 @@ def planned_tensors(planned: PlannedMerge) -> dict[str, PlannedTensor]:
                 defined = _defined_shapes(planned)
             shape = defined.get(weight.name)
         if shape is not None:
-            found[weight.name] = PlannedTensor(
-                may_get_mask=planned.may_get_mask(weight.name),
-                has_vocabulary=weight.vocabulary_axis is not None,
-                kept_as=str(source.name),
-                shape=shape,
-                granularity=str(task.parameters["granularity"]),
-                kept_tensors=1 if is_linear(task_parameters(task)) else len(task.model_order),
-            )
+            found[weight.name] = shape
     return found
 
 

@@ -22,6 +22,7 @@ from .preferences import (
 from .recipe import METHOD_NAME, Settings
 from .report.measured import measuring_problems
 from .rows import Dropped, dataset_rows
+from .unchanged import unchanged_models
 
 CANT_BE_MADE = "This merge can't be made"
 
@@ -60,10 +61,7 @@ def merge_inputs(planned: PlannedMerge, problems: Sequence[str] = ()) -> MergeIn
         RecipeError: everything that is wrong, together; or what learning needs is not installed.
     """
     if planned.config.merge_method != METHOD_NAME:
-        found = list(problems)
-        with noted(found):
-            found += checkpoint_problems(planned)
-        raise_together(found, CANT_BE_MADE)
+        raise_together([*problems, *_model_problems(planned)], CANT_BE_MADE)
         return None
     if planned.settings.mask:
         return given_mask(planned, planned.settings.mask, problems)
@@ -80,8 +78,7 @@ def checked_data(planned: PlannedMerge, problems: Sequence[str] = ()) -> SafetyD
     found = list(problems)
     data = SafetyData([], [], "", "", [])
     utility: list[EncodedAnswer] = []
-    with noted(found):
-        found += checkpoint_problems(planned)
+    found += _model_problems(planned)
     impossible = learning_problem(planned)
     found += [impossible] if impossible else []
     with noted(found):
@@ -100,14 +97,28 @@ def given_mask(planned: PlannedMerge, source: str, problems: Sequence[str] = ())
         RecipeError: ``problems`` and everything that does not fit, together.
     """
     found = list(problems)
-    with noted(found):
-        found += checkpoint_problems(planned)
+    found += _model_problems(planned)
     found += measuring_problems(planned)
     with noted(found):
         masks = MaskSet.open(source)
         found += _misfits(planned, masks, source)
     raise_together(found, CANT_BE_MADE)
     return masks
+
+
+def _model_problems(planned: PlannedMerge) -> list[str]:
+    """Return what is wrong with the models of a merge beside each other, a sentence each."""
+    problems: list[str] = []
+    with noted(problems):
+        problems += checkpoint_problems(planned)
+    if not problems:
+        problems += [
+            f"{model} changes nothing, all of its task vectors are zero: each tensor is that of "
+            f"base_model {planned.base_model}. "
+            + ("Was the adapter trained, and on this base?" if model.lora else "Leave it out.")
+            for model in unchanged_models(planned)
+        ]
+    return problems
 
 
 def _misfits(planned: PlannedMerge, masks: MaskSet, source: str) -> list[str]:

@@ -27,7 +27,7 @@ def plan_problems(planned: PlannedMerge) -> list[str]:
 
 
 def unused_filters(config: MergeConfiguration, planned: PlannedMerge) -> list[str]:
-    """Return a sentence for each ``filter`` of the recipe that is in no tensor's name.
+    """Return a sentence for each value with a filter that counts for no tensor.
 
     Args:
         config: the recipe as it was given.
@@ -38,12 +38,7 @@ def unused_filters(config: MergeConfiguration, planned: PlannedMerge) -> list[st
     problems = []
     for place, settings, _ in parameter_blocks(config):
         for key, value in settings.items():
-            for pattern in _filters(value):
-                if not any(pattern in name for name in names):
-                    problems.append(
-                        f"{place}.{key}: no tensor has {pattern!r} in its name; a filter is a part "
-                        f"of a name such as {min(names, key=len)!r}"
-                    )
+            problems += [f"{place}.{key}: {problem}" for problem in _unreached(value, names)]
     return problems
 
 
@@ -82,7 +77,24 @@ def _refused(planned: PlannedMerge, values: dict[str, Any], task: Any) -> Iterat
             yield f"parameters.fusion: {problem}"
 
 
-def _filters(value: Any) -> Iterator[str]:
+def _unreached(value: Any, names: set[str]) -> Iterator[str]:
+    """Yield why values with filters count for no tensor: mergekit takes the first that matches."""
+    left, is_final = set(names), False
     for item in value if isinstance(value, list) else [value]:
-        if isinstance(item, ConditionalParameter) and item.filter not in (None, "*"):
-            yield item.filter
+        if not isinstance(item, ConditionalParameter):
+            continue
+        is_for_all = item.filter in (None, "*")
+        matching = names if is_for_all else {name for name in names if item.filter in name}
+        told = f"the value {item.value!r}" if is_for_all else f"the filter {item.filter!r}"
+        if not matching:
+            yield (
+                f"no tensor has {item.filter!r} in its name; a filter is a part of a name such as "
+                f"{min(names, key=len)!r}"
+            )
+        elif is_final or not (is_for_all or matching & left):
+            yield (
+                f"{told} is never reached: mergekit takes the first filter that a name matches, "
+                "and one above it has all of its tensors; move it up"
+            )
+        left -= matching
+        is_final |= is_for_all

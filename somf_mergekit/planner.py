@@ -23,11 +23,13 @@ from safetensors import SafetensorError
 from . import machine, recipe
 from .errors import RecipeError, first_line, raise_together
 from .files import is_of_writing
+from .forecast import merge_bytes
 from .held_out import warn
 from .inputs import MergeInputs, merge_inputs
 from .masks import MaskSet
 from .method import MASK_TENSOR
 from .phases import phase, timed
+from .places import File, check_room, place_problems, weight_bytes
 from .plan import PlannedMerge, mask_name
 from .plan_check import plan_problems, unused_filters
 from .prepass import CHECKING, mask_for
@@ -38,14 +40,14 @@ from .recipe_check import (
     OWN_METHODS,
     WRONG_RECIPE,
     check_recipe,
-    folder_problems,
     recipe_and_problems,
-    text_problems,
 )
+from .recipe_keys import key_problems
 from .report.run import merge_with_report
 
 ARTIFACT_FOLDER = "somf"
-_WRAPPED = "_somf_wrapped"
+# Marks what of mergekit is wrapped already.
+WRAPPED = "_somf_wrapped"
 
 
 class ReadyRecipe(MergeConfiguration):
@@ -63,9 +65,9 @@ def wrap_planner() -> None:
     Safe to repeat.
     """
     original = MergePlanner._plan
-    if not hasattr(original, _WRAPPED):
+    if not hasattr(original, WRAPPED):
         wrapped = functools.wraps(original)(_with_checks(original))
-        setattr(wrapped, _WRAPPED, True)
+        setattr(wrapped, WRAPPED, True)
         MergePlanner._plan = wrapped
 
 
@@ -76,7 +78,7 @@ def wrap_run_merge(module: Any) -> None:
     Safe to repeat.
     """
     original = module.run_merge
-    if hasattr(original, _WRAPPED):
+    if hasattr(original, WRAPPED):
         return
 
     @functools.wraps(original)
@@ -98,20 +100,21 @@ def wrap_run_merge(module: Any) -> None:
                 return original(_ready(config, planned), folder, how, text, **further)
 
         with timed() as seconds:
-            folder = _artifact_folder(out_path)
-            found = [*_processes_problem(config), *text_problems(config_source or "")]
+            folder = artifact_folder(out_path)
+            found = [*_processes_problem(config), *key_problems(config_source or "")]
             planned, inputs = checked_merge(config, options, found, out=out_path, folder=folder)
             if inputs is None:
+                check_room(_files(planned, out_path))
                 return merge(planned, out_path, options)
             with _told_of_writing(folder):
-                masks = mask_for(planned, inputs, folder)
+                masks = mask_for(planned, inputs, folder, _files(planned, out_path))
 
             def write(to: str, how: MergeOptions, is_masked: bool) -> Any:
                 return merge(with_masks(planned, masks, is_masked=is_masked), to, how)
 
             return merge_with_report(write, planned, masks, folder, out_path, seconds)
 
-    setattr(run_merge, _WRAPPED, True)
+    setattr(run_merge, WRAPPED, True)
     module.run_merge = run_merge
 
 
@@ -179,7 +182,7 @@ def checked_merge(
     Raises:
         RecipeError: everything that is wrong, together.
     """
-    found = [*problems, *folder_problems(out, folder)]
+    found = [*problems, *place_problems(config, options, out=out, folder=folder)]
     with phase("planning"):
         planned, wrong = _planned(config, options, found)
     with phase(CHECKING):
@@ -233,7 +236,7 @@ def _with_checks(original: Callable[[MergePlanner], None]) -> Callable[[MergePla
             planned = self.config._planned
         else:
             # Not by run_merge, as where models are merged in memory.
-            folder, found = _artifact_folder(None), _processes_problem(self.config)
+            folder, found = artifact_folder(None), _processes_problem(self.config)
             planned, inputs = checked_merge(self.config, self.options, found, folder=folder)
             if inputs is not None:
                 planned = with_masks(planned, mask_for(planned, inputs, folder))
@@ -312,6 +315,18 @@ def _told_of_writing(folder: str) -> Iterator[None]:
         ) from error
 
 
+def _files(planned: PlannedMerge, out: str) -> list[File]:
+    """Return what a merge writes into its folder and, to measure it, beside that."""
+    size = merge_bytes(planned)
+    files = [("the merge", out, size - weight_bytes(out))]
+    is_measured = planned.config.merge_method == recipe.METHOD_NAME and not (
+        planned.evaluation_sets[0].is_empty
+    )
+    if is_measured:
+        files.append(("the plain fusion, to measure", os.path.dirname(os.path.abspath(out)), size))
+    return files
+
+
 def _processes_problem(config: MergeConfiguration) -> list[str]:
     """Return a sentence where several processes were started to merge."""
     if config.merge_method != recipe.METHOD_NAME or started() == 1:
@@ -323,7 +338,7 @@ def _processes_problem(config: MergeConfiguration) -> list[str]:
     ]
 
 
-def _artifact_folder(out: str | None) -> str:
+def artifact_folder(out: str | None) -> str:
     """Return where the mask of a merge goes that is written to ``out``, None for one in memory."""
     chosen = machine.machine_setting("work_dir")
     if chosen:

@@ -2,7 +2,7 @@
 
 import collections
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -27,6 +27,7 @@ from .masks import MaskSet
 from .out_of_memory import memory_for
 from .outcome import comparison, diverged, learned_line
 from .phases import LEARNING, phase
+from .places import File, check_room
 from .plan import PlannedMerge
 from .processes import Processes, is_first, own_device, processes
 from .provenance import differences, learning_fingerprint, provenance, provenance_of_use
@@ -34,27 +35,33 @@ from .provenance import differences, learning_fingerprint, provenance, provenanc
 CHECKING = "checking models and data"
 
 
-def mask_for(planned: PlannedMerge, inputs: SafetyData | MaskSet, folder: str) -> MaskSet:
+def mask_for(
+    planned: PlannedMerge, inputs: SafetyData | MaskSet, folder: str, files: Sequence[File] = ()
+) -> MaskSet:
     """Return the mask of a planned merge: the one given, the one found in ``folder``, or a new one.
 
     Args:
         planned: the merge.
         inputs: the mask that it was given, or what it is learned from; see ``inputs.merge_inputs``.
         folder: of the mask.
+        files: what is written afterwards, for which there must be room too.
 
     Raises:
         RecipeError: what keeps the mask from being learned or written.
     """
     together = processes(own_device(planned.options.device))
     if isinstance(inputs, MaskSet):
+        needed = [*files, ("the mask", folder, os.path.getsize(inputs.path))]
+        together.first_does(lambda: check_room(needed))
         return MaskSet.open(together.first_does(lambda: _stored(planned, inputs, folder)))
     with phase(CHECKING):
         fingerprint = learning_fingerprint(planned, inputs)
         _check_agreement(planned, fingerprint, together)
     # The first process decides for all: another may see an older state of a network's disk.
     if together.first_does(lambda: _is_known(planned, folder, fingerprint)):
+        together.first_does(lambda: check_room(files))
         return MaskSet.open(folder)
-    return _learned_mask(planned, folder, inputs, fingerprint, together)
+    return _learned_mask(planned, folder, inputs, fingerprint, together, files)
 
 
 def _check_agreement(
@@ -120,12 +127,15 @@ def _learned_mask(
     data: SafetyData,
     fingerprint: dict[str, Any],
     together: Processes,
+    files: Sequence[File],
 ) -> MaskSet:
     with learning_folder(folder, together) as place, ExitStack() as ending:
         if data.dropped:
             _say(planned, f"somf: rows of the safety dataset left out: {data.dropped}")
         with _stage("reading task vectors"):
             expected = forecast(planned, data, together)
+            needed = [*files, *expected.files(folder)]
+            together.first_does(lambda: check_room(needed))
             _say(planned, f"somf: {expected.told}")
             learning, problem, ways = constructed(planned, folder, data, expected, together, ending)
         checkpoints = Checkpoints(

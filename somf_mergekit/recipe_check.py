@@ -1,7 +1,6 @@
 """Read a recipe and say what is wrong with it, all of it at once, before a model is loaded."""
 
 import os
-import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -13,20 +12,23 @@ from mergekit.options import MergeOptions
 from pydantic import ValidationError
 
 from .contracts import check_versions
-from .errors import RecipeError, noted, raise_together
+from .errors import RecipeError, raise_together
 from .fusion_check import count_problem, name_problem
-from .fusion_methods import known_fusions
+from .fusion_methods import known_fusions, takes_base
 from .machine import device_problem, setting_problems
-from .mask_folder import folder_problem
 from .model_check import check_models
+from .places import same_models
 from .processes import own_device
 from .recipe import METHOD_NAME, parameters
 from .recipe_blocks import model_blocks, parameter_blocks
+from .recipe_keys import key_problems
 from .repairs.catalogue import REPAIRS
 from .repairs.check import repair_problems
 from .value_check import leaves, nearest, value_problems
 
 WRONG_RECIPE = "This recipe is not right"
+# The types that mergekit knows and that weights can be merged in.
+TYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 def read_recipe(
@@ -57,15 +59,15 @@ def recipe_and_problems(
     """
     if isinstance(source, MergeConfiguration):
         return source, []
-    place = "the recipe"
+    place, file, text = "the recipe", "", ""
     content: Any = source
     try:
         if not isinstance(source, Mapping):
             text = os.fspath(source)
             if "\n" not in text:
-                place = text
-                with open(text, encoding="utf-8") as file:
-                    text = file.read()
+                place = file = text
+                with open(text, encoding="utf-8") as opened:
+                    text = opened.read()
             content = yaml.safe_load(text)
         if not isinstance(content, Mapping):
             raise RecipeError(f"{place}: a recipe is a mapping of keys, not {content!r:.40}")
@@ -81,11 +83,14 @@ def recipe_and_problems(
     if config.merge_method not in methods:
         expected = " or ".join(map(repr, methods))
         raise RecipeError(f"{place}: merge_method is {config.merge_method!r}, expected {expected}")
-    return config, text_problems(content)
+    return config, key_problems(text or content, file)
 
 
 def check_recipe(
-    config: MergeConfiguration, options: MergeOptions, found: Iterable[str] = ()
+    config: MergeConfiguration,
+    options: MergeOptions,
+    found: Iterable[str] = (),
+    awaited: Collection[str] = (),
 ) -> None:
     """Check what a recipe of one of OWN_METHODS says, and that its models can be opened.
 
@@ -93,6 +98,7 @@ def check_recipe(
         config: the recipe.
         options: mergekit's.
         found: what is known to be wrong already.
+        awaited: folders of models that will be there by the time of the merge.
 
     Raises:
         RecipeError: everything that is wrong, together; or mergekit lacks what we need of it.
@@ -101,40 +107,47 @@ def check_recipe(
     problem = device_problem(own_device(options.device))
     problems = [*found, *setting_problems(), *([problem] if problem else [])]
     problems += OWN_METHODS[config.merge_method](config)
+    problems += [*type_problems(config, options), *model_problems(config)]
     LoaderCache().setup(options=options)
-    check_models(config.referenced_models(), config.base_model, options, problems, WRONG_RECIPE)
+    there = [model for model in config.referenced_models() if model.model.path not in awaited]
+    base = config.base_model if config.base_model in there else None
+    if not there:
+        raise_together(problems, WRONG_RECIPE)
+        return
+    check_models(there, base, options, problems, WRONG_RECIPE)
 
 
-def check_writable(folder: str) -> None:
-    """Check that files can be made in ``folder``, which need not exist yet.
-
-    Raises:
-        RecipeError: they can't.
-    """
-    existing = os.path.abspath(folder)
-    while not os.path.lexists(existing):
-        existing = os.path.dirname(existing)
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise RecipeError(f"output folder {folder} can't be written: {error.strerror}") from error
+def type_problems(config: MergeConfiguration, options: MergeOptions) -> Iterator[str]:
+    """Yield a sentence for each type that mergekit does not know, or that can't be merged in."""
+    for place, name in (
+        ("dtype", config.dtype),
+        ("out_dtype", config.out_dtype),
+        ("--lora-merge-dtype", options.lora_merge_dtype),
+    ):
+        if name is not None and name.removeprefix("torch.") not in TYPES:
+            yield (
+                f"{place}: {name!r} is not a type to merge in{nearest(name, TYPES)}; write one of "
+                f"{', '.join(TYPES)}"
+            )
 
 
-def folder_problems(out: str | None, folder: str | None) -> list[str]:
-    """Return what keeps a merge and its mask from being written, a sentence each.
-
-    Args:
-        out: the folder of the merge.
-        folder: the folder of the mask.
-    """
-    problems: list[str] = []
-    for place in dict.fromkeys([out, folder]):
-        if place is not None:
-            with noted(problems):
-                check_writable(place)
-    found = folder_problem(folder) if folder else None
-    return [*problems, *([found] if found else [])]
+def model_problems(config: MergeConfiguration) -> Iterator[str]:
+    """Yield a sentence for each model that is named twice, and each base that is not there."""
+    for place, items, base in model_blocks(config):
+        if base is None:
+            continue
+        named = [item.model for item in items]
+        if place.endswith("sources") and base not in named:
+            yield f"{place}: base_model {base} is not among them: add it, with its layer_range"
+        first = same_models([base, *named])
+        for number, model in enumerate(named):
+            where = f"{place}[{number}].model: {model}"
+            if model in named[:number]:
+                yield f"{where} is there twice: a model takes part once, with one weight"
+            elif first[model] not in (model, base):
+                yield f"{where} is {first[model]} by another name: a model takes part once"
+            elif first[model] != model:
+                yield f"{where} is base_model by another name: name the fine-tuned model"
 
 
 def recipe_problems(config: Any) -> list[str]:
@@ -186,15 +199,6 @@ def recipe_problems(config: Any) -> list[str]:
     return problems
 
 
-def text_problems(source: str | Mapping[str, Any]) -> list[str]:
-    """Return the top-level keys of a recipe that mergekit would drop without a word."""
-    content = yaml.safe_load(source) if isinstance(source, str) else source
-    known = [*MergeConfiguration.model_fields, "name"]
-    return [
-        f"{key}: unknown key{nearest(str(key), known)}" for key in content or {} if key not in known
-    ]
-
-
 def _fusion_problems(config: Any, fusion: str) -> Iterator[str]:
     named = name_problem(fusion)
     if named:
@@ -205,10 +209,27 @@ def _fusion_problems(config: Any, fusion: str) -> Iterator[str]:
     ]
     if not any(fine_tuned for _, fine_tuned in counts):
         yield "models: somf needs at least one fine-tuned model beside base_model"
+    yield from _ignored_bases(config, fusion)
     for place, fine_tuned in counts:
         counted = count_problem(fusion, fine_tuned) if fine_tuned else None
         if counted:
             yield f"{place}: {counted}"
+
+
+def _ignored_bases(config: Any, fusion: str) -> Iterator[str]:
+    """Yield where a recipe gives the base a part in a fusion of the fine-tuned models alone."""
+    method = known_fusions()[fusion]
+    if takes_base(method):
+        return
+    for place, items, base in model_blocks(config):
+        for number, item in enumerate(items):
+            # Slices name the base so that there are task vectors.
+            if item.model == base and (item.parameters or not place.endswith("sources")):
+                yield (
+                    f"{place}[{number}]: {fusion} fuses the masked models alone, and would leave "
+                    "out base_model and its weight; for an average with the base use `fusion: "
+                    "task_arithmetic`, each model's weight its share in the average"
+                )
 
 
 def _their_problems(

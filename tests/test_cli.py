@@ -50,13 +50,16 @@ def test_merge_takes_the_options_of_mergekit_yaml():
     assert "--report" in result.output
 
 
-def test_check_says_what_would_be_learned_and_loads_no_weights(
+def test_check_says_what_would_be_learned_and_loads_no_model(
     recipe_file, tmp_path, family, monkeypatch
 ):
     from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 
-    def loading(*_arguments, **_options):
-        raise AssertionError("weights were loaded")
+    loaded, load = [], LazyTensorLoader.get_tensor
+
+    def loading(self, *arguments, **options):
+        loaded.append(arguments)
+        return load(self, *arguments, **options)
 
     monkeypatch.setattr(LazyTensorLoader, "get_tensor", loading)
     result = tiny.invoke("mergekit-somf", "check", recipe_file)
@@ -67,6 +70,8 @@ def test_check_says_what_would_be_learned_and_loads_no_weights(
     assert "pairs:        24" in result.output
     assert "steps:        3 of 4 pairs" in result.output
     assert [p.name for p in tmp_path.iterdir()] == ["recipe.yml"]
+    # One tensor of each model, which shows that the fine-tuned ones change something.
+    assert len(loaded) == 3
 
 
 def test_check_counts_dropped_rows(tmp_path, family_recipe):

@@ -220,7 +220,7 @@ def test_a_result_that_the_dtype_can_not_hold_is_refused():
         (["fine_tuned", "fine_tuned"], "model1 is fine_tuned, and resta takes one model each"),
         (["unaligned", "safety_tuned"], "model1 is safety_tuned, and resta takes one model each"),
         (["unaligned", "unaligned"], "model1 is unaligned, and resta takes one model each"),
-        (["unaligned"], "fine_tuned and unaligned: Merge method requires at least 2"),
+        (["unaligned"], ": Merge method requires at least 2 non-base inputs"),
     ],
 )
 def test_roles_in_memory(roles, said):
@@ -363,7 +363,7 @@ def test_a_filter_that_is_in_no_name(family, tmp_path):
 def test_a_model_named_twice(family, tmp_path):
     recipe = recipe_of(family, "resta")
     recipe["models"][1]["model"] = recipe["models"][0]["model"]
-    assert "Duplicate merge inputs" in tiny.refused(recipe, tmp_path)
+    assert f"models[1].model: {family / 'math'} is there twice" in tiny.refused(recipe, tmp_path)
 
 
 def test_another_vocabulary(family, tmp_path):

@@ -60,7 +60,7 @@ def checked_participants(
         RecipeError: ``problems`` and all that is wrong with anything else, together.
     """
     # mergekit, which this imports, is slow to come: the demo measures without it.
-    from ..recipe_check import check_writable
+    from ..places import check_writable
 
     found = [*problems, *sets.problems(), *settings.problems()]
     if not problems:

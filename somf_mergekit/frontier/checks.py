@@ -14,12 +14,14 @@ from ..evaluate.recipe_sets import named_sources
 from ..evaluate.sets import EvaluationSets, read_sets
 from ..evaluate.settings import EvaluationSettings, NamedModel
 from ..fusion_check import weights_problem
+from ..places import place_problems
 from ..plan import PlannedMerge, task_parameters
 from ..planner import planned_merge
 from ..processes import started
 from ..recipe_check import recipe_problems
 from ..report.measured import base_of
 from .axes import axes_problems
+from .making import WORK_FOLDER
 from .masks import WantedMask, relearning_problem, wanted_masks
 from .over import MASK, WEIGHT, Swept, swept_parameters
 from .points import Point, points_of, with_mask, without_measuring
@@ -102,6 +104,7 @@ def prepared(
     swept, unusable = swept_parameters(over, recipe)
     wrong += unusable
     wrong += [] if problems else axes_problems(sets)
+    wrong += place_problems(recipe, options, out=str(out), cleared=str(out / WORK_FOLDER))
     masks = next((s.values for s in swept if s.name == MASK), ())
     if masks and not {MASK, "safety_dataset"} & set(recipe.parameters or {}):
         # A recipe that leaves its mask to be swept.
