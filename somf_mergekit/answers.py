@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .dialogue import Message, encoded, user_prompt
+from .dialogue import AS_GIVEN, Cut, Message, encoded, user_prompt
 from .errors import RecipeError
 from .preferences import answer_text, read_messages
+from .rendering import Rendering
 from .rows import Dropped, Examples, examples_of
 
 # Column of the prompt, of its answer, and of what may follow the prompt.
@@ -43,12 +44,13 @@ KNOWN_PROMPTS = (
 class EncodedAnswer:
     """Token ids of a prompt and its answer, ``max_length`` of them at most.
 
-    ``row`` is the dataset's that they are from, counted from 0.
+    ``row`` is the dataset's that they are from, counted from 0; ``cut`` says what was taken.
     """
 
     prompt: list[int]
     answer: list[int]
     row: int = field(default=0, compare=False)
+    cut: Cut = field(default_factory=Cut, compare=False)
 
 
 def has_answers(columns: Sequence[str]) -> bool:
@@ -125,6 +127,7 @@ def encoded_answers(
     max_length: int,
     source: str,
     enough: int | None = None,
+    how: Rendering = AS_GIVEN,
 ) -> list[EncodedAnswer]:
     """Tokenise prompts and answers with the chat template and cut them to ``max_length`` tokens.
 
@@ -134,6 +137,7 @@ def encoded_answers(
         max_length: tokens of a prompt with its answer.
         source: of the examples, for messages.
         enough: see ``examples``.
+        how: the chat template is rendered.
 
     Raises:
         RecipeError: nothing is left of any answer.
@@ -144,9 +148,10 @@ def encoded_answers(
     for number, (messages, text) in zip(numbers, examples, strict=True):
         if len(kept) == enough:
             break
-        prompt, (answer,) = encoded(tokenizer, messages, [text], max_length)
-        if prompt and answer:
-            kept.append(EncodedAnswer(prompt, answer, number))
+        found = encoded(tokenizer, messages, [text], max_length, how)
+        (answer,) = found.answers
+        if found.prompt and answer:
+            kept.append(EncodedAnswer(found.prompt, answer, number, found.cut))
     if not kept:
         raise RecipeError(f"dataset {source}: no answer has a token the tokenizer knows")
     return kept

@@ -101,6 +101,7 @@ def _check() -> click.Command:
             ("mask entries", f"{expected.entries:,} at most"),
             ("pairs", f"{expected.pairs:,}" + (f"; left out: {data.dropped}" * bool(data.dropped))),
             ("held out", f"{len(data.held_out):,} pairs" if data.held_out else data.why_none),
+            ("cut", data.cut_told(settings.max_length) or "nothing"),
             ("steps", f"{expected.steps:,} of {settings.batch_size} pairs"),
             ("micro-batch", f"{expected.micro_batch} pairs"),
             ("engine", expected.told),

@@ -1,13 +1,39 @@
-"""Messages to token ids: the model's chat template where it has one, a plain format where not."""
+"""Conversations to token ids: a prompt with its answers, cut to a length."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import RecipeError
+from .rendering import Message as Message
+from .rendering import Opening, Rendering, finished, opening, rendered
 
-Message = dict[str, str]
+AS_GIVEN = Rendering()
+# Stands in a user's text for what was cut out of it, of which so many characters must stay.
+_GAP, _LEAST = " ... ", 8
 
-PLAIN_ROLES = {"system": "System", "user": "User", "assistant": "Assistant"}
+
+@dataclass(frozen=True)
+class Cut:
+    """What cutting a prompt and its answers took.
+
+    Attributes:
+        whole: tokens of the prompt with the longest answer before.
+        prompt: whether the prompt was cut.
+        answers: how many answers were.
+    """
+
+    whole: int = 0
+    prompt: bool = False
+    answers: int = 0
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of a prompt and of its answers; none of either where the prompt can't be cut."""
+
+    prompt: list[int]
+    answers: list[list[int]]
+    cut: Cut = field(default_factory=Cut)
 
 
 def user_prompt(text: str) -> list[Message]:
@@ -15,79 +41,67 @@ def user_prompt(text: str) -> list[Message]:
     return [{"role": "user", "content": text}]
 
 
-def plain_text(messages: Sequence[Message]) -> str:
-    """Return the plain format, used for tokenizers without a chat template.
+def prompt_ids(tokenizer: Any, messages: Sequence[Message], how: Rendering = AS_GIVEN) -> list[int]:
+    """Return the tokens of a prompt as a model is asked, generation prompt and all.
 
-    ``User: <prompt>``, ``Assistant: <answer>``, blocks parted by an empty line, ending in an
-    open ``Assistant:``.
+    There is one BOS: the template's own, or, without a template, one where the tokenizer adds it.
     """
-    blocks = [f"{PLAIN_ROLES.get(m['role'], m['role'])}: {m['content']}" for m in messages]
-    return "\n\n".join([*blocks, "Assistant:"])
+    (ids,) = _tokens(tokenizer, [rendered(tokenizer, messages, how, open_answer=True)])
+    return _with_bos(tokenizer, ids)
 
 
-def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """Return the tokens that come before an answer, with one BOS where the model expects one."""
-    if tokenizer.chat_template:
-        # A template writes its own special tokens: adding them again would double the BOS.
-        return _tokens(tokenizer, _rendered(tokenizer, messages, open_answer=True))
-    ids = _tokens(tokenizer, plain_text(messages))
-    bos = tokenizer.bos_token_id
-    if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] and ids[:1] != [bos]:
-        ids.insert(0, bos)
-    return ids
-
-
-def answer_ids(tokenizer: Any, messages: Sequence[Message], answer: str) -> list[int]:
+def answer_ids(
+    tokenizer: Any, messages: Sequence[Message], answer: str, how: Rendering = AS_GIVEN
+) -> list[int]:
     """Return the tokens of ``answer`` as the reply to ``messages``, its end marker included.
 
     An answer of white space alone has no tokens.
     """
-    if not answer.strip():
-        return []
-    if tokenizer.chat_template:
-        opening = _rendered(tokenizer, messages, open_answer=True)
-        whole = _rendered(
-            tokenizer, [*messages, {"role": "assistant", "content": answer}], open_answer=False
-        )
-        if whole.startswith(opening):
-            return _tokens(tokenizer, whole[len(opening) :].rstrip())
-    return _closed(tokenizer, text_ids(tokenizer, answer))
-
-
-def text_ids(tokenizer: Any, answer: str) -> list[int]:
-    """Return the tokens of ``answer`` as they stand after a prompt, without an end marker.
-
-    An answer of white space alone has no tokens.
-    """
-    if not answer.strip():
-        return []
-    return _tokens(tokenizer, answer if tokenizer.chat_template else " " + answer.strip())
+    return _Turn.of(tokenizer, messages, how).answers([answer])[0]
 
 
 def encoded(
-    tokenizer: Any, messages: Sequence[Message], answers: Sequence[str], max_length: int
-) -> tuple[list[int], list[list[int]]]:
-    """Return the tokens of a prompt and of its answers, cut as ``cut_to_length`` says."""
-    return cut_to_length(
-        prompt_ids(tokenizer, messages),
-        [answer_ids(tokenizer, messages, answer) for answer in answers],
-        max_length,
-    )
+    tokenizer: Any,
+    messages: Sequence[Message],
+    answers: Sequence[str],
+    max_length: int,
+    how: Rendering = AS_GIVEN,
+    *,
+    closed: bool = True,
+) -> Encoded:
+    """Return the tokens of a prompt and of its answers, at most ``max_length`` together.
 
+    Too long a conversation first loses its oldest turns, until what stands around the last user
+    message takes half of ``max_length``. That message shares the rest with the longest answer: it
+    is cut in its middle, down to half of the rest, and the answers lose tokens at their right. BOS,
+    chat headers and the generation prompt always stay.
 
-def cut_to_length(
-    prompt: list[int], answers: Sequence[list[int]], max_length: int
-) -> tuple[list[int], list[list[int]]]:
-    """Cut so that the prompt with each answer has at most ``max_length`` tokens.
+    Args:
+        tokenizer: with or without a chat template.
+        messages: the prompt.
+        answers: each as the reply to it.
+        max_length: tokens.
+        how: the chat template is rendered.
+        closed: end the answers with the template's end marker, or with EOS where it has none.
 
-    The prompt loses tokens at its left, down to half of ``max_length``; then the answers lose
-    tokens at their right.
+    Raises:
+        RecipeError: the template refuses the conversation.
     """
-    longest = max((len(answer) for answer in answers), default=0)
-    room = max(max_length - longest, max_length // 2)
-    if len(prompt) > room:
-        prompt = prompt[len(prompt) - room :]
-    return prompt, [answer[: max_length - len(prompt)] for answer in answers]
+    turn = _Turn.of(tokenizer, messages, how)
+    found = turn.answers(answers, closed=closed)
+    longest = max(map(len, found), default=0)
+    whole = len(turn.ids) + longest
+    is_cut = whole > max_length
+    if is_cut:
+        fitting = _fitting(turn, max_length, longest)
+        if fitting is None:
+            return Encoded([], [[] for _ in answers], Cut(whole, prompt=True))
+        is_cut = fitting is not turn
+        if is_cut:
+            turn, found = fitting, fitting.answers(answers, closed=closed)
+    room = max_length - len(turn.ids)
+    shorter = sum(len(answer) > room for answer in found)
+    return Encoded(turn.ids, [answer[:room] for answer in found], Cut(whole, is_cut, shorter))
 
 
 def check_words(tokenizer: Any) -> None:
@@ -100,28 +114,111 @@ def check_words(tokenizer: Any) -> None:
         raise ValueError("its tokenizer knows no words")
 
 
-def _tokens(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+@dataclass(frozen=True)
+class _Turn:
+    """A prompt that waits for its answers."""
+
+    tokenizer: Any
+    messages: Sequence[Message]
+    opening: Opening
+    own: list[int]
+    ids: list[int]
+
+    @classmethod
+    def of(cls, tokenizer: Any, messages: Sequence[Message], how: Rendering) -> "_Turn":
+        """Return a prompt, rendered and tokenised: ``own`` without a BOS that is put in front."""
+        found = opening(tokenizer, messages, how)
+        (own,) = _tokens(tokenizer, [found.text])
+        return cls(tokenizer, messages, found, own, _with_bos(tokenizer, own))
+
+    def answers(self, answers: Sequence[str], *, closed: bool = True) -> list[list[int]]:
+        """Return the tokens of answers, with the end marker where ``closed``."""
+        texts = [self._text(answer, closed) if answer.strip() else "" for answer in answers]
+        found = self._continued(texts)
+        eos = self.tokenizer.eos_token_id
+        if closed and eos is not None:
+            for answer, text, ids in zip(answers, texts, found, strict=True):
+                if text and text.endswith(answer.strip()) and ids[-1:] != [eos]:
+                    # The template writes no end marker.
+                    ids.append(eos)
+        return found
+
+    def _text(self, answer: str, closed: bool) -> str:
+        if closed:
+            whole = finished(self.tokenizer, self.messages, answer, self.opening.how)
+            return whole[self.opening.skipped :]
+        return answer if self.tokenizer.chat_template else f" {answer.strip()}"
+
+    def _continued(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of texts as they go on after the prompt's, none of an empty one."""
+        before, count = self.opening.text, len(self.own)
+        found = _tokens(self.tokenizer, [before + text for text in texts])
+        if all(ids[:count] == self.own for ids in found):
+            return [ids[count:] for ids in found]
+        # A token would stand across the border. A model that is asked has the prompt's tokens
+        # before it, so the text goes on after them; a line's end keeps a tokenizer from putting
+        # the blank in front that it gives to a beginning.
+        line, *after = _tokens(self.tokenizer, ["\n", *(f"\n{text}" for text in texts)])
+        for number, (text, ids) in enumerate(zip(texts, after, strict=True)):
+            if found[number][:count] == self.own:
+                found[number] = found[number][count:]
+            elif ids[: len(line)] == line:
+                found[number] = ids[len(line) :]
+            else:
+                (found[number],) = _tokens(self.tokenizer, [text])
+        return found
 
 
-def _closed(tokenizer: Any, ids: list[int]) -> list[int]:
-    eos = tokenizer.eos_token_id
-    return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
+def _fitting(turn: _Turn, max_length: int, longest: int) -> _Turn | None:
+    """Return a prompt cut as ``encoded`` says, itself where that cuts answers alone.
+
+    None where next to nothing would be left of the last user message.
+    """
+
+    def of(messages: list[Message], kept: int) -> _Turn:
+        shorter = {**messages[last], "content": _without_middle(messages[last]["content"], kept)}
+        changed = [*messages[:last], shorter, *messages[last + 1 :]]
+        return _Turn.of(turn.tokenizer, changed, turn.opening.how)
+
+    messages = list(turn.messages)
+    while True:
+        users = [number for number, m in enumerate(messages) if m["role"] == "user"]
+        last = users[-1] if users else len(messages) - 1
+        around = len(of(messages, 0).ids)
+        if around <= max_length // 2 or len(users) < 2:
+            break
+        # From a question up to the next one.
+        del messages[users[0] : users[1]]
+    free = max_length - around
+    room = around + max(free - longest, free // 2)
+    whole = len(messages[last]["content"])
+    if len(messages) == len(turn.messages) and len(turn.ids) <= room:
+        return turn
+    fits, too_long = 0, whole + 1
+    while too_long - fits > 1:
+        kept = (fits + too_long) // 2
+        if len(of(messages, kept).ids) <= room:
+            fits = kept
+        else:
+            too_long = kept
+    return of(messages, fits) if fits >= min(_LEAST, max(whole, 1)) else None
 
 
-def _rendered(tokenizer: Any, messages: Sequence[Message], *, open_answer: bool) -> str:
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=open_answer
-            )
-        )
-    except Exception as error:
-        roles = ", ".join(m["role"] for m in messages)
-        told = [m["content"] for m in messages if m["content"] in str(error)]
-        # A template may put into its words what it refuses, which may be harmful.
-        why = type(error).__name__ if any(told) else error
-        raise RecipeError(
-            f"the base model's chat template refuses a conversation of the roles {roles}: {why}. "
-            "Use prompts without the refused role, or a base model with another template."
-        ) from error
+def _without_middle(text: str, kept: int) -> str:
+    """Return the first and the last of a text's characters, ``kept`` in all, with a gap between."""
+    if kept >= len(text):
+        return text
+    return text[: kept - kept // 2] + _GAP + text[len(text) - kept // 2 :]
+
+
+def _with_bos(tokenizer: Any, ids: list[int]) -> list[int]:
+    """Return the tokens of a rendered text with a BOS; a chat template writes its own."""
+    bos = tokenizer.bos_token_id
+    if tokenizer.chat_template or bos is None or ids[:1] == [bos]:
+        return ids
+    return [bos, *ids] if tokenizer("a")["input_ids"][:1] == [bos] else ids
+
+
+def _tokens(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Return the tokens of texts as they stand, without a BOS; none where all have none."""
+    return tokenizer(texts, add_special_tokens=False)["input_ids"] or [[] for _ in texts]

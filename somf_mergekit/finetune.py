@@ -75,7 +75,8 @@ def finetune(
 def _features(
     tokenizer: Any, messages: Sequence[Message], answer: str, max_length: int
 ) -> dict[str, list[int]]:
-    prompt, (reply,) = encoded(tokenizer, messages, [answer], max_length)
+    found = encoded(tokenizer, messages, [answer], max_length)
+    prompt, (reply,) = found.prompt, found.answers
     return {
         "input_ids": prompt + reply,
         "attention_mask": [1] * (len(prompt) + len(reply)),

@@ -3,9 +3,12 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import date as day
 from typing import Any
 
 from .answers import EncodedAnswer, answered_prompts, encoded_answers, has_answers
+from .data_fit import cut_counts, cut_line, fit_problems
+from .dialogue import AS_GIVEN
 from .errors import noted, raise_together
 from .granularity import mask_layout, weight_storage
 from .headers import checkpoint_problems, planned_tensors
@@ -20,6 +23,7 @@ from .preferences import (
     preference_pairs,
 )
 from .recipe import METHOD_NAME, Settings
+from .rendering import Rendering, writes_date
 from .report.measured import measuring_problems
 from .rows import Dropped, dataset_rows
 from .unchanged import unchanged_models
@@ -37,6 +41,7 @@ class SafetyData:
         why_none: why no pairs are held out, in words; empty where some are.
         dropped: rows of the safety data left out and why, in words; empty where none was.
         utility: harmless prompts with answers, in the order of the first epoch.
+        date: that the chat template wrote as today's, as 2026-11-30; None where it writes none.
     """
 
     pairs: list[EncodedPair]
@@ -44,18 +49,35 @@ class SafetyData:
     why_none: str
     dropped: str
     utility: list[EncodedAnswer]
+    date: str | None = None
+
+    @property
+    def cut(self) -> dict[str, int]:
+        """How many prompts and answers of the safety data were cut; see ``data_fit.cut_counts``."""
+        return cut_counts([*self.pairs, *self.held_out])
+
+    def cut_told(self, max_length: int) -> str:
+        """Return in words what of all data was cut to ``max_length``, empty where nothing was."""
+        parts = (
+            ("", cut_line([*self.pairs, *self.held_out], max_length)),
+            ("utility data: ", cut_line(self.utility, max_length)),
+        )
+        return "; ".join(name + line for name, line in parts if line)
 
 
 # What a merge's masks are learned from, or were given as; None where its method takes none.
 MergeInputs = SafetyData | MaskSet | None
 
 
-def merge_inputs(planned: PlannedMerge, problems: Sequence[str] = ()) -> MergeInputs:
+def merge_inputs(
+    planned: PlannedMerge, problems: Sequence[str] = (), date: str | None = None
+) -> MergeInputs:
     """Return what a merge needs beside its plan, after checking it and the models together.
 
     Args:
         planned: the merge.
         problems: what is known to be wrong already, reported with the rest.
+        date: see ``checked_data``.
 
     Raises:
         RecipeError: everything that is wrong, together; or what learning needs is not installed.
@@ -65,11 +87,18 @@ def merge_inputs(planned: PlannedMerge, problems: Sequence[str] = ()) -> MergeIn
         return None
     if planned.settings.mask:
         return given_mask(planned, planned.settings.mask, problems)
-    return checked_data(planned, problems)
+    return checked_data(planned, problems, date)
 
 
-def checked_data(planned: PlannedMerge, problems: Sequence[str] = ()) -> SafetyData:
+def checked_data(
+    planned: PlannedMerge, problems: Sequence[str] = (), date: str | None = None
+) -> SafetyData:
     """Return the safety data after checking it and the models against each other.
+
+    Args:
+        planned: the merge.
+        problems: what is known to be wrong already, reported with the rest.
+        date: that a chat template writes as today's, as 2026-11-30; the clock's where None.
 
     Raises:
         RecipeError: ``problems`` and everything else that is wrong, together; or what learning
@@ -82,12 +111,17 @@ def checked_data(planned: PlannedMerge, problems: Sequence[str] = ()) -> SafetyD
     impossible = learning_problem(planned)
     found += [impossible] if impossible else []
     with noted(found):
-        data = _safety_data(planned)
-    with noted(found, "parameters.utility_dataset: "):
-        utility = _utility_data(planned)
+        is_dated = writes_date(planned.tokenizer)
+        date = (date or day.today().isoformat()) if is_dated else None
+        how = Rendering(planned.settings.template_keywords, date)
+        with noted(found):
+            data = _safety_data(planned, how)
+        with noted(found, "parameters.utility_dataset: "):
+            utility = _utility_data(planned, how)
+        found += fit_problems(planned, [*data.pairs, *data.held_out, *utility])
     found += measuring_problems(planned)
     raise_together(found, CANT_BE_MADE)
-    return replace(data, utility=utility)
+    return replace(data, utility=utility, date=date)
 
 
 def given_mask(planned: PlannedMerge, source: str, problems: Sequence[str] = ()) -> MaskSet:
@@ -154,17 +188,19 @@ def _misfits(planned: PlannedMerge, masks: MaskSet, source: str) -> list[str]:
     return problems
 
 
-def _safety_data(planned: PlannedMerge) -> SafetyData:
+def _safety_data(planned: PlannedMerge, how: Rendering) -> SafetyData:
     settings = planned.settings
     source = settings.safety_dataset or ""
     rows = dataset_rows(source, settings.safety_split, settings.safety_config)
     columns = rows.column_names
     if settings.objective == "sft" and "rejected" not in columns and has_answers(columns):
-        return _safe_answers(planned, rows, source)
-    return preference_data(rows, source, planned.tokenizer, settings)
+        return _safe_answers(planned, rows, source, how)
+    return preference_data(rows, source, planned.tokenizer, settings, how)
 
 
-def preference_data(rows: Any, source: str, tokenizer: Any, settings: Settings) -> SafetyData:
+def preference_data(
+    rows: Any, source: str, tokenizer: Any, settings: Settings, how: Rendering = AS_GIVEN
+) -> SafetyData:
     """Return what a mask learns from of a dataset of preference pairs, and what is held out.
 
     No more pairs are tokenised than the steps take and the held-out ones are drawn from.
@@ -184,7 +220,7 @@ def preference_data(rows: Any, source: str, tokenizer: Any, settings: Settings) 
             yield pair
 
     chosen = noted(pairs.sampled(settings.safety_samples, settings.seed))
-    encoded, cut = encoded_pairs(chosen, tokenizer, settings.max_length, source, enough)
+    encoded, cut = encoded_pairs(chosen, tokenizer, settings.max_length, source, enough, how)
     learned, held_out = held_out_split(encoded, taken, share)
     why_none = ""
     if not held_out:
@@ -200,28 +236,28 @@ def _used(settings: Settings) -> int | None:
     return None if steps is None else max(1, steps) * settings.batch_size
 
 
-def _safe_answers(planned: PlannedMerge, rows: Any, source: str) -> SafetyData:
+def _safe_answers(planned: PlannedMerge, rows: Any, source: str, how: Rendering) -> SafetyData:
     settings = planned.settings
-    encoded, left_out = _answers(planned, rows, source, settings.safety_samples)
-    pairs = [EncodedPair(e.prompt, e.answer, [], e.row) for e in encoded]
+    encoded, left_out = _answers(planned, rows, source, settings.safety_samples, how)
+    pairs = [EncodedPair(e.prompt, e.answer, [], e.row, e.cut) for e in encoded]
     return SafetyData(pairs, [], "the data has no unsafe answers", str(left_out), [])
 
 
-def _utility_data(planned: PlannedMerge) -> list[EncodedAnswer]:
+def _utility_data(planned: PlannedMerge, how: Rendering) -> list[EncodedAnswer]:
     settings = planned.settings
     source = settings.utility_dataset
     if not source:
         return []
     rows = dataset_rows(source, settings.utility_split, settings.utility_config)
-    return _answers(planned, rows, source, settings.utility_samples)[0]
+    return _answers(planned, rows, source, settings.utility_samples, how)[0]
 
 
 def _answers(
-    planned: PlannedMerge, rows: Any, source: str, count: int | None
+    planned: PlannedMerge, rows: Any, source: str, count: int | None, how: Rendering
 ) -> tuple[list[EncodedAnswer], Dropped]:
     """Return ``count`` prompts with answers (all for None) in an order drawn from the seed."""
     settings = planned.settings
     found, left_out = answered_prompts(rows, source)
     chosen = found.sampled(count, settings.seed)
     tokenizer, most = planned.tokenizer, settings.max_length
-    return encoded_answers(chosen, tokenizer, most, source, _used(settings)), left_out
+    return encoded_answers(chosen, tokenizer, most, source, _used(settings), how), left_out

@@ -1,8 +1,10 @@
 """A merge as mergekit planned it, and what its tasks say."""
 
+import importlib.resources
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from mergekit.architecture import WeightInfo
@@ -74,11 +76,21 @@ class PlannedMerge:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The merged model's tokenizer: the one mergekit builds, else the base's.
+        """The merged model's tokenizer, with the chat template that is written with it.
 
         Raises:
             RecipeError: the base has none that loads.
         """
+        # It imports the planner, and with it this module.
+        from mergekit.merge import _set_chat_template
+
+        tokenizer = self._tokenizer
+        _set_chat_template(tokenizer, self.config)
+        return tokenizer
+
+    @property
+    def _tokenizer(self) -> Any:
+        """The tokenizer that mergekit builds, else the base's."""
         from transformers import AutoTokenizer
 
         if self.tokenizer_info is not None:
@@ -105,6 +117,26 @@ class PlannedMerge:
     def may_get_mask(self, name: str) -> bool:
         """Whether the recipe's patterns let this tensor have a mask."""
         return may_get_mask(name, self.settings.include, self.settings.exclude)
+
+
+def template_problems(config: MergeConfiguration) -> list[str]:
+    """Return a sentence where the recipe's ``chat_template`` is none that mergekit would write."""
+    from mergekit._data import chat_templates
+    from mergekit.merge import _set_chat_template
+
+    if config.chat_template == "auto":
+        # Looked up among the models, which may be on the hub.
+        return []
+    try:
+        _set_chat_template(SimpleNamespace(), config)
+    except RuntimeError:
+        files = importlib.resources.files(chat_templates).iterdir()
+        names = sorted(f.name.removesuffix(".jinja") for f in files if f.name.endswith(".jinja"))
+        return [
+            f"chat_template: {config.chat_template!r} is no template; expected auto, one of "
+            f"{', '.join(names)}, or a Jinja text"
+        ]
+    return []
 
 
 def task_parameters(task: ExecuteMergeMethodTask) -> dict[str, Any]:

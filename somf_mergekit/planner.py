@@ -21,7 +21,7 @@ from pydantic import PrivateAttr
 from safetensors import SafetensorError
 
 from . import machine, recipe
-from .errors import RecipeError, first_line, raise_together
+from .errors import RecipeError, first_line, noted, raise_together
 from .files import is_of_writing
 from .forecast import merge_bytes
 from .held_out import warn
@@ -32,7 +32,7 @@ from .phases import phase, timed
 from .places import File, check_room, place_problems, weight_bytes
 from .plan import PlannedMerge, mask_name
 from .plan_check import plan_problems, unused_filters
-from .prepass import CHECKING, mask_for
+from .prepass import CHECKING, learning_date, mask_for
 from .processes import is_first, started
 from .provenance import told_settings
 from .recipe_blocks import recipe_text
@@ -185,8 +185,11 @@ def checked_merge(
     found = [*problems, *place_problems(config, options, out=out, folder=folder)]
     with phase("planning"):
         planned, wrong = _planned(config, options, found)
+    date = None
     with phase(CHECKING):
-        return planned, merge_inputs(planned, wrong)
+        with noted(wrong):
+            date = learning_date(folder) if folder else None
+        return planned, merge_inputs(planned, wrong, date)
 
 
 def learn(

@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .dialogue import Message, encoded, user_prompt
+from .dialogue import AS_GIVEN, Cut, Message, encoded, user_prompt
 from .errors import RecipeError
+from .rendering import Rendering
 from .rows import Dropped, Examples, examples_of
 
 KNOWN_COLUMNS = (
@@ -41,13 +42,14 @@ class EncodedPair:
     """Token ids of one pair; prompt plus either answer has at most ``max_length`` of them.
 
     Where safe answers alone are learned from, ``rejected`` is empty. ``row`` is the dataset's that
-    it is from, counted from 0.
+    it is from, counted from 0; ``cut`` says what was taken.
     """
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
     row: int = field(default=0, compare=False)
+    cut: Cut = field(default_factory=Cut, compare=False)
 
 
 def preference_pairs(rows: Any, source: str) -> tuple[Examples[Pair], Dropped]:
@@ -81,6 +83,7 @@ def encoded_pairs(
     max_length: int,
     source: str,
     enough: int | None = None,
+    how: Rendering = AS_GIVEN,
 ) -> tuple[list[EncodedPair], Dropped]:
     """Tokenise pairs with the chat template and cut them to ``max_length`` tokens.
 
@@ -90,6 +93,7 @@ def encoded_pairs(
         max_length: tokens of a prompt with an answer.
         source: of the pairs, for messages.
         enough: see ``pairs``.
+        how: the chat template is rendered.
 
     Raises:
         RecipeError: no pair is left with two different answers.
@@ -99,15 +103,17 @@ def encoded_pairs(
     for pair in pairs:
         if len(kept) == enough:
             break
-        prompt, (chosen, rejected) = encoded(
-            tokenizer, pair.messages, (pair.chosen, pair.rejected), max_length
-        )
-        if not prompt or not chosen or not rejected:
+        answers = (pair.chosen, pair.rejected)
+        found = encoded(tokenizer, pair.messages, answers, max_length, how)
+        prompt, (chosen, rejected) = found.prompt, found.answers
+        if not prompt and found.cut.prompt:
+            dropped.add(f"whose last question has no room in {max_length} tokens")
+        elif not prompt or not chosen or not rejected:
             dropped.add("without an answer after tokenisation")
         elif chosen == rejected:
             dropped.add(f"with equal answers in the first {max_length} tokens")
         else:
-            kept.append(EncodedPair(prompt, chosen, rejected, pair.row))
+            kept.append(EncodedPair(prompt, chosen, rejected, pair.row, found.cut))
     if not kept:
         raise RecipeError(
             f"dataset {source}: no pair is usable after tokenisation ({dropped}); "

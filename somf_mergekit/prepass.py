@@ -15,9 +15,9 @@ from .errors import RecipeError, raise_together
 from .forecast import forecast
 from .held_out import HeldOut
 from .inputs import SafetyData
-from .learner.checkpoints import Checkpoints
+from .learner.checkpoints import Checkpoints, told_fingerprint
 from .learner.divergence import LearningDiverged
-from .learner.folder import learning_folder
+from .learner.folder import checkpoint_folder, learning_folder
 from .learner.loop import step_count
 from .learner.model import LearningModel
 from .learning_bar import learn_with_progress
@@ -30,7 +30,13 @@ from .phases import LEARNING, phase
 from .places import File, check_room
 from .plan import PlannedMerge
 from .processes import Processes, is_first, own_device, processes
-from .provenance import differences, learning_fingerprint, provenance, provenance_of_use
+from .provenance import (
+    differences,
+    learning_fingerprint,
+    provenance,
+    provenance_of_use,
+    told_date,
+)
 
 CHECKING = "checking models and data"
 
@@ -105,6 +111,17 @@ def _is_known(planned: PlannedMerge, folder: str, fingerprint: dict[str, Any]) -
     return not differing
 
 
+def learning_date(folder: str) -> str | None:
+    """Return the date that a mask in ``folder``, or one begun there, was learned with.
+
+    A chat template that writes today's date would else give other tokens, and another mask, a day
+    later. None where none was.
+    """
+    if os.path.exists(os.path.join(folder, MASKS_FILE)):
+        return told_date(MaskSet.open(folder).provenance.get("fingerprint"))
+    return told_date(told_fingerprint(checkpoint_folder(folder)))
+
+
 def _stored(planned: PlannedMerge, masks: MaskSet, folder: str) -> str:
     """Store given masks in a folder, unless they are those in it; return their place."""
     place = os.path.join(folder, MASKS_FILE)
@@ -132,6 +149,9 @@ def _learned_mask(
     with learning_folder(folder, together) as place, ExitStack() as ending:
         if data.dropped:
             _say(planned, f"somf: rows of the safety dataset left out: {data.dropped}")
+        cut = data.cut_told(planned.settings.max_length)
+        if cut:
+            _say(planned, f"somf: {cut}")
         with _stage("reading task vectors"):
             expected = forecast(planned, data, together)
             needed = [*files, *expected.files(folder)]

@@ -3,12 +3,14 @@
 import json
 import math
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from mergekit.io.tasks import LoaderCache
 
 from .contracts import versions
+from .data_fit import cut_counts
 from .digests import file_digest, json_digest
 from .fusion_methods import fusion_arguments
 from .held_out import KEY, HeldOut
@@ -31,11 +33,14 @@ _USE_ONLY = (
 # there, and what they set.
 _STAND_INS = (
     "preset",
+    "chat_template_kwargs",
     *(f"safety_{what}" for what in ("dataset", "split", "config", "samples")),
     *(f"utility_{what}" for what in ("dataset", "split", "config", "samples")),
 )
 # What a configuration tells of the file that it was read from.
 _CONFIGURATION_NOTES = ("_name_or_path", "transformers_version")
+# In the fingerprint: what the chat template wrote as today's date.
+DATE = "date in the chat template"
 _CURVE_STEPS = 10
 _CURVES = ("loss", "accuracy", "margin", "utility")
 
@@ -57,8 +62,22 @@ def learning_fingerprint(planned: PlannedMerge, data: SafetyData) -> dict[str, A
         "settings": {k: v for k, v in settings.items() if k not in _STAND_INS},
         "parameters of the tensors": json_digest([_resolved(planned, *t) for t in planned.tensors]),
         "dtype": planned.config.dtype or "as stored",
+        DATE: data.date,
         "versions": versions(),
     }
+
+
+def told_date(fingerprint: Any) -> str | None:
+    """Return the date that a chat template wrote when a mask was learned, None where none is told.
+
+    Args:
+        fingerprint: as told with a mask or a checkpoint, perhaps by a stranger.
+    """
+    told = fingerprint.get(DATE) if isinstance(fingerprint, dict) else None
+    try:
+        return date.fromisoformat(str(told)).isoformat()
+    except ValueError:
+        return None
 
 
 def content_of_models(planned: PlannedMerge) -> dict[str, Any]:
@@ -171,11 +190,13 @@ def provenance(
             "pairs": len(data.pairs),
             "held_out": len(data.held_out),
             "left_out": data.dropped,
+            "cut": data.cut,
             "fingerprint": fingerprint["data"],
         },
         "utility_dataset": {
             "source": settings.utility_dataset,
             "examples": len(data.utility),
+            "cut": cut_counts(data.utility),
             "fingerprint": fingerprint["utility data"],
         },
         "settings": told_settings(planned),

@@ -1,9 +1,10 @@
 """What a somf recipe may say: every parameter with its type, range, default and help."""
 
 import fnmatch
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 from .declared import Parameter, parameters_of, pattern_text, table_rows
 
@@ -15,6 +16,35 @@ _PER_TENSOR: dict[str, Any] = {"merge": True, "per_tensor": True}
 # Of objectives that take sums over an answer's tokens, where ``dpo_norm`` has means: as published
 # (arXiv 2405.09055).
 _BETA_OF_SUMS = 0.1
+# What a rendering gives to every chat template itself.
+_GIVEN_TO_TEMPLATES = frozenset(
+    {
+        *("conversation", "messages", "tools", "documents", "chat_template", "strftime_now"),
+        *("add_generation_prompt", "continue_final_message", "tokenize", "return_dict"),
+    }
+)
+
+
+def _keyword_text(text: str) -> str:
+    """Return a mapping of a chat template's variables as it was given, in YAML.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError("not YAML") from error
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise ValueError("not a mapping of names")
+    if not _GIVEN_TO_TEMPLATES.isdisjoint(content):
+        raise ValueError("a name that is taken")
+    return text
+
+
+KeywordText = Annotated[
+    str, AfterValidator(_keyword_text), WithJsonSchema({"const": '"{enable_thinking: false}"'})
+]
 
 
 class Settings(BaseModel):
@@ -151,6 +181,11 @@ class Settings(BaseModel):
     max_length: int = Field(
         128, ge=8, description="Tokens of a prompt with an answer; longer ones are cut."
     )
+    chat_template_kwargs: KeywordText | None = Field(
+        None,
+        description="Further variables of the chat template wherever it is rendered, a mapping in "
+        "quotes: mergekit takes no other mapping for a parameter.",
+    )
     seed: int = Field(
         0,
         ge=0,
@@ -199,6 +234,11 @@ class Settings(BaseModel):
         description="Prompts with right answers, for the report, each set under a name: "
         "`math=FILE,code=FILE`.",
     )
+
+    @property
+    def template_keywords(self) -> dict[str, Any]:
+        """What ``chat_template_kwargs`` says, as a mapping."""
+        return dict(yaml.safe_load(self.chat_template_kwargs or "{}"))
 
     @model_validator(mode="before")
     @classmethod

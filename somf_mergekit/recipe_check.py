@@ -18,6 +18,7 @@ from .fusion_methods import known_fusions, takes_base
 from .machine import device_problem, setting_problems
 from .model_check import check_models
 from .places import same_models
+from .plan import template_problems
 from .processes import own_device
 from .recipe import METHOD_NAME, parameters
 from .recipe_blocks import model_blocks, parameter_blocks
@@ -108,6 +109,7 @@ def check_recipe(
     problems = [*found, *setting_problems(), *([problem] if problem else [])]
     problems += OWN_METHODS[config.merge_method](config)
     problems += [*type_problems(config, options), *model_problems(config)]
+    problems += template_problems(config)
     LoaderCache().setup(options=options)
     there = [model for model in config.referenced_models() if model.model.path not in awaited]
     base = config.base_model if config.base_model in there else None

@@ -10,7 +10,6 @@ from somf_mergekit import preferences as prefs
 from somf_mergekit.dialogue import (
     answer_ids,
     check_words,
-    cut_to_length,
     prompt_ids,
     user_prompt,
 )
@@ -234,16 +233,6 @@ def test_plain_format_begins_with_bos_where_the_tokenizer_adds_one():
     assert ids.count(tokenizer.bos_token_id) == 1
 
 
-def test_prompts_are_cut_from_the_left_and_answers_from_the_right():
-    prompt, answers = cut_to_length(list(range(10)), [[1, 2], [1, 2, 3]], 8)
-    assert prompt == list(range(5, 10))
-    assert answers == [[1, 2], [1, 2, 3]]
-    prompt, answers = cut_to_length(list(range(10)), [[1], list(range(9))], 8)
-    assert prompt == list(range(6, 10))
-    assert answers == [[1], [0, 1, 2, 3]]
-    assert cut_to_length([1, 2], [[3]], 8) == ([1, 2], [[3]])
-
-
 def test_pairs_that_are_equal_after_cutting_are_dropped():
     tokenizer = tiny.tiny_tokenizer()
     long = "make a cake with flour " * 8
@@ -251,8 +240,8 @@ def test_pairs_that_are_equal_after_cutting_are_dropped():
         prefs.Pair((("user", "how"),), long + "safe", long + "bomb"),
         prefs.Pair((("user", "how"),), "sorry", "mix"),
     ]
-    encoded, dropped = prefs.encoded_pairs(pairs, tokenizer, 24, "data")
-    assert len(encoded) == 1
+    found, dropped = prefs.encoded_pairs(pairs, tokenizer, 24, "data")
+    assert len(found) == 1
     assert dropped.reasons == {"with equal answers in the first 24 tokens": 1}
     with pytest.raises(RecipeError, match="raise max_length"):
         prefs.encoded_pairs(pairs[:1], tokenizer, 24, "data")

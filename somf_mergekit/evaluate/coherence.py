@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..dialogue import Message, cut_to_length, prompt_ids, text_ids
+from ..dialogue import AS_GIVEN, Message, encoded
+from ..rendering import Rendering
 from .likelihood import OnBatch, answer_scores, untold
 
 N_GRAM = 4
@@ -22,16 +23,17 @@ def answers_coherence(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[Sequence[Message]],
-    answers: Sequence[str],
+    answers: Sequence[str | None],
     *,
     max_length: int,
     batch_size: int,
     on_batch: OnBatch = untold,
+    how: Rendering = AS_GIVEN,
 ) -> dict[str, list[float] | list[int]]:
     """Return how another model, the base, reads answers to ``prompts``.
 
-    The answers are put into its own tokens, without an end marker: one that ran out of tokens has
-    none either.
+    The answers are put into its own tokens, cut to ``max_length`` with the prompt, without an end
+    marker: one that ran out of tokens has none either.
 
     Returns:
         ``log_probs`` of the answers under the model, in nats, their number of ``tokens`` and the
@@ -39,9 +41,8 @@ def answers_coherence(
     """
     sequences, repeated = [], []
     for messages, answer in zip(prompts, answers, strict=True):
-        tokens = text_ids(tokenizer, answer)
-        repeated.append(repeated_share(tokens))
-        prompt, (reply,) = cut_to_length(prompt_ids(tokenizer, messages), [tokens], max_length)
-        sequences.append((prompt, reply))
+        found = encoded(tokenizer, messages, [answer or ""], max_length, how, closed=False)
+        sequences.append((found.prompt, found.answers[0]))
+        repeated.append(repeated_share(found.answers[0]))
     scores = answer_scores(model, sequences, batch_size=batch_size, on_batch=on_batch)
     return {"log_probs": scores.log_probs, "tokens": scores.tokens, "repeated": repeated}

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
-from ..dialogue import Message
+from ..dialogue import AS_GIVEN, Message
 from ..learner.logprobs import answer_states, output_head, token_batch
+from ..rendering import Rendering
 from .likelihood import (
     OnBatch,
     Sequences,
@@ -22,12 +23,13 @@ def shared_sequences(
     reference: Any,
     examples: Sequence[tuple[Sequence[Message], str]],
     max_length: int,
+    how: Rendering = AS_GIVEN,
 ) -> Sequences | None:
     """Return the tokens of prompts and answers where both tokenizers agree on all of them.
 
     None where they don't: then the models predict different things, and have no distance.
     """
-    one, two = (answer_sequences(t, examples, max_length) for t in (tokenizer, reference))
+    one, two = (answer_sequences(t, examples, max_length, how) for t in (tokenizer, reference))
     return one if one == two else None
 
 

@@ -1,11 +1,13 @@
 """Greedy answers to chat prompts."""
 
+from bisect import bisect_left
 from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from ..dialogue import Message, prompt_ids
+from ..dialogue import AS_GIVEN, Message, prompt_ids
+from ..rendering import Rendering, begins_thought, ends_thought, opens_thought
 
 
 def greedy_answers(
@@ -16,13 +18,16 @@ def greedy_answers(
     max_new_tokens: int,
     batch_size: int,
 ) -> list[str]:
-    """Return the model's greedy answer to each prompt, in the prompts' order."""
+    """Return the model's greedy answer to each prompt, in the prompts' order.
+
+    It is empty where the model never leaves its thought; see ``greedy_batches``.
+    """
     answers = [""] * len(prompts)
     for batch in greedy_batches(
         model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size
     ):
         for row, text in batch.items():
-            answers[row] = text
+            answers[row] = text or ""
     return answers
 
 
@@ -34,8 +39,11 @@ def greedy_batches(
     max_new_tokens: int,
     batch_size: int,
     done: Container[int] = (),
-) -> Iterator[dict[int, str]]:
+    how: Rendering = AS_GIVEN,
+) -> Iterator[dict[int, str | None]]:
     """Yield the greedy answers batch by batch, each by its prompt's number.
+
+    An answer is what comes after the model's thought, None where it never leaves that.
 
     Prompts go through in batches of like length, padded at the left. Which prompts share a batch
     depends on all of them: what is computed in parts is what would have been computed at once.
@@ -47,8 +55,9 @@ def greedy_batches(
         max_new_tokens: of an answer.
         batch_size: prompts in a batch.
         done: numbers of prompts that are answered; a batch of such alone is left out.
+        how: the chat template is rendered.
     """
-    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    ids = [prompt_ids(tokenizer, prompt, how) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     pad = next((p for p in (tokenizer.pad_token_id, tokenizer.eos_token_id) if p is not None), 0)
     for start in range(0, len(order), batch_size):
@@ -70,5 +79,27 @@ def greedy_batches(
                 use_cache=True,
                 pad_token_id=pad,
             )
-        texts = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
-        yield {row: text.strip() for row, text in zip(rows, texts, strict=True)}
+        yield {
+            row: _after_thought(tokenizer, tokens, opens_thought(tokenizer, prompts[row], how))
+            for row, tokens in zip(rows, output[:, length:].tolist(), strict=True)
+        }
+
+
+def _after_thought(tokenizer: Any, ids: list[int], is_opened: bool) -> str | None:
+    """Return the text of what a model wrote after its thought, None where that never ends.
+
+    Args:
+        tokenizer: the model's own.
+        ids: what it wrote.
+        is_opened: whether the prompt has opened a thought.
+    """
+    whole = tokenizer.decode(ids)
+    thought = 0
+    if ends_thought(whole):
+        # The end of a thought may be special tokens, which are in no answer's text.
+        thought = bisect_left(
+            range(len(ids)), True, key=lambda count: ends_thought(tokenizer.decode(ids[:count]))
+        )
+    elif is_opened or begins_thought(whole):
+        return None
+    return str(tokenizer.decode(ids[thought:], skip_special_tokens=True)).strip()

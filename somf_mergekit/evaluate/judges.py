@@ -87,13 +87,13 @@ def verdicts(
     judge: Judge,
     memory: ModelsInMemory,
     prompts: Sequence[list[Message]],
-    answers: Sequence[str],
+    answers: Sequence[str | None],
     settings: EvaluationSettings,
     on_batch: OnBatch = untold,
 ) -> Verdicts:
     """Return what the judge says of each answer, None where it says nothing.
 
-    Empty answers are not judged.
+    Empty answers are not judged, nor those that never leave their thought.
     """
     result: Verdicts = {REFUSES: [None] * len(answers), SAFE: [None] * len(answers)}
     judged = [number for number, answer in enumerate(answers) if answer]
@@ -101,7 +101,8 @@ def verdicts(
         return result
     model, tokenizer = memory.take(judge.subject)[0]
     dialogues = [
-        [*prompts[number], {"role": "assistant", "content": answers[number]}] for number in judged
+        [*prompts[number], {"role": "assistant", "content": answers[number] or ""}]
+        for number in judged
     ]
     if judge.about:
         labels = _labels(judge, model, tokenizer, dialogues, settings, on_batch)
@@ -117,7 +118,7 @@ def verdicts(
     ):
         for place, text in batch.items():
             number = judged[place]
-            result[REFUSES][number], result[SAFE][number] = guard_verdict(text)
+            result[REFUSES][number], result[SAFE][number] = guard_verdict(text or "")
         on_batch(len(batch))
     return result
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..dialogue import Message, encoded
+from ..dialogue import AS_GIVEN, Message, encoded
 from ..learner.logprobs import (
     CHUNK_POSITIONS,
     answer_states,
@@ -16,6 +16,7 @@ from ..learner.logprobs import (
     token_batch,
 )
 from ..preferences import EncodedPair, Pair
+from ..rendering import Rendering
 
 Sequences = Sequence[tuple[list[int], list[int]]]
 OnBatch = Callable[[int], object]
@@ -92,13 +93,16 @@ def answer_chunks(
 
 
 def answer_sequences(
-    tokenizer: Any, examples: Sequence[tuple[Sequence[Message], str]], max_length: int
+    tokenizer: Any,
+    examples: Sequence[tuple[Sequence[Message], str]],
+    max_length: int,
+    how: Rendering = AS_GIVEN,
 ) -> list[tuple[list[int], list[int]]]:
     """Return the tokens of prompts and answers, ``max_length`` of both together at most."""
     sequences = []
     for messages, answer in examples:
-        prompt, (reply,) = encoded(tokenizer, messages, [answer], max_length)
-        sequences.append((prompt, reply))
+        found = encoded(tokenizer, messages, [answer], max_length, how)
+        sequences.append((found.prompt, found.answers[0]))
     return sequences
 
 
@@ -138,13 +142,14 @@ def preference_margins(
 
 
 def comparable_pairs(
-    tokenizer: Any, pairs: Sequence[Pair], max_length: int
+    tokenizer: Any, pairs: Sequence[Pair], max_length: int, how: Rendering = AS_GIVEN
 ) -> dict[int, EncodedPair]:
     """Return the tokens of each pair whose answers differ within ``max_length``, by its number."""
     found = {}
     for number, pair in enumerate(pairs):
         answers = (pair.chosen, pair.rejected)
-        prompt, (chosen, rejected) = encoded(tokenizer, pair.messages, answers, max_length)
+        tokens = encoded(tokenizer, pair.messages, answers, max_length, how)
+        prompt, (chosen, rejected) = tokens.prompt, tokens.answers
         if prompt and chosen and rejected and chosen != rejected:
             found[number] = EncodedPair(prompt, chosen, rejected)
     return found

@@ -13,6 +13,8 @@ from .refusals import is_refusal
 from .sets import HARMFUL, PAIRS, Skill
 
 SHARE, NUMBER = "share", "number"
+# Of a model to each prompt of a set; None where it never left its thought.
+Answers = Sequence[str | None]
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,15 @@ class Measures:
         )
         row.models[model] = Ratio([float(value or 0) for value in values], known)
 
+    def add_unfinished(self, name: str, model: str, answers: Answers) -> None:
+        """Add how many answers never leave their thought: they neither refuse nor answer."""
+        self.add((name, "unfinished thoughts"), model, [answer is None for answer in answers])
+
     def add_refusals(
-        self, name: str, model: str, answers: list[str], judge: str, verdicts: Verdicts | None
+        self, name: str, model: str, answers: Answers, judge: str, verdicts: Verdicts | None
     ) -> None:
         """Add the refusal rate by the phrases, and by the judge where there is one."""
-        by_phrases = [is_refusal(answer) for answer in answers]
+        by_phrases = [None if answer is None else is_refusal(answer) for answer in answers]
         self.add((name, "refusals (phrases)"), model, by_phrases)
         if verdicts is None:
             return
@@ -99,11 +105,16 @@ class Measures:
             self.add((name, f"phrases and {judge} disagree"), model, differ)
 
     def add_coherence(
-        self, name: str, model: str, answers: list[str], base: str, found: dict[str, list[Any]]
+        self, name: str, model: str, answers: Answers, base: str, found: dict[str, list[Any]]
     ) -> None:
         """Add how coherent generated answers are."""
-        self.add((name, f"repeated {N_GRAM}-grams"), model, found["repeated"])
-        self.add((name, "empty answers"), model, [not answer for answer in answers])
+        repeated = [
+            None if answer is None else share
+            for answer, share in zip(answers, found["repeated"], strict=True)
+        ]
+        self.add((name, f"repeated {N_GRAM}-grams"), model, repeated)
+        empty = [None if answer is None else not answer for answer in answers]
+        self.add((name, "empty answers"), model, empty)
         self.add(
             (name, f"perplexity under {base}"),
             model,
@@ -126,12 +137,12 @@ class Measures:
         self.add((skill.name, "loss"), model, losses, scores.tokens, unit=NUMBER)
         self.add((skill.name, "token accuracy"), model, scores.hits, scores.tokens)
 
-    def add_exact(self, skill: Skill, model: str, answers: list[str]) -> None:
+    def add_exact(self, skill: Skill, model: str, answers: Answers) -> None:
         """Add the exact match of what is extracted; right answers that hold none are left out."""
         extracted = extractor(skill.extract or "")
         expected = [extracted(answer) for _, answer in skill.examples]
         match = [
-            None if right is None else extracted(answer) == right
+            None if right is None else answer is not None and extracted(answer) == right
             for right, answer in zip(expected, answers, strict=True)
         ]
         self.add((skill.name, f"exact match ({skill.extract})"), model, match)

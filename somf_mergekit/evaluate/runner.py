@@ -79,7 +79,7 @@ def evaluated(
 class _Computed:
     """All that was computed of one model, by set, and by reference and skill."""
 
-    answers: dict[str, list[str]]
+    answers: dict[str, list[str | None]]
     scores: dict[str, AnswerScores]
     margins: list[float | None]
     distances: dict[tuple[str, str], tuple[list[float], list[int]] | None]
@@ -134,6 +134,10 @@ def _measures(
             if name in of.answers:
                 measures.add_coherence(name, model, of.answers[name], base, of.coherence[name])
 
+    for name in sets.asked:
+        if any(None in of.answers[name] for of in computed.values()):
+            for model, of in computed.items():
+                measures.add_unfinished(name, model, of.answers[name])
     for name in _judged(sets):
         for model, of in computed.items():
             measures.add_refusals(name, model, of.answers[name], judge, of.verdicts.get(name))

@@ -1,10 +1,11 @@
 """How an evaluation is done; what it is done on is in ``sets``, and with whom in ``models``."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from ..machine import device_problem
+from ..rendering import Rendering
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -49,6 +50,8 @@ class EvaluationSettings:
         device: of torch; a GPU where there is one for None.
         seed, resamples: of the bootstrap.
         trust_remote_code: run the code that comes with a model.
+        rendering: how chat templates are rendered; without a date, all of an evaluation is with
+            that of its beginning.
     """
 
     base: NamedModel | None = None
@@ -65,6 +68,7 @@ class EvaluationSettings:
     seed: int = 0
     resamples: int = 2000
     trust_remote_code: bool = False
+    rendering: Rendering = field(default_factory=Rendering)
 
     @property
     def place(self) -> str:

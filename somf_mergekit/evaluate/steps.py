@@ -1,6 +1,8 @@
 """What is computed of each model, once: everything is kept under a key of what decides it."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import date
 from typing import Any
 
 from ..contracts import installed, versions
@@ -44,6 +46,8 @@ class Steps:
         self._store = store
         self._memory = ModelsInMemory(settings)
         self._digests: dict[str, str] = {}
+        how = settings.rendering
+        self._how = replace(how, date=how.date or date.today().isoformat())
         self._on_progress = on_progress
 
     def content(self, subject: Subject) -> str:
@@ -53,8 +57,11 @@ class Steps:
             self._digests[place] = model_digest(subject, self.settings)
         return self._digests[place]
 
-    def answers(self, subject: Subject, name: str, prompts: Prompts) -> list[str]:
-        """Return the model's greedy answers, each batch written when it is there."""
+    def answers(self, subject: Subject, name: str, prompts: Prompts) -> list[str | None]:
+        """Return the model's greedy answers, each batch written when it is there.
+
+        Of a model that never leaves its thought it is None.
+        """
         key = self._key("answers", [subject], prompts, self.settings.max_new_tokens)
         known = self._store.answers(key)
         told = {"model": subject.name, "set": name}
@@ -69,6 +76,7 @@ class Steps:
                 max_new_tokens=self.settings.max_new_tokens,
                 batch_size=self.settings.batch_size,
                 done=set(known),
+                how=self._how,
             ):
                 before = len(known)
                 self._store.add_answers(key, told, prompts, batch)
@@ -80,7 +88,9 @@ class Steps:
 
         def compute(on_batch: Callable[[int], object]) -> dict[str, Any]:
             model, tokenizer = self._memory.take(subject)[0]
-            sequences = answer_sequences(tokenizer, skill.examples, self.settings.max_length)
+            sequences = answer_sequences(
+                tokenizer, skill.examples, self.settings.max_length, self._how
+            )
             found = answer_scores(model, sequences, on_batch=on_batch, **self._batches)
             return vars(found)
 
@@ -93,7 +103,7 @@ class Steps:
 
         def compute(on_batch: Callable[[int], object]) -> list[float | None]:
             model, tokenizer = self._memory.take(subject)[0]
-            found = comparable_pairs(tokenizer, pairs, self.settings.max_length)
+            found = comparable_pairs(tokenizer, pairs, self.settings.max_length, self._how)
             margins = preference_margins(
                 model, list(found.values()), on_batch=on_batch, **self._batches
             )
@@ -115,7 +125,9 @@ class Steps:
 
         def compute(on_batch: Callable[[int], object]) -> Any:
             (model, mine), (other, theirs) = self._memory.take(subject, reference)
-            sequences = shared_sequences(mine, theirs, skill.examples, self.settings.max_length)
+            sequences = shared_sequences(
+                mine, theirs, skill.examples, self.settings.max_length, self._how
+            )
             if sequences is None:
                 return None
             return divergence(model, other, sequences, on_batch=on_batch, **self._batches)
@@ -126,7 +138,7 @@ class Steps:
         return found and (found[0], found[1])
 
     def coherence(
-        self, base: Subject, of: str, name: str, prompts: Prompts, answers: list[str]
+        self, base: Subject, of: str, name: str, prompts: Prompts, answers: list[str | None]
     ) -> dict[str, list[Any]]:
         """Return how the base reads the answers of the model called ``of``."""
 
@@ -138,8 +150,9 @@ class Steps:
                 prompts,
                 answers,
                 max_length=self.settings.max_length,
+                batch_size=self.settings.batch_size,
                 on_batch=on_batch,
-                **self._batches,
+                how=self._how,
             )
 
         content = [list(prompts), answers]
@@ -148,7 +161,7 @@ class Steps:
         return dict(self._once(key, words, len(answers), compute))
 
     def judged(
-        self, judge: Judge, of: str, name: str, prompts: Prompts, answers: list[str]
+        self, judge: Judge, of: str, name: str, prompts: Prompts, answers: list[str | None]
     ) -> Verdicts:
         """Return the judge's verdicts on the answers of the model called ``of``."""
 
@@ -181,7 +194,7 @@ class Steps:
         settings = self.settings
         # In what batches and where it is computed shows in the last digits.
         how = [settings.batch_size, settings.dtype, settings.place.partition(":")[0]]
-        how += [versions()]
+        how += [versions(), dict(settings.rendering.keywords)]
         return digest([what, [self.content(model) for model in models], content, size, how])
 
     def _once(self, key: str, words: str, count: int, compute: Callable[..., Any]) -> Any:

@@ -32,7 +32,7 @@ class Store:
     def __init__(self, folder: Path):
         self.folder = folder
         self._lock = ExitStack()
-        self._answers: dict[str, dict[int, str]] = {}
+        self._answers: dict[str, dict[int, str | None]] = {}
         self._values: dict[str, Any] = {}
 
     def __enter__(self) -> "Store":
@@ -54,7 +54,7 @@ class Store:
     def __exit__(self, *ended: object) -> None:
         self._lock.close()
 
-    def answers(self, key: str) -> dict[int, str]:
+    def answers(self, key: str) -> dict[int, str | None]:
         """Return the answers under ``key`` so far, by their prompt's number."""
         return self._answers.setdefault(key, {})
 
@@ -63,7 +63,7 @@ class Store:
         key: str,
         told: dict[str, str],
         prompts: Sequence[Sequence[Message]],
-        batch: dict[int, str],
+        batch: dict[int, str | None],
     ) -> None:
         """Write the answers of a batch.
 

@@ -17,7 +17,7 @@ from ..mask_folder import MASKS_FILE
 from ..masks import MaskSet
 from ..plan import PlannedMerge
 from ..planner import planned_merge
-from ..prepass import mask_for
+from ..prepass import learning_date, mask_for
 from ..provenance import differences, learning_fingerprint, resolved_learning
 from ..report.curve import training_history
 from .over import MASK
@@ -145,7 +145,8 @@ def _wanted(
     key = json_digest(resolved_learning(planned))
     if key not in same:
         folder = out / OWN_FOLDER if not point.learned_with else _folder(out, point.learned_with)
-        same[key] = WantedMask(label, str(folder), planned, checked_data(planned))
+        data = checked_data(planned, date=learning_date(str(folder)))
+        same[key] = WantedMask(label, str(folder), planned, data)
     return same[key]
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from ..evaluate.store import Store
 from ..files import locked
 from ..learner.interruption import LearningInterrupted
 from ..masks import MaskSet
+from ..recipe import recipe_settings
 from ..recipe_blocks import recipe_text
 from ..recipe_check import read_recipe
+from ..rendering import Rendering
 from .axes import axes_of
 from .checks import Prepared, prepared, sets_of
 from .making import MEASURED_FOLDER, Making
@@ -65,6 +68,8 @@ def frontier(
         sets, unread = sets_of(recipe)
         wrong += unread
     ready = prepared(recipe, over, folder, sets, settings, options, relearn=relearn, problems=wrong)
+    how = Rendering(recipe_settings(recipe).template_keywords)
+    settings = replace(settings, rendering=how)
     sets = sets.limited(settings.limit)
 
     def say(text: str) -> None:

@@ -284,6 +284,17 @@ def _say_nothing(_: str) -> None:
     """Take what another process says."""
 
 
+def told_fingerprint(folder: str) -> Any:
+    """Return the fingerprint in the newest checkpoint in a folder, None where none can be read."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    paths = [os.path.join(folder, name) for name in names if _NAME.match(name)]
+    for path in sorted(paths, key=os.path.getmtime, reverse=True):
+        with contextlib.suppress(SafetensorError, OSError, ValueError, KeyError, TypeError):
+            header = json.loads(safe_open(path, framework="pt").metadata()[_HEADER_KEY])
+            return header["fingerprint"]
+    return None
+
+
 def _with_checksum(text: str, content: Sequence[StoredTensor]) -> list[StoredTensor]:
     """Return tensors with a last one: a checksum over ``text`` and what the others give."""
     checksum = xxhash.xxh3_128(text.encode())

@@ -20,7 +20,7 @@ def learning_folder(mask_folder: str, together: Processes) -> Iterator[str]:
     Raises:
         RecipeError: another training run has the folder, or it can't be written.
     """
-    place = f"{mask_folder}.learning"
+    place = checkpoint_folder(mask_folder)
     with contextlib.ExitStack() as lock:
         together.first_does(lambda: _lock(place, mask_folder, lock))
         yield place
@@ -37,3 +37,8 @@ def _lock(place: str, mask_folder: str, lock: contextlib.ExitStack) -> None:
                 os.unlink(os.path.join(place, name))
     except OSError as error:
         raise RecipeError(f"checkpoints can't be written to {place}: {error.strerror}") from error
+
+
+def checkpoint_folder(mask_folder: str) -> str:
+    """Return where the checkpoints of a mask go that is learned into ``mask_folder``."""
+    return f"{mask_folder}.learning"

@@ -12,6 +12,7 @@ from ..evaluate.runner import evaluated
 from ..evaluate.settings import EvaluationSettings, NamedModel
 from ..phases import phase
 from ..plan import PlannedMerge
+from ..rendering import Rendering
 
 MERGED, PLAIN, BASE = "somf", "plain fusion", "aligned base"
 
@@ -83,4 +84,5 @@ def _settings(planned: PlannedMerge) -> EvaluationSettings:
         base=base_of(planned),
         device=options.device or "cpu",
         trust_remote_code=options.trust_remote_code,
+        rendering=Rendering(planned.settings.template_keywords),
     )

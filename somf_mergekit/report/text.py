@@ -60,6 +60,9 @@ def learned_from(report: Report) -> str | None:
     line = (
         f"{report.told['steps']:,} steps on {data['pairs']:,} {what} of {data['source']}{left_out}"
     )
+    cut = data.get("cut") or {}
+    if cut.get("prompts") or cut.get("answers"):
+        line += f" ({cut['prompts']:,} prompts and {cut['answers']:,} answers cut to max_length)"
     if utility.get("examples"):
         line += f", held to the plain merge on {utility['examples']:,} answers of "
         line += f"{utility['source']}"
