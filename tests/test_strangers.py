@@ -31,8 +31,10 @@ NEVER_CALLED = {
     *("yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load"),
     *("os.system", "os.popen", "string.Template", "ast.literal_eval"),
 }
-# In torch and accelerate, what takes objects unpickles those of other processes.
+# In torch and accelerate, what takes objects unpickles those of other processes: those of one
+# training run, which one module talks to.
 OF_OBJECTS = ("_object", "_object_list")
+OF_ONE_RUN = {"gather_object", "broadcast_object_list"}
 
 
 def faults_of(source):
@@ -64,9 +66,9 @@ def faults_of(source):
 def test_no_module_unpickles_or_runs_what_it_reads():
     files = sorted(PACKAGE.rglob("*.py"))
     assert len(files) > 50
-    assert {str(f): faults_of(f.read_text(encoding="utf-8")) for f in files} == {
-        str(f): [] for f in files
-    }
+    allowed = {"processes.py": OF_ONE_RUN}
+    for file in files:
+        assert set(faults_of(file.read_text())) <= allowed.get(file.name, set()), file
 
 
 @pytest.mark.parametrize(
