@@ -125,17 +125,16 @@ def batches_of_pairs(source: Path, tokenizer: Any, settings: Any) -> list[list[A
     """Return the pairs of each step that a mask learns from, with recipe settings, in its order."""
     from somf_mergekit.inputs import preference_data
     from somf_mergekit.learner.loop import batches
-    from somf_mergekit.rows import dataset_rows
+    from somf_mergekit.preferences import read_pairs
 
-    encoded = preference_data(dataset_rows(str(source)), str(source), tokenizer, settings).pairs
+    encoded = preference_data(read_pairs(str(source)), str(source), tokenizer, settings).pairs
     planned = batches(len(encoded), settings, settings.max_steps)
     return [[encoded[row] for row in rows] for rows in planned]
 
 
 def _finetune(task: Task) -> None:
     """Fine-tune a specialist, or the model that is tuned for safety, from the aligned base."""
-    from somf_mergekit.preferences import preference_pairs
-    from somf_mergekit.rows import dataset_rows
+    from somf_mergekit.preferences import read_pairs
 
     folder, names, training = Path(task["folder"]), task["names"], Training(**task["training"])
     data = Path(task["data"]) if task["data"] else None
@@ -143,8 +142,7 @@ def _finetune(task: Task) -> None:
         make_specialist(folder, Path(names["aligned"]), task["name"], data, training)
         return
     source = names["pairs"]
-    pairs, _ = preference_pairs(dataset_rows(source), source)
-    chosen = pairs.sampled(training.examples, training.seed)
+    chosen = read_pairs(source).sampled(training.examples, training.seed)
     examples = [(pair.messages, pair.chosen) for pair in chosen]
     make_finetuned(folder, Path(names["aligned"]), examples, training, "safe answers")
 

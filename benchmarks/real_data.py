@@ -9,7 +9,7 @@ from pathlib import Path
 
 from somf_mergekit.dialogue import user_prompt
 from somf_mergekit.finetune import Example
-from somf_mergekit.preferences import Pair, preference_pairs
+from somf_mergekit.preferences import Pair, read_pairs
 from somf_mergekit.rows import dataset_rows, rows_of_prompts
 
 HELD_OUT_PAIRS = 300
@@ -94,7 +94,7 @@ def drawn(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
 def pairs_of(folder: Path | None) -> list[Pair]:
     """Return all safety preference pairs, in their order."""
     source = str(folder / PAIRS.file) if folder else PAIRS.hub
-    return list(preference_pairs(dataset_rows(source, PAIRS.split), source)[0])
+    return list(read_pairs(source, PAIRS.split))
 
 
 def split_by_prompt(

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from somf_mergekit.learner.logprobs import output_head
-from somf_mergekit.preferences import EncodedPair, encoded_pairs, preference_pairs
-from somf_mergekit.rows import dataset_rows
+from somf_mergekit.preferences import EncodedPair, encoded_pairs, read_pairs
 
 from .plain_dpo import dpo_backward, dpo_seconds, log_ratios, micro_batches, wait_for
 from .real_training import load_saved
@@ -122,7 +121,7 @@ class _NaiveModel:
 def _batches(work: Work, tokenizer: Any) -> Iterator[list[list[EncodedPair]]]:
     source = str(work.pairs)
     count = work.steps * work.batch_size
-    pairs = preference_pairs(dataset_rows(source), source)[0][:count]
+    pairs = read_pairs(source)[:count]
     encoded, _ = encoded_pairs(pairs, tokenizer, work.max_length, source)
     encoded = (encoded * (count // len(encoded) + 1))[:count]
     for step in range(work.steps):

@@ -1,7 +1,8 @@
 """Safety realignment of merged models for mergekit: the merge method ``somf``.
 
 ``MaskSet`` opens learned masks, ``learn(recipe, out_dir)`` learns one, ``register()`` makes
-mergekit know ``somf`` where the automatic registration is switched off.
+mergekit know ``somf`` where the automatic registration is switched off. ``read_pairs``,
+``read_answers`` and ``read_prompts`` return what learning and measuring read of a dataset.
 """
 
 from typing import Any
@@ -12,10 +13,21 @@ _PLACES = {
     "MaskSet": "masks",
     "RecipeError": "errors",
     "learn": "planner",
+    "read_answers": "answers",
+    "read_pairs": "preferences",
+    "read_prompts": "answers",
     "register": "autoload",
 }
 
-__all__ = ["MaskSet", "RecipeError", "learn", "register"]
+__all__ = [
+    "MaskSet",
+    "RecipeError",
+    "learn",
+    "read_answers",
+    "read_pairs",
+    "read_prompts",
+    "register",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,43 +1,34 @@
 """Prompts, alone or with one answer each: for the utility term, for ``sft``, to be measured on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .dialogue import AS_GIVEN, Cut, Message, encoded, user_prompt
+from .conversations import (
+    ANSWERS,
+    DIALOGUE,
+    IS_SAFE,
+    LABEL,
+    PROMPT_NAMES,
+    SYSTEM,
+    dialogue_of,
+    known_rows,
+    prompt_columns,
+    prompt_of,
+    truth,
+)
+from .dialogue import AS_GIVEN, Cut, Message, encoded
 from .errors import RecipeError
-from .preferences import answer_text, read_messages
 from .rendering import Rendering
-from .rows import Dropped, Examples, examples_of
+from .rows import Dropped, Examples, Rows, Unusable, examples_of, unused_columns
 
-# Column of the prompt, of its answer, and of what may follow the prompt.
-_COLUMNS = (
-    ("prompt", "response", ()),
-    ("prompt", "answer", ()),
-    ("prompt", "completion", ()),
-    ("prompt", "chosen", ()),
-    ("question", "answer", ()),
-    ("instruction", "output", ("input",)),
-    ("instruction", "response", ("context",)),
-)
-_DIALOGUE = "messages"
-_SAFE = "is_safe"
+_ANSWER_NAMES = ", ".join(f"'{name}'" for name in ANSWERS)
 KNOWN_ANSWERS = (
-    "; ".join(f"'{prompt}' with '{answer}'" for prompt, answer, _ in _COLUMNS)
-    + f"; or '{_DIALOGUE}', a message list that ends with the assistant's answer. A column "
-    f"'{_SAFE}' tells which answers are safe"
+    f"a prompt ({PROMPT_NAMES}) with an answer ({_ANSWER_NAMES}); or '{DIALOGUE}', a message list "
+    f"that ends with the assistant's answer. Of '{IS_SAFE}', and of '{LABEL}' beside 'completion' "
+    f"or '{DIALOGUE}', the true ones are used"
 )
-# Column of a prompt that needs no answer, and of what may follow it: those above, and those of
-# lists of harmful requests.
-_PROMPTS = (
-    ("prompt", ()),
-    ("question", ()),
-    ("instruction", ("input", "context")),
-    *((name, ()) for name in ("goal", "Goal", "behavior", "Behavior")),
-)
-KNOWN_PROMPTS = (
-    ", ".join(f"'{name}'" for name, _ in _PROMPTS) + f" (text or message lists), or '{_DIALOGUE}'"
-)
+KNOWN_PROMPTS = f"{PROMPT_NAMES} (text or message lists), or '{DIALOGUE}'"
 
 
 @dataclass(frozen=True)
@@ -53,72 +44,131 @@ class EncodedAnswer:
     cut: Cut = field(default_factory=Cut, compare=False)
 
 
+def read_answers(
+    source: str, split: str = "train", config: str | None = None
+) -> Examples[tuple[list[Message], str]]:
+    """Return the prompts of a dataset with one answer each, as a utility term learns from them.
+
+    Args:
+        source: a hub id, a file or a folder.
+        split: its name, or a part of it such as ``train[:10]``.
+        config: name of a configuration (subset) of the dataset.
+
+    Returns:
+        Messages with their answers, in their order; ``left_out`` counts the other rows by reason,
+        and ``unused`` names the columns that nothing was read from.
+
+    Raises:
+        RecipeError: the dataset can't be read, its columns are not recognised, or no prompt has an
+            answer.
+    """
+    return answered_prompts(known_rows(source, split, config), source)
+
+
+def read_prompts(
+    source: str, split: str = "train", config: str | None = None
+) -> Examples[list[Message]]:
+    """Return the different prompts of a dataset, as models are asked them.
+
+    Args:
+        source: a hub id, a file or a folder.
+        split: its name, or a part of it such as ``train[:10]``.
+        config: name of a configuration (subset) of the dataset.
+
+    Returns:
+        The messages of each, in their order; ``left_out`` counts the other rows by reason, and
+        ``unused`` names the columns that nothing was read from.
+
+    Raises:
+        RecipeError: the dataset can't be read, its columns are not recognised, or there is no
+            prompt.
+    """
+    return prompts_alone(known_rows(source, split, config), source)
+
+
 def has_answers(columns: Sequence[str]) -> bool:
     """Return whether prompts and answers are found among a dataset's columns."""
-    return _columns_of(columns) is not None or _DIALOGUE in columns
+    return DIALOGUE in columns or _answer_column(columns) is not None
 
 
-def answered_prompts(rows: Any, source: str) -> tuple[Examples[tuple[list[Message], str]], Dropped]:
-    """Return the prompts of ``rows`` with their answers, and how many were dropped and why.
+def answered_prompts(rows: Rows, source: str) -> Examples[tuple[list[Message], str]]:
+    """Return the prompts of ``rows`` with their answers.
 
-    Rows whose ``is_safe`` is false are dropped.
+    Rows whose ``is_safe`` is false are left out, and unwanted completions (KTO's ``label``).
 
     Raises:
         RecipeError: the columns are not recognised, or no prompt has an answer.
     """
-    columns = _columns_of(rows.column_names)
-    if columns is None and _DIALOGUE not in rows.column_names:
+    found = rows.column_names
+    if not has_answers(found):
         raise RecipeError(
             f"dataset {source}: prompts with answers not found. "
-            f"Found: {', '.join(rows.column_names) or '(no columns)'}. Expected {KNOWN_ANSWERS}."
+            f"Found: {', '.join(found) or '(no columns)'}. Expected {KNOWN_ANSWERS}."
         )
+    answer = _answer_column(found)
+    columns = prompt_columns(found if answer else [name for name in found if name in SYSTEM])
+    answer = answer or DIALOGUE
+    labels = [IS_SAFE, LABEL] if answer in (DIALOGUE, "completion") else [IS_SAFE]
+    labels = [name for name in labels if name in found]
 
-    def read(_: int, row: dict[str, Any]) -> tuple[list[Message], str] | str:
-        if _SAFE in row and not row[_SAFE]:
-            return "not safe"
-        messages, answer = _dialogue(row) if columns is None else _columns(row, columns)
-        if not messages:
-            return "unreadable"
-        if answer is None or not answer.strip():
-            return "without an answer"
-        return messages, answer
+    def read(_: int, row: dict[str, Any]) -> tuple[list[Message], str]:
+        for name in labels:
+            said = truth(row[name])
+            if said is None:
+                raise Unusable(f"with neither true nor false for {name}")
+            if not said:
+                raise Unusable("not safe" if name == IS_SAFE else "not wanted")
+        dialogue = dialogue_of(prompt_of(row, columns), row[answer])
+        if not dialogue[-1]["content"].strip():
+            raise Unusable("without an answer")
+        return dialogue[:-1], dialogue[-1]["content"]
 
-    found, dropped = examples_of(rows, read)
-    if not found:
-        raise RecipeError(f"dataset {source} has no prompt with an answer{dropped.why_none}")
-    return found, dropped
+    examples = examples_of(rows, read, {*columns.used, answer, *labels})
+    if not examples:
+        raise RecipeError(
+            f"dataset {source} has no prompt with an answer{examples.left_out.why_none}"
+        )
+    return examples
 
 
-def prompts_alone(rows: Any, source: str) -> tuple[list[list[Message]], Dropped]:
-    """Return the different prompts of ``rows`` in their order, and how many were dropped and why.
+def prompts_alone(rows: Rows, source: str) -> Examples[list[Message]]:
+    """Return the different prompts of ``rows`` in their order.
 
     What an assistant says at the end of a dialogue is no part of its prompt.
 
     Raises:
         RecipeError: the columns are not recognised, or there is no prompt.
     """
-    columns = next((c for c in _PROMPTS if c[0] in rows.column_names), None)
-    if columns is None and _DIALOGUE not in rows.column_names:
+    columns = prompt_columns(rows.column_names)
+    if not columns.name and DIALOGUE not in rows.column_names:
         raise RecipeError(
             f"dataset {source}: prompts not found. "
             f"Found: {', '.join(rows.column_names) or '(no columns)'}. Expected {KNOWN_PROMPTS}."
         )
+    if not columns.name:
+        columns = replace(columns, name=DIALOGUE)
     found: dict[tuple[tuple[str, str], ...], list[Message]] = {}
     dropped = Dropped()
     for row in rows:
-        messages = _prompt(row, *columns) if columns else read_messages(row[_DIALOGUE])
-        if messages and messages[-1]["role"] == "assistant":
+        try:
+            messages = prompt_of(row, columns)
+        except Unusable as why:
+            dropped.add(str(why))
+            continue
+        if messages[-1]["role"] == "assistant":
             messages = messages[:-1]
-        key = tuple((m["role"], m["content"]) for m in messages or ())
+        key = tuple((m["role"], m["content"]) for m in messages)
         if not messages:
-            dropped.add("unreadable")
+            dropped.add("without a prompt")
         elif key in found:
             dropped.add("repeated")
         else:
             found[key] = messages
     if not found:
         raise RecipeError(f"dataset {source} has no prompt{dropped.why_none}")
-    return list(found.values()), dropped
+    prompts = list(found.values())
+    unused = unused_columns(rows, columns.used)
+    return Examples(prompts, range(len(prompts)), lambda _, found: found, dropped, unused)
 
 
 def encoded_answers(
@@ -157,28 +207,8 @@ def encoded_answers(
     return kept
 
 
-def _columns_of(columns: Sequence[str]) -> tuple[str, str, tuple[str, ...]] | None:
-    return next((c for c in _COLUMNS if c[0] in columns and c[1] in columns), None)
-
-
-def _columns(
-    row: dict[str, Any], columns: tuple[str, str, tuple[str, ...]]
-) -> tuple[list[Message] | None, str | None]:
-    prompt, answer, further = columns
-    return _prompt(row, prompt, further), answer_text(row[answer])
-
-
-def _prompt(row: dict[str, Any], column: str, further: tuple[str, ...]) -> list[Message] | None:
-    prompt = row[column]
-    if not isinstance(prompt, str):
-        return read_messages(prompt)
-    texts = [prompt, *(row.get(name) for name in further)]
-    whole = "\n".join(text for text in texts if isinstance(text, str) and text.strip())
-    return user_prompt(whole) if whole.strip() else None
-
-
-def _dialogue(row: dict[str, Any]) -> tuple[list[Message] | None, str | None]:
-    messages = read_messages(row[_DIALOGUE])
-    if not messages or messages[-1]["role"] != "assistant":
-        return None, None
-    return messages[:-1], messages[-1]["content"]
+def _answer_column(columns: Sequence[str]) -> str | None:
+    """Return the column of the answers, None where there is none or no prompt beside them."""
+    if not prompt_columns(columns).name:
+        return None
+    return next((name for name in ANSWERS if name in columns), None)

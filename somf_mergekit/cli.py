@@ -99,7 +99,7 @@ def _check() -> click.Command:
         for label, text in (
             ("tensors", f"{expected.tensors:,} at most (those that no model changed get no mask)"),
             ("mask entries", f"{expected.entries:,} at most"),
-            ("pairs", f"{expected.pairs:,}" + (f"; left out: {data.dropped}" * bool(data.dropped))),
+            ("pairs", f"{expected.pairs:,}"),
             ("held out", f"{len(data.held_out):,} pairs" if data.held_out else data.why_none),
             ("cut", data.cut_told(settings.max_length) or "nothing"),
             ("steps", f"{expected.steps:,} of {settings.batch_size} pairs"),
@@ -107,6 +107,8 @@ def _check() -> click.Command:
             ("engine", expected.told),
         ):
             click.echo(f"  {label + ':':14}{text}")
+        for note in data.notes:
+            click.echo(printable(note))
 
     return _with_merge_options("check", _check, callback, ("recipe_file",))
 

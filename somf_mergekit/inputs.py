@@ -2,13 +2,20 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date as day
 from typing import Any
 
-from .answers import EncodedAnswer, answered_prompts, encoded_answers, has_answers
+from .answers import (
+    EncodedAnswer,
+    answered_prompts,
+    encoded_answers,
+    has_answers,
+    read_answers,
+)
+from .conversations import known_rows
 from .data_fit import cut_counts, cut_line, fit_problems
-from .dialogue import AS_GIVEN
+from .dialogue import AS_GIVEN, Message
 from .errors import noted, raise_together
 from .granularity import mask_layout, weight_storage
 from .headers import checkpoint_problems, planned_tensors
@@ -25,7 +32,7 @@ from .preferences import (
 from .recipe import METHOD_NAME, Settings
 from .rendering import Rendering, writes_date
 from .report.measured import measuring_problems
-from .rows import Dropped, dataset_rows
+from .rows import Examples
 from .unchanged import unchanged_models
 
 CANT_BE_MADE = "This merge can't be made"
@@ -42,6 +49,7 @@ class SafetyData:
         dropped: rows of the safety data left out and why, in words; empty where none was.
         utility: harmless prompts with answers, in the order of the first epoch.
         date: that the chat template wrote as today's, as 2026-11-30; None where it writes none.
+        notes: what of the data isn't used, rows and columns, a sentence each.
     """
 
     pairs: list[EncodedPair]
@@ -50,6 +58,7 @@ class SafetyData:
     dropped: str
     utility: list[EncodedAnswer]
     date: str | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def cut(self) -> dict[str, int]:
@@ -107,6 +116,7 @@ def checked_data(
     found = list(problems)
     data = SafetyData([], [], "", "", [])
     utility: list[EncodedAnswer] = []
+    notes: list[str] = []
     found += _model_problems(planned)
     impossible = learning_problem(planned)
     found += [impossible] if impossible else []
@@ -117,11 +127,11 @@ def checked_data(
         with noted(found):
             data = _safety_data(planned, how)
         with noted(found, "parameters.utility_dataset: "):
-            utility = _utility_data(planned, how)
+            utility, notes = _utility_data(planned, how)
         found += fit_problems(planned, [*data.pairs, *data.held_out, *utility])
     found += measuring_problems(planned)
     raise_together(found, CANT_BE_MADE)
-    return replace(data, utility=utility, date=date)
+    return replace(data, utility=utility, date=date, notes=data.notes + notes)
 
 
 def given_mask(planned: PlannedMerge, source: str, problems: Sequence[str] = ()) -> MaskSet:
@@ -191,24 +201,28 @@ def _misfits(planned: PlannedMerge, masks: MaskSet, source: str) -> list[str]:
 def _safety_data(planned: PlannedMerge, how: Rendering) -> SafetyData:
     settings = planned.settings
     source = settings.safety_dataset or ""
-    rows = dataset_rows(source, settings.safety_split, settings.safety_config)
+    rows = known_rows(source, settings.safety_split, settings.safety_config)
     columns = rows.column_names
     if settings.objective == "sft" and "rejected" not in columns and has_answers(columns):
-        return _safe_answers(planned, rows, source, how)
-    return preference_data(rows, source, planned.tokenizer, settings, how)
+        return _safe_answers(planned, answered_prompts(rows, source), source, how)
+    pairs = preference_pairs(rows, source)
+    return preference_data(pairs, source, planned.tokenizer, settings, how)
 
 
 def preference_data(
-    rows: Any, source: str, tokenizer: Any, settings: Settings, how: Rendering = AS_GIVEN
+    pairs: Examples[Pair],
+    source: str,
+    tokenizer: Any,
+    settings: Settings,
+    how: Rendering = AS_GIVEN,
 ) -> SafetyData:
     """Return what a mask learns from of a dataset of preference pairs, and what is held out.
 
     No more pairs are tokenised than the steps take and the held-out ones are drawn from.
 
     Raises:
-        RecipeError: there is no usable pair.
+        RecipeError: no pair is usable after tokenisation.
     """
-    pairs, left_out = preference_pairs(rows, source)
     share, enough = settings.held_out_share, _used(settings)
     if enough is not None and share:
         enough += math.ceil(MOST / share)
@@ -226,8 +240,9 @@ def preference_data(
     if not held_out:
         few = f"{share:g} of {len(encoded):,} pairs with whole prompts is fewer than {LEAST}"
         why_none = few if share else "held_out_share is 0"
-    dropped = ", ".join(filter(None, (str(left_out), str(cut))))
-    return SafetyData(learned, held_out, why_none, dropped, [])
+    dropped = ", ".join(filter(None, (str(pairs.left_out), str(cut))))
+    notes = pairs.notes("safety dataset", dropped)
+    return SafetyData(learned, held_out, why_none, dropped, [], notes=notes)
 
 
 def _used(settings: Settings) -> int | None:
@@ -236,28 +251,35 @@ def _used(settings: Settings) -> int | None:
     return None if steps is None else max(1, steps) * settings.batch_size
 
 
-def _safe_answers(planned: PlannedMerge, rows: Any, source: str, how: Rendering) -> SafetyData:
-    settings = planned.settings
-    encoded, left_out = _answers(planned, rows, source, settings.safety_samples, how)
+def _safe_answers(
+    planned: PlannedMerge, found: Examples[tuple[list[Message], str]], source: str, how: Rendering
+) -> SafetyData:
+    encoded = _answers(planned, found, source, planned.settings.safety_samples, how)
     pairs = [EncodedPair(e.prompt, e.answer, [], e.row, e.cut) for e in encoded]
-    return SafetyData(pairs, [], "the data has no unsafe answers", str(left_out), [])
+    why_none, notes = "the data has no unsafe answers", found.notes("safety dataset")
+    return SafetyData(pairs, [], why_none, str(found.left_out), [], notes=notes)
 
 
-def _utility_data(planned: PlannedMerge, how: Rendering) -> list[EncodedAnswer]:
+def _utility_data(planned: PlannedMerge, how: Rendering) -> tuple[list[EncodedAnswer], list[str]]:
+    """Return the utility data, and what of it isn't used, a sentence each."""
     settings = planned.settings
     source = settings.utility_dataset
     if not source:
-        return []
-    rows = dataset_rows(source, settings.utility_split, settings.utility_config)
-    return _answers(planned, rows, source, settings.utility_samples, how)[0]
+        return [], []
+    found = read_answers(source, settings.utility_split, settings.utility_config)
+    encoded = _answers(planned, found, source, settings.utility_samples, how)
+    return encoded, found.notes("utility dataset")
 
 
 def _answers(
-    planned: PlannedMerge, rows: Any, source: str, count: int | None, how: Rendering
-) -> tuple[list[EncodedAnswer], Dropped]:
+    planned: PlannedMerge,
+    found: Examples[tuple[list[Message], str]],
+    source: str,
+    count: int | None,
+    how: Rendering,
+) -> list[EncodedAnswer]:
     """Return ``count`` prompts with answers (all for None) in an order drawn from the seed."""
     settings = planned.settings
-    found, left_out = answered_prompts(rows, source)
     chosen = found.sampled(count, settings.seed)
     tokenizer, most = planned.tokenizer, settings.max_length
-    return encoded_answers(chosen, tokenizer, most, source, _used(settings), how), left_out
+    return encoded_answers(chosen, tokenizer, most, source, _used(settings), how)

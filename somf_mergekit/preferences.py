@@ -1,22 +1,30 @@
 """Safety datasets to preference pairs, and pairs to tokens."""
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .dialogue import AS_GIVEN, Cut, Message, encoded, user_prompt
+from .conversations import (
+    LABELLED,
+    PAIR,
+    PROMPT_NAMES,
+    PromptColumns,
+    dialogue_of,
+    known_rows,
+    prompt_columns,
+    prompt_of,
+    truth,
+)
+from .dialogue import AS_GIVEN, Cut, Message, encoded
 from .errors import RecipeError
 from .rendering import Rendering
-from .rows import Dropped, Examples, examples_of
+from .rows import Dropped, Examples, Rows, Unusable, examples_of
 
 KNOWN_COLUMNS = (
-    "'prompt', 'chosen', 'rejected' (text or message lists); "
-    "'chosen', 'rejected' (whole dialogues with the same beginning); or "
-    "'prompt', 'response_0', 'response_1', 'is_response_0_safe', 'is_response_1_safe'"
+    "'chosen' and 'rejected' (text or message lists) beside a prompt "
+    f"({PROMPT_NAMES}), or as whole dialogues with the same beginning; or a prompt with "
+    + ", ".join(f"'{name}'" for name in LABELLED)
 )
-_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):[ \t]*")
-_TURN_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 @dataclass(frozen=True)
@@ -52,29 +60,58 @@ class EncodedPair:
     cut: Cut = field(default_factory=Cut, compare=False)
 
 
-def preference_pairs(rows: Any, source: str) -> tuple[Examples[Pair], Dropped]:
-    """Return the usable pairs of ``rows`` in their order, and how many were dropped and why.
+def read_pairs(source: str, split: str = "train", config: str | None = None) -> Examples[Pair]:
+    """Return the preference pairs of a dataset, as a mask learns from them.
+
+    Args:
+        source: a hub id, a file or a folder.
+        split: its name, or a part of it such as ``train[:10]``.
+        config: name of a configuration (subset) of the dataset.
+
+    Returns:
+        The usable pairs in their order; ``left_out`` counts the other rows by reason, and
+        ``unused`` names the columns that nothing was read from.
 
     Raises:
-        RecipeError: the columns are not recognised, there is no usable pair, or chosen equals
-            rejected throughout.
+        RecipeError: the dataset can't be read, its columns are not recognised, or there is no
+            usable pair.
     """
-    reader = _reader(list(rows.column_names), source)
+    return preference_pairs(known_rows(source, split, config), source)
 
-    def read(number: int, row: dict[str, Any]) -> Pair | str:
-        found: Pair | str = reader(row)
-        if isinstance(found, str):
-            return found
-        if not found.chosen.strip() or not found.rejected.strip():
-            return "without an answer"
-        if found.chosen == found.rejected:
-            return "with chosen equal to rejected"
-        return replace(found, row=number)
 
-    pairs, dropped = examples_of(rows, read)
+def preference_pairs(rows: Rows, source: str) -> Examples[Pair]:
+    """Return the usable pairs of ``rows`` in their order.
+
+    Raises:
+        RecipeError: the columns are not recognised, or there is no usable pair.
+    """
+    found = rows.column_names
+    columns = prompt_columns(found)
+    if set(PAIR) <= set(found):
+        reader, used = _chosen_pair, columns.used.union(PAIR)
+    elif columns.name and set(LABELLED) <= set(found):
+        reader, used = _labelled_pair, columns.used.union(LABELLED)
+    else:
+        raise RecipeError(
+            f"dataset {source}: columns not recognised. Found: {', '.join(found) or '(none)'}. "
+            f"Expected {KNOWN_COLUMNS}."
+        )
+
+    def read(number: int, row: dict[str, Any]) -> Pair:
+        pair = reader(row, columns)
+        if not pair.chosen.strip() or not pair.rejected.strip():
+            raise Unusable("without an answer")
+        if pair.chosen == pair.rejected:
+            raise Unusable("with chosen equal to rejected")
+        return replace(pair, row=number)
+
+    pairs = examples_of(rows, read, used)
     if not pairs:
-        raise RecipeError(f"dataset {source} has no usable preference pair{dropped.why_none}")
-    return pairs, dropped
+        raise RecipeError(
+            f"dataset {source} has no usable preference pair{pairs.left_out.why_none}. "
+            f"Columns found: {', '.join(found)}. Expected {KNOWN_COLUMNS}."
+        )
+    return pairs
 
 
 def encoded_pairs(
@@ -122,96 +159,24 @@ def encoded_pairs(
     return kept, dropped
 
 
-def _reader(columns: list[str], source: str) -> Any:
-    have = set(columns)
-    if {"prompt", "chosen", "rejected"} <= have:
-        return _explicit_pair
-    if {"chosen", "rejected"} <= have:
-        return _dialogue_pair
-    if {
-        "prompt",
-        "response_0",
-        "response_1",
-        "is_response_0_safe",
-        "is_response_1_safe",
-    } <= have:
-        return _labelled_pair
-    raise RecipeError(
-        f"dataset {source}: columns not recognised. Found: {', '.join(columns) or '(none)'}. "
-        f"Expected {KNOWN_COLUMNS}."
-    )
+def _chosen_pair(row: dict[str, Any], columns: PromptColumns) -> Pair:
+    prompt = prompt_of(row, columns)
+    return _pair(*(dialogue_of(prompt, row[name]) for name in PAIR))
 
 
-def _explicit_pair(row: dict[str, Any]) -> Pair | str:
-    prompt = row["prompt"]
-    if isinstance(prompt, str):
-        messages: list[Message] | None = user_prompt(prompt) if prompt.strip() else None
-    else:
-        messages = read_messages(prompt)
-    answers = [answer_text(row[key]) for key in ("chosen", "rejected")]
-    if not messages or answers[0] is None or answers[1] is None:
-        return "unreadable"
-    return _pair(messages, answers[0], answers[1])
+def _labelled_pair(row: dict[str, Any], columns: PromptColumns) -> Pair:
+    prompt = prompt_of(row, columns)
+    safe = [truth(row[name]) for name in LABELLED[2:]]
+    if None in safe:
+        raise Unusable("without a label for each answer")
+    if safe[0] == safe[1]:
+        raise Unusable("without exactly one safe answer")
+    one, two = (dialogue_of(prompt, row[name]) for name in LABELLED[:2])
+    return _pair(one, two) if safe[0] else _pair(two, one)
 
 
-def _dialogue_pair(row: dict[str, Any]) -> Pair | str:
-    one, two = (
-        _turns(row[key]) if isinstance(row[key], str) else read_messages(row[key])
-        for key in ("chosen", "rejected")
-    )
-    if not one or not two:
-        return "unreadable"
-    (*beginning, chosen), (*other, rejected) = one, two
-    if not beginning or beginning != other:
-        return "without a shared beginning"
-    if chosen["role"] != "assistant" or rejected["role"] != "assistant":
-        return "not ending with an assistant's answer"
-    return _pair(beginning, chosen["content"], rejected["content"])
-
-
-def _labelled_pair(row: dict[str, Any]) -> Pair | str:
-    prompt, answers = row["prompt"], (row["response_0"], row["response_1"])
-    safe = (row["is_response_0_safe"], row["is_response_1_safe"])
-    if not isinstance(prompt, str) or not prompt.strip():
-        return "unreadable"
-    if not all(isinstance(answer, str) for answer in answers):
-        return "unreadable"
-    if bool(safe[0]) == bool(safe[1]):
-        return "without exactly one safe answer"
-    chosen, rejected = answers if safe[0] else answers[::-1]
-    return _pair(user_prompt(prompt), chosen, rejected)
-
-
-def _pair(messages: list[Message], chosen: str, rejected: str) -> Pair:
-    return Pair(tuple((m["role"], m["content"]) for m in messages), chosen, rejected)
-
-
-def read_messages(value: Any) -> list[Message] | None:
-    """Return a list of chat messages, None where ``value`` is none."""
-    if not isinstance(value, list) or not value:
-        return None
-    for message in value:
-        if not isinstance(message, dict):
-            return None
-        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-            return None
-    return [{"role": m["role"], "content": m["content"]} for m in value]
-
-
-def answer_text(value: Any) -> str | None:
-    """Return an answer given as text or as messages, None where it is neither."""
-    if isinstance(value, str):
-        return value
-    messages = read_messages(value)
-    return messages[-1]["content"] if messages and messages[-1]["role"] == "assistant" else None
-
-
-def _turns(text: str) -> list[Message] | None:
-    """Split HH-RLHF text: turns that open with an empty line and ``Human:`` or ``Assistant:``."""
-    parts = _TURN.split(text)
-    if len(parts) < 3 or parts[0].strip():
-        return None
-    return [
-        {"role": _TURN_ROLES[name], "content": content.strip()}
-        for name, content in zip(parts[1::2], parts[2::2], strict=True)
-    ]
+def _pair(chosen: list[Message], rejected: list[Message]) -> Pair:
+    if chosen[:-1] != rejected[:-1]:
+        raise Unusable("without a shared beginning")
+    prompt = tuple((m["role"], m["content"]) for m in chosen[:-1])
+    return Pair(prompt, chosen[-1]["content"], rejected[-1]["content"])

@@ -147,8 +147,8 @@ def _learned_mask(
     files: Sequence[File],
 ) -> MaskSet:
     with learning_folder(folder, together) as place, ExitStack() as ending:
-        if data.dropped:
-            _say(planned, f"somf: rows of the safety dataset left out: {data.dropped}")
+        for note in data.notes:
+            _say(planned, f"somf: {note}")
         cut = data.cut_told(planned.settings.max_length)
         if cut:
             _say(planned, f"somf: {cut}")

@@ -79,7 +79,8 @@ def test_check_counts_dropped_rows(tmp_path, family_recipe):
     data = tiny.write_jsonl(tmp_path / "pairs.jsonl", rows)
     file = tiny.write_recipe(tmp_path / "r.yml", family_recipe(safety_dataset=str(data)))
     result = tiny.invoke("mergekit-somf", "check", file)
-    assert "pairs:        4; left out: 1 without an answer" in result.output
+    assert "pairs:        4\n" in result.output
+    assert "rows of the safety dataset left out: 1 without an answer\n" in result.output
 
 
 def test_pack_writes_a_mask_that_a_merge_takes(recipe_file, tmp_path, family_recipe):

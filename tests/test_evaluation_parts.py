@@ -7,7 +7,6 @@ from types import ModuleType
 import pytest
 import tiny
 import torch
-from datasets import Dataset
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from somf_mergekit.answers import prompts_alone
@@ -53,14 +52,17 @@ def test_repeated_n_grams_are_those_that_stood_before():
 
 
 def test_prompts_are_found_once_by_their_columns():
-    rows = Dataset.from_list([{"Goal": text, "target": "x"} for text in ("a", "b", "a", " ")])
-    found, dropped = prompts_alone(rows, "list")
-    assert found == [user_prompt("a"), user_prompt("b")]
-    assert str(dropped) == "1 repeated, 1 unreadable"
+    rows = tiny.dataset(*({"Goal": text, "target": "x"} for text in ("a", "b", "a", " ")))
+    found = prompts_alone(rows, "list")
+    assert list(found) == [user_prompt("a"), user_prompt("b")]
+    assert found.notes("list") == [
+        "rows of the list left out: 1 repeated, 1 without a prompt",
+        "columns of the list not used: target",
+    ]
     talk = [*user_prompt("a"), {"role": "assistant", "content": "b"}]
-    assert prompts_alone(Dataset.from_list([{"messages": talk}]), "talk")[0] == [user_prompt("a")]
-    rows = Dataset.from_list([{"instruction": "add", "context": "1 2"}])
-    assert prompts_alone(rows, "list")[0] == [user_prompt("add\n1 2")]
+    assert list(prompts_alone(tiny.dataset({"messages": talk}), "talk")) == [user_prompt("a")]
+    rows = tiny.dataset({"instruction": "add", "context": "1 2"})
+    assert list(prompts_alone(rows, "list")) == [user_prompt("add\n1 2")]
 
 
 @pytest.mark.parametrize(

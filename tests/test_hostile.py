@@ -170,20 +170,20 @@ def read_as_everything(path, tokenizers):
 
 
 def as_pairs(rows, source, tokenizer):
-    pairs, _ = preference_pairs(rows, source)
+    pairs = preference_pairs(rows, source)
     found, _ = encoded_pairs(pairs, tokenizer, 16, source)
     assert all(p.prompt and p.chosen and p.rejected and p.chosen != p.rejected for p in found)
     assert all(len(p.prompt) + max(len(p.chosen), len(p.rejected)) <= 16 for p in found)
 
 
 def as_answers(rows, source, tokenizer):
-    examples, _ = answered_prompts(rows, source)
+    examples = answered_prompts(rows, source)
     found = encoded_answers(examples, tokenizer, 16, source)
     assert all(e.prompt and e.answer for e in found)
 
 
 def as_prompts(rows, source, tokenizer):
-    assert prompts_alone(rows, source)[0]
+    assert prompts_alone(rows, source)
 
 
 MESSAGES = st.lists(

@@ -3,7 +3,6 @@
 import json
 import math
 
-import datasets
 import pytest
 import tiny
 import torch
@@ -46,10 +45,6 @@ def test_the_divergence_estimates_the_kl_on_tokens_that_the_unmasked_merge_draws
     assert expected.item() == pytest.approx(kl.item(), rel=0.05)
 
 
-def rows(*items):
-    return datasets.Dataset.from_list(list(items))
-
-
 EXPECTED = (user_prompt("how?"), "so")
 
 
@@ -75,20 +70,20 @@ EXPECTED = (user_prompt("how?"), "so")
     ids=lambda row: "+".join(row),
 )
 def test_prompts_with_answers_are_recognised(row):
-    found, dropped = answers.answered_prompts(rows(row), "data")
+    found = answers.answered_prompts(tiny.dataset(row), "data")
     assert list(found) == [EXPECTED]
-    assert not dropped.reasons
+    assert found.unused == [name for name in row if name == "category"]
 
 
 def test_context_follows_the_instruction():
     row = {"instruction": "add", "input": "1 and 2", "output": "3"}
-    (found,), _ = answers.answered_prompts(rows(row), "data")
+    (found,) = answers.answered_prompts(tiny.dataset(row), "data")
     assert found == (user_prompt("add\n1 and 2"), "3")
 
 
 def test_rows_without_a_safe_answer_are_dropped_and_counted():
-    found, dropped = answers.answered_prompts(
-        rows(
+    found = answers.answered_prompts(
+        tiny.dataset(
             {"prompt": "how?", "response": "so", "is_safe": True},
             {"prompt": "how?", "response": "bad", "is_safe": False},
             {"prompt": "how?", "response": " ", "is_safe": True},
@@ -97,19 +92,26 @@ def test_rows_without_a_safe_answer_are_dropped_and_counted():
         "data",
     )
     assert list(found) == [EXPECTED]
-    assert dropped.reasons == {"not safe": 1, "without an answer": 1, "unreadable": 1}
+    assert found.left_out.reasons == {
+        "not safe": 1,
+        "without an answer": 1,
+        "without a prompt": 1,
+    }
 
 
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"text": "how?"}, "prompts with answers not found. Found: text. Expected 'prompt'"),
+        (
+            {"text": "how?"},
+            "answers not found. Found: text. Expected a prompt ('prompt'",
+        ),
         ({"prompt": "how?", "response": ""}, "no prompt with an answer: 1 without an answer"),
     ],
 )
 def test_data_without_answers(row, said):
     with pytest.raises(RecipeError) as error:
-        answers.answered_prompts(rows(row), "data")
+        answers.answered_prompts(tiny.dataset(row), "data")
     assert said in error.value.message
 
 

@@ -15,11 +15,7 @@ from somf_mergekit.dialogue import (
 )
 from somf_mergekit.inputs import preference_data
 from somf_mergekit.recipe import Settings
-from somf_mergekit.rows import dataset_rows
-
-
-def rows(*items):
-    return datasets.Dataset.from_list(list(items))
+from somf_mergekit.rows import Rows, dataset_rows
 
 
 def message(role, content):
@@ -58,15 +54,15 @@ EXPECTED = prefs.Pair((("user", "how?"),), "no", "so")
     ids=["text", "messages", "dialogues", "hh-rlhf", "pku"],
 )
 def test_every_known_format_gives_the_same_pair(row):
-    pairs, dropped = prefs.preference_pairs(rows(row), "data")
+    pairs = prefs.preference_pairs(tiny.dataset(row), "data")
     assert list(pairs) == [EXPECTED]
-    assert str(dropped) == ""
+    assert pairs.notes("data") == []
 
 
 def test_dialogue_of_several_turns_keeps_its_beginning():
     beginning = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: how?\n\nAssistant: "
-    (pair,), _ = prefs.preference_pairs(
-        rows({"chosen": beginning + "no", "rejected": beginning + "so"}), "data"
+    (pair,) = prefs.preference_pairs(
+        tiny.dataset({"chosen": beginning + "no", "rejected": beginning + "so"}), "data"
     )
     assert [role for role, _ in pair.prompt] == ["user", "assistant", "user"]
     assert (pair.chosen, pair.rejected) == ("no", "so")
@@ -74,8 +70,8 @@ def test_dialogue_of_several_turns_keeps_its_beginning():
 
 def test_unusable_rows_are_dropped_and_counted():
     safe = {"prompt": "p", "response_0": "a", "response_1": "b"}
-    pairs, dropped = prefs.preference_pairs(
-        rows(
+    pairs = prefs.preference_pairs(
+        tiny.dataset(
             {**safe, "is_response_0_safe": True, "is_response_1_safe": True},
             {**safe, "is_response_0_safe": False, "is_response_1_safe": False},
             {**safe, "is_response_0_safe": True, "is_response_1_safe": False},
@@ -83,15 +79,17 @@ def test_unusable_rows_are_dropped_and_counted():
         "data",
     )
     assert len(pairs) == 1
-    assert dropped.reasons == {"without exactly one safe answer": 2}
+    assert pairs.left_out.reasons == {"without exactly one safe answer": 2}
 
-    pairs, dropped = prefs.preference_pairs(
-        rows(ROW, {**ROW, "chosen": " "}, {**ROW, "rejected": "no"}, {**ROW, "prompt": None}),
+    pairs = prefs.preference_pairs(
+        tiny.dataset(
+            ROW, {**ROW, "chosen": " "}, {**ROW, "rejected": "no"}, {**ROW, "prompt": None}
+        ),
         "data",
     )
     assert len(pairs) == 1
-    assert dropped.reasons == {
-        "unreadable": 1,
+    assert pairs.left_out.reasons == {
+        "without a prompt": 1,
         "with chosen equal to rejected": 1,
         "without an answer": 1,
     }
@@ -107,12 +105,12 @@ def test_unusable_rows_are_dropped_and_counted():
 )
 def test_data_without_a_usable_pair_is_refused(row, said):
     with pytest.raises(RecipeError, match=said):
-        prefs.preference_pairs(rows(row), "data")
+        prefs.preference_pairs(tiny.dataset(row), "data")
 
 
 @pytest.mark.parametrize("extension", ["jsonl", "json", "csv", "parquet"])
 def test_files_and_folders_are_read(tmp_path, extension):
-    data = rows(ROW, {**ROW, "prompt": "and?"})
+    data = datasets.Dataset.from_list([ROW, {**ROW, "prompt": "and?"}])
     folder = tmp_path / "data"
     folder.mkdir()
     path = folder / f"train.{extension}"
@@ -123,12 +121,12 @@ def test_files_and_folders_are_read(tmp_path, extension):
         "parquet": data.to_parquet,
     }[extension](str(path))
     for source in (path, folder):
-        assert dataset_rows(str(source))["prompt"][:] == ["how?", "and?"]
+        assert [row["prompt"] for row in dataset_rows(str(source))] == ["how?", "and?"]
 
 
 def test_a_saved_dataset_is_read(tmp_path):
-    rows(ROW).save_to_disk(str(tmp_path / "saved"))
-    assert dataset_rows(str(tmp_path / "saved"))["chosen"][:] == ["no"]
+    datasets.Dataset.from_list([ROW]).save_to_disk(str(tmp_path / "saved"))
+    assert [row["chosen"] for row in dataset_rows(str(tmp_path / "saved"))] == ["no"]
 
 
 @pytest.mark.parametrize(
@@ -152,7 +150,9 @@ def test_hub_id_that_can_not_be_had_is_refused():
 
 
 def test_sampled_pairs_depend_on_the_seed_alone():
-    pairs, _ = prefs.preference_pairs(rows(*({**ROW, "prompt": str(i)} for i in range(50))), "data")
+    pairs = prefs.preference_pairs(
+        tiny.dataset(*({**ROW, "prompt": str(i)} for i in range(50))), "data"
+    )
     assert list(pairs.sampled(10, 1)) == list(pairs.sampled(None, 1)[:10])
     assert list(pairs.sampled(10, 1)) != list(pairs.sampled(10, 2))
     assert len(pairs.sampled(None, 0)) == 50
@@ -183,7 +183,8 @@ def test_of_many_rows_no_more_are_kept_or_tokenised_than_are_used():
     tokenizer = Counting(tiny.tiny_tokenizer())
     tracemalloc.start()
     try:
-        data = preference_data(many, "data", tokenizer, settings)
+        pairs = prefs.preference_pairs(Rows(many, many.column_names), "data")
+        data = preference_data(pairs, "data", tokenizer, settings)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

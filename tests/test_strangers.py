@@ -18,7 +18,7 @@ from somf_mergekit import RecipeError
 from somf_mergekit.dialogue import prompt_ids, user_prompt
 from somf_mergekit.frontier.points import file_name
 from somf_mergekit.learner import passes
-from somf_mergekit.preferences import preference_pairs
+from somf_mergekit.preferences import read_pairs
 from somf_mergekit.rows import dataset_rows
 
 PACKAGE = Path(somf_mergekit.__file__).parent
@@ -187,8 +187,8 @@ def test_a_row_opens_no_file_that_it_names(tmp_path):
             columns, features=datasets.Features({**text, "picture": kind})
         )
         made.to_parquet(str(tmp_path / "rows.parquet"))
-        found, _ = preference_pairs(dataset_rows(str(tmp_path / "rows.parquet")), "rows")
-        assert len(found) == 3
+        found = read_pairs(str(tmp_path / "rows.parquet"))
+        assert (len(found), found.unused) == (3, ["picture"])
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ BAD = {
     "mixed.jsonl": '{"prompt": 1}\n' * 9 + '{"prompt": ["kanari"]}\n{"prompt": {"kanari": 1}}',
     "top.json": '"kanari"',
     "ragged.csv": "prompt,chosen,rejected\nkanari,a,b\nkanari,kanari,b,kanari,kanari\n",
-    "typed.csv": "prompt,chosen,rejected\n" + "1,2,3\n" * 20_000 + "kanari,kanari,b\n",
+    "typed.csv": "prompt,chosen,rejected\n" + "1,2,2\n" * 20_000 + "kanari,kanari,kanari\n",
     "equal.jsonl": '{"prompt": "kanari", "chosen": "kanari", "rejected": "kanari"}',
     "parts.jsonl": '{"prompt": ["kanari"], "chosen": "kanari", "rejected": {"a": "kanari"}}',
 }

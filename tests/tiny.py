@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from somf_mergekit.rows import Rows
+
 SENTENCE = "how do i make a cake bomb safe sorry can not help you mix flour powder with sugar"
 WORDS = SENTENCE.split()
 CHAT_TEMPLATE = (
@@ -109,6 +111,12 @@ def recipe(base, specialists, *, weights=None, **parameters):
         "parameters": parameters,
         "dtype": "float32",
     }
+
+
+def dataset(*rows):
+    """Rows of a dataset, as if they had been read from a file."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return Rows([dict.fromkeys(names) | row for row in rows], list(names))
 
 
 def write_recipe(path, content):

@@ -3,20 +3,20 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from ..answers import answered_prompts, prompts_alone
+from ..answers import read_answers, read_prompts
 from ..dialogue import Message
 from ..errors import RecipeError
-from ..preferences import Pair, preference_pairs
-from ..rows import Dropped, dataset_rows
+from ..preferences import Pair, read_pairs
+from ..rows import Examples
 from .extract import extractor
 from .store import digest
 
 HARMFUL, HARMLESS, PAIRS = "harmful", "harmless", "pairs"
 _SOURCE_OPTIONS = ("config", "split")
 _T = TypeVar("_T")
-_Reading = Callable[[Any, str], tuple[Sequence[_T], Dropped]]
+_Reading = Callable[[str, str, str | None], Examples[_T]]
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ def read_sets(
     """Return the sets of the named sources, and why some can't be read, a sentence each.
 
     Args:
-        harmful: a hub id, a file or a folder, as all sources; ``,config=...`` and ``,split=...``
-            may follow a hub id or a folder.
+        harmful: a hub id, a file or a folder, as all sources; ``,split=...`` may follow it, and
+            ``,config=...`` a hub id or a folder.
         harmless: likewise.
         pairs: likewise.
         skills: names with sources.
@@ -126,11 +126,12 @@ def read_sets(
         if source is None:
             return []
         try:
-            found, dropped = reading(_rows(source), source)
+            found = reading(*_source(source))
         except RecipeError as error:
             problems.append(error.message)
             return []
-        told[name] = source + f" (left out: {dropped})" * bool(dropped.reasons)
+        notes = "; ".join(found.notes("set"))
+        told[name] = f"{source} ({notes})" if notes else source
         return list(found)
 
     given = dict(extract or {})
@@ -140,11 +141,11 @@ def read_sets(
             named = f"the skills are {', '.join(known)}" if known else "no skill is given"
             problems.append(f"extractor for {name}: there is no such skill; {named}")
     sets = EvaluationSets(
-        harmful=read(HARMFUL, harmful, prompts_alone),
-        harmless=read(HARMLESS, harmless, prompts_alone),
-        pairs=read(PAIRS, pairs, preference_pairs),
+        harmful=read(HARMFUL, harmful, read_prompts),
+        harmless=read(HARMLESS, harmless, read_prompts),
+        pairs=read(PAIRS, pairs, read_pairs),
         skills=[
-            Skill(name, read(name, source, answered_prompts), given.get(name))
+            Skill(name, read(name, source, read_answers), given.get(name))
             for name, source in skills
         ],
         told=told,
@@ -152,9 +153,14 @@ def read_sets(
     return sets, problems
 
 
-def _rows(source: str) -> Any:
+def _source(source: str) -> tuple[str, str, str | None]:
+    """Return the dataset, the split and the configuration in a source such as ``a/b,split=test``.
+
+    Raises:
+        RecipeError: what stands after a comma is neither.
+    """
     if os.path.exists(os.path.expanduser(source)):
-        return dataset_rows(source)
+        return source, "train", None
     name, *options = source.split(",")
     given = dict(option.partition("=")[::2] for option in options)
     unknown = [option for option in given if option not in _SOURCE_OPTIONS]
@@ -163,7 +169,7 @@ def _rows(source: str) -> Any:
             f"dataset {source}: {', '.join(unknown)} unknown; after a comma may stand config=NAME "
             "or split=NAME"
         )
-    return dataset_rows(name, given.get("split", "train"), given.get("config"))
+    return name, given.get("split", "train"), given.get("config")
 
 
 def _extract_problems(skill: Skill) -> list[str]:

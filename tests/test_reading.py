@@ -1,0 +1,314 @@
+"""What is read of a dataset: each row as it is meant, or counted with a reason."""
+
+import json
+
+import datasets
+import pytest
+import tiny
+
+from somf_mergekit import RecipeError, read_answers, read_pairs, read_prompts
+
+ASKED = {"role": "user", "content": "how?"}
+SYSTEM = {"role": "system", "content": "be brief"}
+TURN = [{"role": "assistant", "content": "what?"}, {"role": "user", "content": "that"}]
+NO, SO = ({"role": "assistant", "content": text} for text in ("no", "so"))
+MARKED = "<|im_start|>user\nhow?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def jsonl(folder, *rows):
+    return str(tiny.write_jsonl(folder / "rows.jsonl", rows))
+
+
+def csv(folder, *rows):
+    datasets.Dataset.from_list(list(rows)).to_csv(str(folder / "rows.csv"))
+    return str(folder / "rows.csv")
+
+
+def pair_of(answers, **prompt):
+    return prompt | dict(zip(("chosen", "rejected"), answers, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        (pair_of([[ASKED, *TURN, NO], [ASKED, *TURN, SO]], prompt="how?"), [ASKED, *TURN]),
+        (pair_of([[ASKED, *TURN, NO], [ASKED, *TURN, SO]], prompt="that"), [ASKED, *TURN]),
+        (pair_of([[SYSTEM, ASKED, NO], [SYSTEM, ASKED, SO]], prompt="how?"), [SYSTEM, ASKED]),
+        (pair_of([[*TURN, NO], [*TURN, SO]], prompt=[ASKED]), [ASKED, *TURN]),
+        (pair_of(["no", "so"], prompt=[{**SYSTEM, "name": "x"}, ASKED]), [SYSTEM, ASKED]),
+        (pair_of([[{**NO, "weight": 1}], [SO]], prompt=[ASKED]), [ASKED]),
+        (pair_of(["no", "so"], system="be brief", question="how?"), [SYSTEM, ASKED]),
+        (pair_of(["no", "so"], system="be brief", input="how?"), [SYSTEM, ASKED]),
+        (pair_of(["no", "so"], system="", input="how?"), [ASKED]),
+        (pair_of([[ASKED, NO], [ASKED, SO]], system="be brief"), [SYSTEM, ASKED]),
+        (pair_of(["no", "so"], prompt="\n\nHuman: how?\n\nAssistant:"), [ASKED]),
+        (
+            pair_of(
+                [f"\n\nHuman: how?\n\nAssistant: {text}" for text in ("no", "so")], prompt="how?"
+            ),
+            [ASKED],
+        ),
+        (
+            pair_of(
+                ["no", "so"],
+                prompt=[{"role": "user", "content": [{"type": "text", "text": "how?"}]}],
+            ),
+            [ASKED],
+        ),
+        (pair_of([json.dumps([NO]), json.dumps([SO])], prompt=json.dumps([ASKED])), [ASKED]),
+    ],
+    ids=[
+        *("dialogues beside their first question", "beside their last", "with a system message"),
+        *("answers of several messages", "uneven keys", "uneven keys of answers", "orca"),
+        *("orca's other columns", "an empty system message", "a system column and dialogues"),
+        *("HH-RLHF prompt", "HH-RLHF dialogues", "parts of text", "JSON text"),
+    ],
+)
+def test_a_pair_has_the_whole_conversation(row, prompt, tmp_path):
+    # Keys that a message lacks in one row, it has in another.
+    other = {**row, "score_chosen": 1.0}
+    pairs = read_pairs(jsonl(tmp_path, row, other))
+    expected = (tuple((m["role"], m["content"]) for m in prompt), "no", "so")
+    assert [(p.prompt, p.chosen, p.rejected) for p in pairs] == [expected] * 2
+    assert [p.row for p in pairs] == [0, 1]
+    assert pairs.notes("data") == ["columns of the data not used: score_chosen"]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (pair_of(["no", "so"], prompt=MARKED), "already in a chat template"),
+        (pair_of(["no", "so"], prompt="[INST] how? [/INST]"), "already in a chat template"),
+        (pair_of(["no", "so"], prompt="<s><|user|>\nhow?"), "already in a chat template"),
+        (pair_of(["no", "so"], prompt="how?\n\n### Response:"), "already in a chat template"),
+        (pair_of(["no<|im_end|>\n", "so"], prompt="how?"), "already in a chat template"),
+        (
+            pair_of(["no", "so"], prompt=[ASKED, {**NO, "tool_calls": [{"name": "f"}]}]),
+            "with a tool call",
+        ),
+        (
+            pair_of(["no", "so"], prompt=[{"role": "user", "content": [{"type": "image"}]}]),
+            "with a message that is not text",
+        ),
+        (
+            pair_of([[ASKED, *TURN, NO], [ASKED, *TURN, SO]], prompt="else"),
+            "whose dialogue does not have the prompt in it",
+        ),
+        (pair_of([[*TURN, NO], [SO]], prompt="how?"), "without a shared beginning"),
+        (pair_of([TURN, [SO]], prompt="how?"), "not ending with an assistant's answer"),
+        (
+            pair_of(["[{'role': 'assistant', 'content': 'no'}]", "so"], prompt="how?"),
+            "with a message list written as text that is not JSON",
+        ),
+        (pair_of(["no\ud800", "so"], prompt="how?"), "with text that is not Unicode"),
+        (pair_of([5, "so"], prompt="how?"), "unreadable"),
+        (pair_of([None, "so"], prompt="how?"), "without an answer"),
+    ],
+)
+def test_a_pair_that_would_be_read_otherwise_is_counted(row, reason, tmp_path):
+    pairs = read_pairs(jsonl(tmp_path, pair_of(["no", "so"], prompt="how?"), row))
+    assert len(pairs) == 1
+    assert pairs.left_out.reasons == {reason: 1}
+
+
+def test_columns_are_reported_where_no_row_is_a_dialogue(tmp_path):
+    row = pair_of(["no", "so"], ask="how?")
+    with pytest.raises(RecipeError, match=r"1 without a prompt. Columns found: ask, chosen, rej"):
+        read_pairs(jsonl(tmp_path, row))
+
+
+@pytest.mark.parametrize("write", [jsonl, csv])
+@pytest.mark.parametrize(("safe", "unsafe"), [("True", "False"), (True, False), (1, 0)])
+def test_labels_are_read_as_text_and_as_numbers(safe, unsafe, write, tmp_path):
+    answers = {"prompt": "how?", "response_0": "so", "response_1": "no"}
+    labels = ("is_response_0_safe", "is_response_1_safe")
+    rows = [answers | dict(zip(labels, given, strict=True)) for given in [(unsafe, safe)] * 2]
+    (pair, _) = read_pairs(write(tmp_path, *rows))
+    assert (pair.chosen, pair.rejected) == ("no", "so")
+    for name, reason in (("is_safe", "not safe"), ("label", "not wanted")):
+        rows = [
+            {"prompt": "how?", "completion": answer, name: label}
+            for answer, label in (("no", safe), ("so", unsafe), ("no", safe))
+        ]
+        found = read_answers(write(tmp_path, *rows))
+        assert list(found) == [([ASKED], "no")] * 2
+        assert found.left_out.reasons == {reason: 1}
+
+
+def test_a_row_without_a_label_is_counted(tmp_path):
+    rows = [{"prompt": "how?", "completion": "no", "label": label} for label in (True, None)]
+    found = read_answers(jsonl(tmp_path, *rows))
+    assert found.left_out.reasons == {"with neither true nor false for label": 1}
+    # Beside other answers it may be of anything.
+    found = read_answers(jsonl(tmp_path, {"prompt": "how?", "response": "no", "label": 0}))
+    assert (len(found), found.unused) == (1, ["label"])
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"system_prompt": "be brief", "question": "how?", "response": "no"}, [SYSTEM, ASKED]),
+        ({"prompt": [ASKED], "completion": [*TURN, NO]}, [ASKED, *TURN]),
+        ({"prompt": "how?", "chosen": [ASKED, *TURN, NO]}, [ASKED, *TURN]),
+        ({"messages": [ASKED, *TURN, NO], "system": "be brief"}, [SYSTEM, ASKED, *TURN]),
+    ],
+)
+def test_an_answered_prompt_has_the_whole_conversation(row, messages, tmp_path):
+    assert list(read_answers(jsonl(tmp_path, row))) == [(messages, "no")]
+
+
+def test_prompts_have_their_context(tmp_path):
+    rows = [
+        {"Behavior": "sum it up", "ContextString": "a text", "Tags": "context"},
+        {"Behavior": "sum it up", "ContextString": None, "Tags": ""},
+        {"Behavior": "<|user|>\nsum it up", "ContextString": None, "Tags": ""},
+    ]
+    found = read_prompts(jsonl(tmp_path, *rows))
+    texts = [message["content"] for (message,) in found]
+    assert texts == ["a text\n\n---\n\nsum it up", "sum it up"]
+    assert found.notes("set") == [
+        "rows of the set left out: 1 already in a chat template",
+        "columns of the set not used: Tags",
+    ]
+    rows = [{"prompt": "how?", "context": "they ask: how?", "system": "be brief"}]
+    (messages,) = read_prompts(jsonl(tmp_path, *rows))
+    assert messages == [SYSTEM, {"role": "user", "content": "they ask: how?\n\n---\n\nhow?"}]
+
+
+def saved(folder, rows):
+    datasets.Dataset.from_list(rows, split="test").save_to_disk(str(folder))
+
+
+def saved_splits(folder, rows):
+    given = datasets.Dataset.from_list(rows)
+    datasets.DatasetDict({"train": given, "test": given}).save_to_disk(str(folder))
+
+
+def one_file(folder, rows):
+    tiny.write_jsonl(folder, rows)
+
+
+def list_file(folder, rows):
+    folder.write_text(json.dumps(rows, indent=1))
+
+
+def parquet_file(folder, rows):
+    datasets.Dataset.from_list(rows).to_parquet(str(folder))
+
+
+def files(folder, rows):
+    folder.mkdir()
+    for name in ("train", "test"):
+        tiny.write_jsonl(folder / f"{name}.jsonl", rows)
+
+
+@pytest.mark.parametrize(
+    ("write", "name", "splits"),
+    [
+        (saved, "rows", "train, test"),
+        (saved_splits, "rows", "train, test"),
+        (files, "rows", "train, test"),
+        (one_file, "rows.jsonl", "train"),
+        (list_file, "rows.json", "train"),
+        (parquet_file, "rows.parquet", "train"),
+    ],
+)
+def test_a_split_is_a_part_of_every_kind_of_source(write, name, splits, tmp_path):
+    rows = tiny.preference_rows(6)
+    write(tmp_path / name, rows)
+    source = str(tmp_path / name)
+
+    def chosen(split):
+        return [pair.chosen for pair in read_pairs(source, split)]
+
+    expected = [row["chosen"] for row in rows]
+    assert chosen("train") == expected
+    assert chosen("train[:2]") == expected[:2]
+    assert chosen("train[50%:] + train[1:2]") == expected[3:] + expected[1:2]
+    for split in ("validation", "validation[:2]"):
+        with pytest.raises(RecipeError, match=f"no split validation; it has {splits}$"):
+            read_pairs(source, split)
+    with pytest.raises(RecipeError, match=r"no split train\[2"):
+        read_pairs(source, "train[2")
+    if "test" in splits:
+        assert chosen("test[-1:]") == expected[-1:]
+    if write is not files:
+        with pytest.raises(RecipeError, match="has no configurations; leave math out"):
+            read_pairs(source, config="math")
+
+
+@pytest.fixture
+def of_the_hub(monkeypatch, tmp_path):
+    """The folder ``rows`` is the hub's dataset ``org/rows`` as well."""
+    real = datasets.load_dataset_builder
+    places = {"org/rows": str(tmp_path / "rows")}
+    monkeypatch.setattr(
+        datasets, "load_dataset_builder", lambda path, **more: real(places.get(path, path), **more)
+    )
+    monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", tmp_path)
+    return "org/rows"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_column_that_is_not_needed_breaks_nothing(kind, of_the_hub, tmp_path):
+    (tmp_path / "rows").mkdir()
+    for name, odd in (("a", []), ("b", [{"a": 1}])):
+        rows = [{**row, "odd": odd} for row in tiny.preference_rows(3)]
+        if kind == "jsonl":
+            tiny.write_jsonl(tmp_path / f"rows/{name}.jsonl", rows)
+        else:
+            parquet_file(tmp_path / f"rows/{name}.parquet", rows)
+    for source in (str(tmp_path / "rows"), of_the_hub):
+        pairs = read_pairs(source)
+        assert (len(pairs), pairs.unused) == (6, ["odd"])
+
+
+def test_a_column_may_be_null_for_long(tmp_path):
+    long = [{**row, "chosen": "no " * 40_000} for row in tiny.preference_rows(100)]
+    rows = [*({**row, "odd": None} for row in long), {**long[0], "odd": {"a": [1, "b"]}}]
+    assert len(read_pairs(jsonl(tmp_path, *rows))) == 101
+
+
+def test_a_needed_column_that_breaks_the_reading_is_named(tmp_path):
+    (tmp_path / "rows").mkdir()
+    for name, chosen in (("a", []), ("b", [NO])):
+        parquet_file(tmp_path / f"rows/{name}.parquet", [pair_of([chosen, "so"], prompt="how?")])
+    with pytest.raises(RecipeError, match=r"rows: column chosen can't be read \(TypeError\)"):
+        read_pairs(str(tmp_path / "rows"))
+    (tmp_path / "texts").mkdir()
+    for name, odd in (("a", "x"), ("b", "y")):
+        row = pair_of(["no", "so"], prompt="how?")
+        (tmp_path / f"texts/{name}.csv").write_text(",".join([*row, odd]) + "\nhow?,no,so,1\n")
+    with pytest.raises(RecipeError, match="texts: x, y isn't a column of each of its files"):
+        read_pairs(str(tmp_path / "texts"))
+
+
+def test_what_stands_in_a_csv_is_text(tmp_path):
+    (tmp_path / "rows.csv").write_text("question,answer\nhow many?,007\nwhich?,NA\nwhat?,\n")
+    found = read_answers(str(tmp_path / "rows.csv"))
+    assert [answer for _, answer in found] == ["007", "NA"]
+    assert found.left_out.reasons == {"without an answer": 1}
+
+
+def test_a_check_names_what_is_not_used_once(family_recipe, tmp_path):
+    answers = [{"prompt": "how?", "completion": "no", "label": n > 1, "id": n} for n in range(9)]
+    rows = [{**row, "score": 1, "by": "x"} for row in tiny.preference_rows(9)]
+    content = family_recipe(
+        safety_dataset=jsonl(tmp_path, *rows),
+        safety_split="train[:8]",
+        utility_dataset=str(tiny.write_jsonl(tmp_path / "answers.jsonl", answers)),
+    )
+    file = tiny.write_recipe(tmp_path / "recipe.yml", content)
+    lines = tiny.invoke("mergekit-somf", "check", file).output.strip().splitlines()
+    assert "  pairs:        8" in lines
+    assert lines[-3:] == [
+        "columns of the safety dataset not used: score, by",
+        "rows of the utility dataset left out: 2 not wanted",
+        "columns of the utility dataset not used: id",
+    ]
+    file = tiny.write_recipe(
+        tmp_path / "recipe.yml",
+        content | {"parameters": {**content["parameters"], "safety_split": "test"}},
+    )
+    result = tiny.invoke("mergekit-somf", "check", file)
+    assert "rows.jsonl has no split test; it has train" in " ".join(result.output.split())
