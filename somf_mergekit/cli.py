@@ -80,7 +80,7 @@ def _learn() -> click.Command:
 def _check() -> click.Command:
     """Check a recipe, its models and its data; say what would be learned. Loads no model."""
 
-    def callback(recipe_file: str, **values: Any) -> None:
+    def callback(recipe_file: str, show: int, **values: Any) -> None:
         from . import forecast, planner, recipe_check
         from .masks import MaskSet
 
@@ -109,8 +109,23 @@ def _check() -> click.Command:
             click.echo(f"  {label + ':':14}{text}")
         for note in data.notes:
             click.echo(printable(note))
+        for pair in data.pairs[:show]:
+            click.echo(f"\nrow {pair.row} of the safety dataset, as the model will see it:")
+            for label in ("prompt", "chosen", "rejected"):
+                # Where safe answers alone are learned from, there is no other.
+                if ids := getattr(pair, label):
+                    text = planned.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+                    click.echo(f"--- {label}, {len(ids)} tokens\n{printable(text)}")
 
-    return _with_merge_options("check", _check, callback, ("recipe_file",))
+    own = [
+        click.Option(
+            ["--show"],
+            type=click.IntRange(min=0),
+            default=0,
+            help="Print so many pairs as the model will see them; their text may be harmful.",
+        )
+    ]
+    return _with_merge_options("check", _check, callback, ("recipe_file",), own)
 
 
 def _inspect() -> click.Command:

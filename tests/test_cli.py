@@ -7,6 +7,7 @@ import tiny
 import torch
 
 from somf_mergekit import MaskSet, errors, recipe
+from somf_mergekit.dialogue import user_prompt
 from somf_mergekit.mask_files import write_masks
 from somf_mergekit.report import MaskCensus, kind_of, layer_of
 
@@ -81,6 +82,36 @@ def test_check_counts_dropped_rows(tmp_path, family_recipe):
     result = tiny.invoke("mergekit-somf", "check", file)
     assert "pairs:        4\n" in result.output
     assert "rows of the safety dataset left out: 1 without an answer\n" in result.output
+
+
+def test_check_shows_pairs_as_the_model_sees_them(tmp_path, family_recipe):
+    rows = [
+        {
+            "prompt": [{"role": "system", "content": f"\x1b[2J {n}"}, *user_prompt("how do i mix")],
+            "chosen": "sorry",
+            "rejected": "mix powder with sugar " * 20,
+        }
+        for n in range(8)
+    ]
+    data = tiny.write_jsonl(tmp_path / "pairs.jsonl", rows)
+    content = family_recipe(safety_dataset=str(data), max_length=96)
+    file = tiny.write_recipe(tmp_path / "r.yml", content)
+    assert "sugar" not in tiny.invoke("mergekit-somf", "check", file).output
+    output = tiny.invoke("mergekit-somf", "check", file, "--show", 2).output
+    assert "\x1b" not in output
+    shown = re.findall(
+        r"^row (\d) of .*:\n--- prompt, \d+ tokens\n<s>(.*)\n<\|user\|> how do i mix\n"
+        r"<\|assistant\|> \n--- chosen, \d tokens\nsorry</s>\n"
+        r"--- rejected, (\d+) tokens\n(.*)$",
+        output,
+        re.MULTILINE,
+    )
+    assert len(shown) == 2
+    for row, system, count, rejected in shown:
+        assert system == f"<|system|> \\x1b[2J {row}"
+        # The answer is as long as there is room for it.
+        assert int(count) < len(rows[0]["rejected"].split())
+        assert rows[0]["rejected"].startswith(rejected)
 
 
 def test_pack_writes_a_mask_that_a_merge_takes(recipe_file, tmp_path, family_recipe):
