@@ -207,7 +207,17 @@ COLUMNS += [
     "input",
     "messages",
 ]
-COLUMNS += ["response", "is_safe", "goal", "behavior", ""]
+COLUMNS += [
+    "response",
+    "is_safe",
+    "goal",
+    "behavior",
+    "system",
+    "context",
+    "completion",
+    "label",
+    "",
+]
 
 
 @anew
