@@ -11,6 +11,7 @@ from mergekit.common import ModelReference
 from mergekit.graph import Executor
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
+from mergekit.tokenizer import PermutedVocabulary
 from safetensors import SafetensorError, safe_open
 
 from .errors import RecipeError
@@ -84,7 +85,7 @@ class PlannedTensor:
     Attributes:
         may_get_mask: whether the recipe's patterns let it have one.
         kept_as: the name under which its mask is kept.
-        shape: of the base's tensor; mergekit may still lengthen the vocabulary axis.
+        shape: as merged, with the vocabulary that mergekit aligns all models to.
         has_vocabulary: whether one of its axes are the tokens.
         granularity: of a mask that would be learned.
         kept_tensors: how many tensors of this shape learning keeps for the task vectors.
@@ -116,7 +117,7 @@ def planned_tensors(planned: PlannedMerge) -> dict[str, PlannedTensor]:
 
 
 def tensor_shapes(planned: PlannedMerge) -> dict[str, tuple[int, ...]]:
-    """Return the base's shapes of the tensors of a merge, as far as file headers tell them."""
+    """Return the shapes of the tensors of a merge, as far as file headers tell them."""
     found = {}
     defined: dict[str, tuple[int, ...]] | None = None
     for weight, task in planned.tensors:
@@ -128,8 +129,25 @@ def tensor_shapes(planned: PlannedMerge) -> dict[str, tuple[int, ...]]:
                 defined = _defined_shapes(planned)
             shape = defined.get(weight.name)
         if shape is not None:
-            found[weight.name] = shape
+            found[weight.name] = _aligned(planned, weight, task, shape)
     return found
+
+
+def _aligned(
+    planned: PlannedMerge, weight: WeightInfo, task: Any, shape: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Return a shape with as many tokens as the tensor has once mergekit has aligned the models."""
+    aligning, gathered, axis = task.gather_tensors, gather_task(task), weight.vocabulary_axis
+    if aligning is gathered or axis is None:
+        return shape
+    if isinstance(aligning, PermutedVocabulary):
+        step = aligning.pad_to_multiple_of or 1
+        many = -(-len(planned.tokenizer_info.tokenizer.get_vocab()) // step) * step
+    else:
+        # Cut to the smallest vocabulary.
+        stored = (_stored_as(model, source) for model, source in gathered.weight_info.items())
+        many = min(found[0][axis] for found in stored if found)
+    return (*shape[:axis], many, *shape[axis + 1 :])
 
 
 def _defined_shapes(planned: PlannedMerge) -> dict[str, tuple[int, ...]]:

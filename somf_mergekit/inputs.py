@@ -22,7 +22,7 @@ from .headers import checkpoint_problems, planned_tensors
 from .held_out import LEAST, MOST, held_out_split
 from .masks import MaskSet
 from .method import mask_shape_problem
-from .plan import PlannedMerge, learning_problem, vocabulary_aligned
+from .plan import PlannedMerge, learning_problem
 from .preferences import (
     EncodedPair,
     Pair,
@@ -176,17 +176,15 @@ def _misfits(planned: PlannedMerge, masks: MaskSet, source: str) -> list[str]:
             f"mask {source}: none of its {len(masks.names())} tensors is in this merge (it has "
             f"{', '.join(masks.names()[:2])} ...): the mask is of another model"
         )
-    aligned = vocabulary_aligned(planned)
     storage = weight_storage(planned.out_config)
     asks = "granularity" in (planned.config.parameters or {})
     for name, mask in planned_for.items():
         if mask.kept_as not in masks:
             continue
-        if name not in aligned:
-            problem = mask_shape_problem(name, masks.shape(mask.kept_as), mask.shape, source)
-            if problem:
-                problems.append(problem)
-                continue
+        problem = mask_shape_problem(name, masks.shape(mask.kept_as), mask.shape, source)
+        if problem:
+            problems.append(problem)
+            continue
         layout = masks.layout(mask.kept_as)
         if asks and layout.shape != mask_layout(mask.granularity, name, mask.shape, storage).shape:
             problems.append(

@@ -1,5 +1,6 @@
 """A merge as mergekit planned it, and what its tasks say."""
 
+import copy
 import importlib.resources
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -10,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
-from mergekit.graph import Executor
 from mergekit.io.tasks import GatherTensors
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 
 from .dialogue import check_words
 from .errors import RecipeError, first_line
+from .merged_tokenizer import MergedTokenizer
 from .model_classes import class_of, empty_model
 from .recipe import Settings, may_get_mask, recipe_settings
 
@@ -35,7 +36,7 @@ class PlannedMerge:
         base_model: the aligned model.
         out_config: transformers configuration of the merged model.
         tensors: each tensor that will be written, with the task that makes it.
-        tokenizer_task: mergekit's task that builds the tokenizer, where the recipe asks for one.
+        tokenizer_task: builds the tokenizer, where the recipe asks for one.
     """
 
     config: MergeConfiguration
@@ -44,7 +45,7 @@ class PlannedMerge:
     base_model: ModelReference
     out_config: Any
     tensors: tuple[tuple[WeightInfo, ExecuteMergeMethodTask], ...]
-    tokenizer_task: Any
+    tokenizer_task: MergedTokenizer | None
 
     @cached_property
     def settings(self) -> Settings:
@@ -69,10 +70,9 @@ class PlannedMerge:
         if self.tokenizer_task is None:
             return None
         try:
-            ((_, info),) = Executor([self.tokenizer_task]).run(quiet=True)
+            return self.tokenizer_task.execute()
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise RecipeError(f"mergekit can't build the merge's tokenizer: {error}") from error
-        return info
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -94,7 +94,8 @@ class PlannedMerge:
         from transformers import AutoTokenizer
 
         if self.tokenizer_info is not None:
-            return self.tokenizer_info.tokenizer
+            # The one that is written stays as it was built.
+            return copy.deepcopy(self.tokenizer_info.tokenizer)
         base = self.base_model.model
         try:
             tokenizer = AutoTokenizer.from_pretrained(
@@ -225,11 +226,6 @@ def few(names: Collection[str]) -> str:
     """Return the first of some names, and how many more there are."""
     shown = ", ".join(sorted(names)[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
-
-
-def vocabulary_aligned(planned: PlannedMerge) -> set[str]:
-    """Return the tensors whose vocabulary axis mergekit aligns before merging."""
-    return {w.name for w, task in planned.tensors if gather_task(task) is not task.gather_tensors}
 
 
 def gather_task(task: ExecuteMergeMethodTask) -> GatherTensors:

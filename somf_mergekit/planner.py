@@ -27,6 +27,7 @@ from .forecast import merge_bytes
 from .held_out import warn
 from .inputs import MergeInputs, merge_inputs
 from .masks import MaskSet
+from .merged_tokenizer import MergedTokenizer
 from .method import MASK_TENSOR
 from .phases import phase, timed
 from .places import File, check_room, place_problems, weight_bytes
@@ -279,6 +280,8 @@ def unchecked_plan(config: MergeConfiguration, options: MergeOptions) -> Planned
             written, architecture, trust_remote_code=options.trust_remote_code
         )
         planner = MergePlanner(written, architecture, options, out_config)
+        if planner._tokenizer_task is not None:
+            planner._tokenizer_task = MergedTokenizer.of(planner._tokenizer_task)
         MergePlanner._plan.__wrapped__(planner)
     except click.ClickException:
         raise

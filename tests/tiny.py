@@ -26,7 +26,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_tokenizer(chat_template=CHAT_TEMPLATE, extra_tokens=()):
+def tiny_tokenizer(chat_template=CHAT_TEMPLATE, extra_tokens=(), words=WORDS):
     """Byte-level BPE over a few sentences."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -37,7 +37,7 @@ def tiny_tokenizer(chat_template=CHAT_TEMPLATE, extra_tokens=()):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([" ".join(WORDS)] * 4, trainer)
+    tokenizer.train_from_iterator([" ".join(words)] * 4, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     )
