@@ -112,7 +112,8 @@ def planned_tensors(planned: PlannedMerge) -> dict[str, PlannedTensor]:
             kept_tensors=1 if is_linear(task_parameters(task)) else len(task.model_order),
         )
         for weight, task in planned.tensors
-        if weight.name in shapes
+        # Of weights that are tied, the first stands for both.
+        if weight.name in shapes and weight.name == task.output_weight.name
     }
 
 

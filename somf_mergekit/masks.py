@@ -158,6 +158,8 @@ class MaskSet:
         return self._spread(name, mask_factor(drawn, rescale, out=drawn))
 
     def _drawn(self, name: str, kind: str, temperature: float, seed: int) -> Tensor:
+        # Weights that are tied share what is drawn.
+        name = self._stored_name(name)
         return mask_from_probabilities(
             self.entries(name), kind, temperature=temperature, seed=seed, name=name
         )

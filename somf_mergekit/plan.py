@@ -6,11 +6,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
+from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
@@ -24,6 +25,8 @@ from .recipe import Settings, may_get_mask, recipe_settings
 if TYPE_CHECKING:
     from .evaluate.sets import EvaluationSets
 
+TaskT = TypeVar("TaskT", bound=Task)
+
 
 @dataclass(frozen=True)
 class PlannedMerge:
@@ -35,7 +38,8 @@ class PlannedMerge:
         options: mergekit's options.
         base_model: the aligned model.
         out_config: transformers configuration of the merged model.
-        tensors: each tensor that will be written, with the task that makes it.
+        tensors: each tensor that will be written, with the task that makes it; tied weights have
+            the task of the first of them.
         tokenizer_task: builds the tokenizer, where the recipe asks for one.
     """
 
@@ -149,6 +153,12 @@ def task_parameters(task: ExecuteMergeMethodTask) -> dict[str, Any]:
     return values
 
 
+def with_fields(task: TaskT, **fields: Any) -> TaskT:
+    """Return one of mergekit's tasks with some of its fields changed."""
+    own = {name: getattr(task, name) for name in type(task).model_fields}
+    return type(task)(**own | fields)
+
+
 def input_names(task: ExecuteMergeMethodTask) -> list[str]:
     """Return the name that a tensor has in each model it is made of, in the task's order."""
     names = gather_task(task).weight_info
@@ -172,9 +182,10 @@ def learning_problem(planned: PlannedMerge) -> str | None:
     language model of it that has the tensors of the merge.
     """
     example = None
-    for weight, task in planned.tensors:
-        if task.base_model != planned.base_model or mask_name(task) != weight.name:
-            example = f"{weight.name} is made of {mask_name(task)} of {task.base_model}"
+    for _, task in planned.tensors:
+        name = task.output_weight.name
+        if task.base_model != planned.base_model or mask_name(task) != name:
+            example = f"{name} is made of {mask_name(task)} of {task.base_model}"
             break
     if example is None and planned.out_config is not None:
         layers = planned.out_config.get_text_config().num_hidden_layers

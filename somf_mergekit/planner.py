@@ -31,7 +31,7 @@ from .merged_tokenizer import MergedTokenizer
 from .method import MASK_TENSOR
 from .phases import phase, timed
 from .places import File, check_room, place_problems, weight_bytes
-from .plan import PlannedMerge, mask_name
+from .plan import PlannedMerge, mask_name, with_fields
 from .plan_check import plan_problems, unused_filters
 from .prepass import CHECKING, learning_date, mask_for
 from .processes import is_first, started
@@ -45,6 +45,7 @@ from .recipe_check import (
 )
 from .recipe_keys import key_problems
 from .report.run import merge_with_report
+from .ties import as_written, copy_ties, is_untied, settled_ties, tie_problems
 
 ARTIFACT_FOLDER = "somf"
 # Marks what of mergekit is wrapped already.
@@ -244,7 +245,8 @@ def _with_checks(original: Callable[[MergePlanner], None]) -> Callable[[MergePla
             planned, inputs = checked_merge(self.config, self.options, found, folder=folder)
             if inputs is not None:
                 planned = with_masks(planned, mask_for(planned, inputs, folder))
-        self._tensors = list(planned.tensors)
+        self._tensors = [(weight, as_written(weight, task)) for weight, task in planned.tensors]
+        copy_ties(planned.out_config, self.out_model_config)
         self._tokenizer_task = planned.tokenizer_task
 
     return plan
@@ -261,7 +263,14 @@ def _planned(
     check_recipe(config, options, problems)
     planned = unchecked_plan(config, options)
     learns = planned.config.merge_method == recipe.METHOD_NAME
-    wrong = plan_problems(planned) if learns else []
+    wrong = tie_problems(planned)
+    wrong += plan_problems(planned) if learns else []
+    if not options.quiet and is_first() and is_untied(planned):
+        click.echo(
+            "somf: a model has an output head of its own, so the merge's is untied from its "
+            "embeddings (tie_word_embeddings: false)",
+            err=True,
+        )
     return planned, [*wrong, *unused_filters(config, planned)]
 
 
@@ -271,6 +280,7 @@ def unchecked_plan(config: MergeConfiguration, options: MergeOptions) -> Planned
     Raises:
         RecipeError: mergekit can't plan it.
     """
+    is_own = config.merge_method in OWN_METHODS
     written = config.model_copy(deep=True)
     recipe.join_patterns(written)
     recipe.apply_preset(written)
@@ -280,13 +290,15 @@ def unchecked_plan(config: MergeConfiguration, options: MergeOptions) -> Planned
             written, architecture, trust_remote_code=options.trust_remote_code
         )
         planner = MergePlanner(written, architecture, options, out_config)
-        if planner._tokenizer_task is not None:
+        if is_own and planner._tokenizer_task is not None:
             planner._tokenizer_task = MergedTokenizer.of(planner._tokenizer_task)
         MergePlanner._plan.__wrapped__(planner)
     except click.ClickException:
         raise
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise RecipeError(f"mergekit can't plan this merge: {error}") from error
+    if is_own:
+        planner._tensors = settled_ties(planner._tensors, out_config, options)
     return PlannedMerge(
         config=planner.config,
         recipe=recipe_text(config),
@@ -374,14 +386,9 @@ def with_mask(task: ExecuteMergeMethodTask, mask: str, **further: Any) -> Execut
         mask: the artifact.
         further: parameters that are to be others than the recipe says.
     """
-    fields = {name: getattr(task, name) for name in type(task).model_fields}
-    fields["parameters"] = {
-        **dict(task.parameters.items()),
-        "mask": mask,
-        MASK_TENSOR: mask_name(task),
-        **further,
-    }
-    return type(task)(**fields)
+    parameters = dict(task.parameters.items())
+    own = {"mask": mask, MASK_TENSOR: mask_name(task), **further}
+    return with_fields(task, parameters=parameters | own)
 
 
 wrap_planner()

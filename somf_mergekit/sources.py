@@ -33,6 +33,7 @@ class LoadedTensor:
         changed: whether any model differs from the base.
         parameters: the somf method's parameters as mergekit resolved them for this tensor.
         vocabulary_axis: the axis of tokens, if there is one.
+        aliases: names of tensors that are tied to it and written alike.
     """
 
     name: str
@@ -42,6 +43,7 @@ class LoadedTensor:
     changed: bool
     parameters: dict[str, Any]
     vocabulary_axis: int | None
+    aliases: tuple[str, ...] = ()
 
     def kept(self, keep: Keep, dtype: torch.dtype) -> "LoadedTensor":
         """Return the same with its tensors put where ``keep`` puts them.
@@ -63,7 +65,11 @@ def loaded_tensors(planned: PlannedMerge) -> Iterator[LoadedTensor]:
     Raises:
         RecipeError: a weight is NaN or infinite.
     """
-    by_task = {task.gather_tensors: (weight, task) for weight, task in planned.tensors}
+    by_task = {task.gather_tensors: (task.output_weight, task) for _, task in planned.tensors}
+    aliases: dict[str, list[str]] = {}
+    for weight, task in planned.tensors:
+        if weight.name != task.output_weight.name:
+            aliases.setdefault(task.output_weight.name, []).append(weight.name)
     executor = Executor(targets=list(by_task), math_device="cpu", storage_device="cpu")
     for gathered, tensors in executor.run(quiet=planned.options.quiet, desc="Reading task vectors"):
         weight, task = by_task[gathered]
@@ -95,6 +101,7 @@ def loaded_tensors(planned: PlannedMerge) -> Iterator[LoadedTensor]:
             changed=changed,
             parameters=parameters,
             vocabulary_axis=weight.vocabulary_axis,
+            aliases=tuple(aliases.get(weight.name, ())),
         )
 
 

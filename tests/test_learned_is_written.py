@@ -5,7 +5,9 @@ import json
 import pytest
 import tiny
 import torch
+import transformers
 from mergekit.options import MergeOptions
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from somf_mergekit import MaskSet
@@ -13,6 +15,7 @@ from somf_mergekit.evaluate.likelihood import preference_margins
 from somf_mergekit.inputs import checked_data
 from somf_mergekit.planner import planned_merge
 from somf_mergekit.recipe_check import read_recipe
+from somf_mergekit.ties import ties_embeddings
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -105,3 +108,149 @@ def test_a_union_of_vocabularies_is_numbered_once_and_for_all(vocabularies, sett
     content["parameters"] = {"mask": str(tmp_path / "one"), "granularity": "row"}
     given = tiny.merged(content, tmp_path / "given")
     assert all(torch.equal(found[name], given[name]) for name in found)
+
+
+def stored(folder, changes=(), **config):
+    """Change what a saved model stores: tensors by name (None takes one out), and its config."""
+    tensors = {**tiny.tensors_of(folder), **dict(changes)}
+    save_file(
+        {k: v.clone() for k, v in tensors.items() if v is not None},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+
+
+def tied_family(root, kind="Llama", head="both"):
+    """A base with tied embeddings and a specialist of it, which store them under these names."""
+    tokenizer = tiny.tiny_tokenizer()
+    sizes = {**SIZES, "vocab_size": len(tokenizer)}
+    torch.manual_seed(0)
+    base = getattr(transformers, f"{kind}ForCausalLM")(
+        getattr(transformers, f"{kind}Config")(**sizes, tie_word_embeddings=True)
+    )
+    for seed, name in enumerate(("base", "math")):
+        tiny.save_model(tiny.perturbed(base, seed) if seed else base, tokenizer, root / name)
+        weight = tiny.tensors_of(root / name)[EMBEDDINGS]
+        if head != "none":
+            stored(root / name, {HEAD: weight, EMBEDDINGS: weight if head == "both" else None})
+    return root / "base", root / "math"
+
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+    "initializer_range": 0.2,
+}
+
+
+SAMPLED = {"mask_kind": "sampled"}
+DROPPED = {"fusion": "dare_linear", "density": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        ("Llama", SAMPLED),
+        ("Llama", DROPPED),
+        ("Llama", {**DROPPED, "exclude": EMBEDDINGS}),
+        # mergekit infers the architecture of this one.
+        ("SmolLM3", SAMPLED),
+    ],
+    ids=["sampled", "dare", "dare without a mask", "inferred"],
+)
+def test_tied_weights_that_are_stored_twice_are_drawn_once(kind, how, settings, tmp_path, caplog):
+    base, math = tied_family(tmp_path, kind)
+    content = tiny.recipe(base, [math], weights=[0.7], **settings, **how)
+    found = tiny.merged(content, tmp_path / "out")
+    assert "duplicated tensors" not in caplog.text
+    assert torch.equal(found[EMBEDDINGS], found[HEAD])
+    assert not torch.equal(found[HEAD], tiny.tensors_of(base)[HEAD])
+    assert_learned_is_written(content, tmp_path / "out")
+    masks = MaskSet.open(tmp_path / "out")
+    assert (HEAD in masks) == (EMBEDDINGS in masks) == ("exclude" not in how)
+    # What merges state dicts has the names alone.
+    if "mask_kind" in how:
+        one, other = (masks.mask(name, "sampled", seed=3) for name in (EMBEDDINGS, HEAD))
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("kind", "written"),
+    # Of an architecture that it infers, mergekit writes what all models store.
+    [("Llama", {HEAD, EMBEDDINGS}), ("SmolLM3", {HEAD})],
+)
+def test_tied_weights_may_be_stored_as_the_head_alone(kind, written, settings, tmp_path):
+    base, math = tied_family(tmp_path, kind, head="alone")
+    content = tiny.recipe(base, [math], weights=[0.7], **settings)
+    found = tiny.merged(content, tmp_path / "out")
+    assert found.keys() & {HEAD, EMBEDDINGS} == written
+    assert_learned_is_written(content, tmp_path / "out")
+    mask = MaskSet.open(tmp_path / "out").probabilities(HEAD)
+    start, trained = (tiny.tensors_of(folder)[HEAD] for folder in (base, math))
+    expected = start + 0.7 * (trained - start) * mask / mask.mean()
+    for name in written:
+        torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_that_part_tied_weights_are_refused(settings, tmp_path):
+    base, math = tied_family(tmp_path)
+    content = tiny.recipe(base, [math], **settings)
+    content["models"][0]["parameters"]["weight"] = [
+        {"filter": "lm_head", "value": 0.2},
+        {"value": 0.5},
+    ]
+    told = tiny.refused(content, tmp_path)
+    assert all(words in told for words in (EMBEDDINGS, HEAD, "different parameters"))
+
+
+@pytest.mark.parametrize("kind", ["Llama", "SmolLM3"])
+@pytest.mark.parametrize("says_tied", [True, False])
+def test_a_head_of_its_own_unties_the_merge(kind, says_tied, settings, tmp_path):
+    content, found = [], []
+    for is_tied in (True, False):
+        base, math = tied_family(tmp_path / f"{is_tied}", kind, head="none")
+        start, embeddings = (tiny.tensors_of(folder)[EMBEDDINGS] for folder in (base, math))
+        head = embeddings + 0.05 * torch.randn(
+            embeddings.shape, generator=torch.Generator().manual_seed(3)
+        )
+        stored(math, {HEAD: head}, tie_word_embeddings=says_tied)
+        if not is_tied:
+            stored(base, {HEAD: start}, tie_word_embeddings=False)
+        content.append(tiny.recipe(base, [math], weights=[0.7], **settings))
+        found.append(tiny.merged(content[-1], tmp_path / f"{is_tied}/out"))
+    out = tmp_path / "True/out"
+    masks = MaskSet.open(out)
+    for name, trained in ((EMBEDDINGS, embeddings), (HEAD, head)):
+        mask = masks.probabilities(name)
+        expected = start + 0.7 * (trained - start) * mask / mask.mean()
+        torch.testing.assert_close(found[0][name], expected, rtol=1e-4, atol=1e-5)
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    assert_learned_is_written(content[0], out)
+    # A base that was untied before gives the same.
+    assert set(found[0]) == set(found[1])
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "counts"),
+    [("Qwen3_5ForConditionalGeneration", "outer"), ("Qwen3_5ForCausalLM", "text_config")],
+)
+def test_the_class_of_a_model_says_which_part_of_its_configuration_ties(kind, counts):
+    config = transformers.Qwen3_5Config(
+        tie_word_embeddings=counts == "outer",
+        text_config={"tie_word_embeddings": counts == "text_config", "num_hidden_layers": 1},
+        vision_config={"depth": 1},
+        architectures=[kind],
+    )
+    assert ties_embeddings(config, MergeOptions())
+    config.tie_word_embeddings, text = not config.tie_word_embeddings, config.get_text_config()
+    text.tie_word_embeddings = not text.tie_word_embeddings
+    assert not ties_embeddings(config, MergeOptions())

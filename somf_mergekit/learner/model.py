@@ -126,6 +126,7 @@ def learning_model(
             shard = placement.shard(tensor)
             fixed[id(place)] = FixedTensor(place, shard, tensor.base, tensor.weight)
             continue
+        aliases |= dict.fromkeys(tensor.aliases, tensor.name)
         values, shard = tensor.parameters, placement.shard(tensor)
         layout = mask_layout(values["granularity"], tensor.name, tensor.shape, storage)
         kept = shard.own_shape if layout.shape == tensor.shape else layout.shape
