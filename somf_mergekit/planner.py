@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import click
@@ -44,6 +45,7 @@ from .recipe_check import (
     recipe_and_problems,
 )
 from .recipe_keys import key_problems
+from .report.card import write_card
 from .report.run import merge_with_report
 from .ties import as_written, copy_ties, is_untied, settled_ties, tie_problems
 
@@ -99,7 +101,7 @@ def wrap_run_merge(module: Any) -> None:
 
         def merge(planned: PlannedMerge, folder: str, how: MergeOptions) -> Any:
             with _told_of_writing(folder):
-                return original(_ready(config, planned), folder, how, text, **further)
+                return _merged(original, config, planned, folder, how, text, **further)
 
         with timed() as seconds:
             folder = artifact_folder(out_path)
@@ -144,9 +146,27 @@ def write_merge(
     """
     if is_masked:
         masks = mask_for(planned, masks, os.path.join(os.path.abspath(out), ARTIFACT_FOLDER))
-    ready = _ready(config, with_masks(planned, masks, is_masked=is_masked))
+    ready = with_masks(planned, masks, is_masked=is_masked)
     with _told_of_writing(out):
-        mergekit.merge.run_merge.__wrapped__(ready, out, options, recipe_text(config))
+        run_merge = mergekit.merge.run_merge.__wrapped__
+        _merged(run_merge, config, ready, out, options, recipe_text(config))
+
+
+def _merged(
+    run_merge: Callable[..., Any],
+    config: MergeConfiguration,
+    planned: PlannedMerge,
+    folder: str,
+    options: MergeOptions,
+    text: str,
+    **further: Any,
+) -> Any:
+    """Return what mergekit's ``run_merge`` returns of a planned merge, and write its model card."""
+    without = options.model_copy(update={"write_model_card": False})
+    result = run_merge(_ready(config, planned), folder, without, text, **further)
+    if options.write_model_card:
+        write_card(config, text, Path(folder))
+    return result
 
 
 def planned_merge(config: MergeConfiguration, options: MergeOptions) -> PlannedMerge:

@@ -64,6 +64,29 @@ def test_a_whole_merge_with_odd_names(family, tmp_path, monkeypatch):
     assert checked.exit_code == 0, checked.output
 
 
+def test_folders_that_might_be_names_on_the_hub_need_no_network(
+    family, tmp_path, monkeypatch, family_recipe
+):
+    """The tests are offline: whoever asks the hub meets an error."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(family / "base", "base")
+    for name in ("math", "code"):
+        shutil.copytree(family / name, f"models/{name}")
+    recipe = family_recipe(max_steps=1)
+    recipe["base_model"] = "base"
+    recipe["models"] = [
+        {"model": f"models/{name}", "parameters": {"weight": 0.5}} for name in ("math", "code")
+    ]
+    tiny.merged(recipe, tmp_path / "out")
+    written = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {"tokenizer.json", "README.md", "mergekit_config.yml", "somf"} <= written
+    assert (tmp_path / "out/somf/report.md").exists()
+    card = (tmp_path / "out/README.md").read_text()
+    assert "SOMF](https://arxiv.org/abs/2405.09055) merge method using ./base as a base" in card
+    assert "* ./models/math\n" in card
+    assert "huggingface.co/models" not in card
+
+
 @pytest.mark.parametrize("name", ["../../etc", "; touch x", "{0}%s", "$(touch x)", "a\x1b[2Jb"])
 @pytest.mark.parametrize("key", ["safety_dataset", "mask", "fusion", "model", "utility_dataset"])
 def test_names_that_are_none_are_told_and_nothing_is_made(

@@ -1,7 +1,11 @@
-"""The section of the merged model's card that says what was done for its safety."""
+"""The merged model's card, and its section that says what was done for its safety."""
 
 import os
 from pathlib import Path
+
+from mergekit.card import generate_card
+from mergekit.common import ModelPath, ModelReference
+from mergekit.config import MergeConfiguration
 
 from ..evaluate.table import value_table
 from ..files import write_whole
@@ -11,6 +15,38 @@ from .writer import TABLE_FILE
 
 CARD = "README.md"
 _BEGIN, _END = "<!-- somf: begin -->", "<!-- somf: end -->"
+
+
+def write_card(config: MergeConfiguration, text: str, out: Path) -> None:
+    """Write mergekit's card of a merge, and its recipe.
+
+    For a folder whose path may be the name of a model there, mergekit would ask the hub, and fail
+    where that can't be reached: before it has written a tokenizer.
+
+    Args:
+        config: the recipe.
+        text: of the recipe.
+        out: the folder of the merged model.
+    """
+    models = [{"model": _named_as_folder(model)} for model in config.referenced_models()]
+    base = config.base_model and _named_as_folder(config.base_model)
+    shown = MergeConfiguration(merge_method=config.merge_method, base_model=base, models=models)
+    card = generate_card(shown, text, os.path.basename(os.path.abspath(out)))
+    for name, content in ((CARD, card), ("mergekit_config.yml", text)):
+        (out / name).write_text(content, encoding="utf-8")
+
+
+def _named_as_folder(model: ModelReference) -> ModelReference:
+    """Return a model whose paths can't be taken for names on the hub, where they are folders."""
+
+    def named(place: ModelPath) -> ModelPath:
+        is_relative = not os.path.isabs(place.path) and os.path.exists(place.path)
+        path = os.path.join(os.curdir, place.path) if is_relative else place.path
+        return place.model_copy(update={"path": path})
+
+    return model.model_copy(
+        update={"model": named(model.model), "lora": model.lora and named(model.lora)}
+    )
 
 
 def write_section(report: Report, folder: Path, out: Path) -> None:
