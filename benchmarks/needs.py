@@ -47,7 +47,6 @@ def main(batch_size: int, micro_batch: int, max_length: int, granularity: str) -
                 config,
                 tensors,
                 computed=2,
-                stored=2,
                 step_tokens=2 * max_length * batch_size,
                 pair_tokens=2 * max_length,
                 on_cpu=is_cpu,
@@ -94,6 +93,7 @@ def _model(
             has_vocabulary="embed" in name,
             granularity=granularity,
             kept_tensors=1,
+            itemsize=2,
         )
         for name, weight in model.named_parameters()
     }

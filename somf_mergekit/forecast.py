@@ -93,13 +93,11 @@ def forecast(planned: PlannedMerge, data: SafetyData, together: Processes = ALON
     free = min(together.gathered([machine.free_memory(device)]))
     free_host = free if on_cpu else min(together.gathered([machine.free_memory("cpu")]))
     autocast = machine.autocast_type(device)
-    stored = 2 if planned.config.dtype in ("float16", "bfloat16") else 4
     tensors = planned_tensors(planned)
     needs = engine_needs(
         planned.out_config,
         tensors,
         computed=autocast.itemsize if autocast else 4,
-        stored=stored,
         step_tokens=2 * settings.max_length * settings.batch_size,
         pair_tokens=2 * settings.max_length,
         processes=together.count,
@@ -184,7 +182,6 @@ def engine_needs(
     tensors: Mapping[str, PlannedTensor],
     *,
     computed: int,
-    stored: int,
     step_tokens: int,
     pair_tokens: int,
     processes: int = 1,
@@ -197,7 +194,6 @@ def engine_needs(
         config: the model's transformers configuration.
         tensors: of the merge, by name.
         computed: bytes of a number in the type the model computes in.
-        stored: the same of the merge's.
         step_tokens: of all sequences of an optimiser step.
         pair_tokens: of a pair's two sequences.
         processes: that learn together.
@@ -213,11 +209,11 @@ def engine_needs(
         size = math.prod(tensor.shape)
         # Embeddings stay float32 under autocast.
         in_model = size * (4 if tensor.has_vocabulary else computed)
-        kept = size * stored
+        kept = size * tensor.itemsize
         linear = tensor.kept_tensors == 1
         if tensor.may_get_mask:
             in_model *= 2  # with the gradient
-            kept += size * (computed if linear else tensor.kept_tensors * stored)
+            kept += size * (computed if linear else tensor.kept_tensors * tensor.itemsize)
             layout = mask_layout(tensor.granularity, name, tensor.shape, storage)
             entries = math.prod(layout.shape)
             kept += _LOGIT_BYTES * entries * (3 if has_moments else 1)

@@ -1,13 +1,14 @@
 """What the checkpoints of a merge say in their headers: what fits, what may get a mask."""
 
 import os
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from mergekit.architecture import WeightInfo
-from mergekit.common import ModelReference
+from mergekit.common import ModelReference, dtype_from_name
 from mergekit.graph import Executor
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
@@ -89,6 +90,7 @@ class PlannedTensor:
         has_vocabulary: whether one of its axes are the tokens.
         granularity: of a mask that would be learned.
         kept_tensors: how many tensors of this shape learning keeps for the task vectors.
+        itemsize: bytes of a number in the type that the models are merged in.
     """
 
     may_get_mask: bool
@@ -97,6 +99,7 @@ class PlannedTensor:
     has_vocabulary: bool
     granularity: str
     kept_tensors: int
+    itemsize: int
 
 
 def planned_tensors(planned: PlannedMerge) -> dict[str, PlannedTensor]:
@@ -110,6 +113,7 @@ def planned_tensors(planned: PlannedMerge) -> dict[str, PlannedTensor]:
             shape=shapes[weight.name],
             granularity=str(task.parameters["granularity"]),
             kept_tensors=1 if is_linear(task_parameters(task)) else len(task.model_order),
+            itemsize=_itemsize(planned, weight, task),
         )
         for weight, task in planned.tensors
         # Of weights that are tied, the first stands for both.
@@ -132,6 +136,16 @@ def tensor_shapes(planned: PlannedMerge) -> dict[str, tuple[int, ...]]:
         if shape is not None:
             found[weight.name] = _aligned(planned, weight, task, shape)
     return found
+
+
+def _itemsize(planned: PlannedMerge, weight: WeightInfo, task: Any) -> int:
+    """Return the bytes of a number in the type that a tensor is merged in."""
+    merged_in = dtype_from_name(weight.force_dtype or planned.config.dtype)
+    if merged_in is not None:
+        return merged_in.itemsize
+    stored = _stored_as(task.base_model, gather_task(task).weight_info[task.base_model])
+    bits = re.match(r"[A-Z]+(\d+)", stored[1]) if stored else None
+    return int(bits[1]) // 8 if bits else torch.float32.itemsize
 
 
 def _aligned(

@@ -45,6 +45,7 @@ class SomfMethod(OwnMethod):
         """Our parameters with those of every fusion that is registered by now."""
         return _spec(fusion_specs())
 
+    @torch.no_grad()
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         """Return the merged tensor, in the base tensor's dtype.
 

@@ -74,7 +74,8 @@ def loaded_tensors(planned: PlannedMerge) -> Iterator[LoadedTensor]:
     for gathered, tensors in executor.run(quiet=planned.options.quiet, desc="Reading task vectors"):
         weight, task = by_task[gathered]
         entries = tuple(
-            TensorEntry(id=model, tensor=tensors[model], is_base=model == task.base_model)
+            # Pickled checkpoints may hold parameters, which ask for gradients.
+            TensorEntry(model, tensors[model].detach(), model == task.base_model)
             for model in task.model_order
             if model in tensors
         )

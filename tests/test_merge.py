@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import tiny
@@ -314,6 +315,28 @@ def test_tied_embeddings_share_one_mask(tmp_path, family):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert "model.embed_tokens.weight" in masks
+
+
+@pytest.mark.parametrize("fusion", ["task_arithmetic", "ties"])
+def test_pickled_parameters_are_taken_as_tensors(fusion, family, family_recipe, tmp_path):
+    """As checkpoints of dict(model.named_parameters()) hold them."""
+    found = []
+    for name in ("safetensors", "pickled"):
+        folder = tmp_path / name
+        shutil.copytree(family / "math", folder)
+        if name == "pickled":
+            (folder / "model.safetensors").unlink()
+            weights = {
+                k: torch.nn.Parameter(t) for k, t in tiny.tensors_of(family / "math").items()
+            }
+            torch.save(weights, folder / "pytorch_model.bin")
+        recipe = family_recipe(
+            fusion=fusion, density=0.5 if fusion == "ties" else None, max_steps=1
+        )
+        recipe["models"][0]["model"] = str(folder)
+        found.append(tiny.merged(recipe, tmp_path / f"{name}-out"))
+    assert set(found[0]) == set(found[1])
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_lora_adapters_are_specialists_too(tmp_path, family):

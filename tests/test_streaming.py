@@ -2,20 +2,23 @@
 
 import copy
 import dataclasses
+import json
 import math
 import os
 import resource
+import shutil
 
 import pytest
 import tiny
 import torch
 from mergekit.options import MergeOptions
+from safetensors.torch import save_file
 from test_learner import TRAJECTORIES, VOCABULARY, make_problem, make_utility, trajectory
 
 from somf_mergekit import construction, machine
 from somf_mergekit.errors import RecipeError
 from somf_mergekit.forecast import forecast
-from somf_mergekit.inputs import checked_data
+from somf_mergekit.inputs import SafetyData, checked_data
 from somf_mergekit.learner import engine, streaming
 from somf_mergekit.learner.layered import LayeredModel
 from somf_mergekit.learner.layers import StreamingImpossible
@@ -169,6 +172,22 @@ def test_the_engine_is_chosen_by_what_is_free(monkeypatch, family_recipe, tmp_pa
                 assert result.exit_code == 0, result.output
                 assert f"{name}: needs about" in result.output
         assert out.exists() == (name != "no")
+
+
+def test_weights_count_by_the_type_that_they_are_merged_in(family, family_recipe, tmp_path):
+    for name in ("base", "math", "code"):
+        shutil.copytree(family / name, tmp_path / name)
+        halves = {k: t.bfloat16() for k, t in tiny.tensors_of(family / name).items()}
+        save_file(halves, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+
+    def memory(folder, **dtype):
+        text = json.dumps({**family_recipe(), "dtype": None, **dtype})
+        content = json.loads(text.replace(str(family), str(folder)))
+        planned = planned_merge(read_recipe(content), MergeOptions())
+        return forecast(planned, SafetyData([], [], "", "", [])).memory
+
+    assert memory(tmp_path) == memory(family, dtype="bfloat16") < memory(family)
+    assert memory(family) == memory(tmp_path, dtype="float32")
 
 
 def test_on_a_gpu_the_engine_is_chosen_by_both_memories(monkeypatch, family_recipe):

@@ -3,6 +3,7 @@
 from collections.abc import Hashable, Mapping
 from typing import Any
 
+import torch
 from mergekit.merge_methods import registry
 from mergekit.merge_methods.base import (
     BasePolicy,
@@ -46,6 +47,7 @@ class RepairMethod(OwnMethod):
             ),
         )
 
+    @torch.no_grad()
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         """Return the repaired tensor, computed in float32, in the base tensor's dtype.
 
