@@ -54,13 +54,19 @@ def make_utility(count=6, seed=9):
 
 
 def make_problem(
-    micro_batch=4, fusion=None, autocast=None, runs=engine.ResidentEngine, layers=2, **parameters
+    micro_batch=4,
+    fusion=None,
+    autocast=None,
+    runs=engine.ResidentEngine,
+    layers=2,
+    tied=False,
+    **parameters,
 ):
     """A tiny Llama, two random task vectors, and random pairs and utility examples."""
     values = {"safety_dataset": "x", "max_steps": 4, "learning_rate": 0.1, "batch_size": 4}
     values |= parameters
     settings = Settings(**values)
-    base = tiny.tiny_llama(0, VOCABULARY, layers=layers)
+    base = tiny.tiny_llama(0, VOCABULARY, layers=layers, tied=tied)
     others = {seed: tiny.perturbed(base, seed) for seed in (1, 2)}
     model = copy.deepcopy(base).eval().requires_grad_(False)
     masked = []

@@ -60,6 +60,24 @@ def test_entries_without_a_gradient_of_their_own_stay(runs, micro_batch, changes
         assert all(own.all() for name, own in moved.items() if "embed" not in name)
 
 
+@pytest.mark.parametrize(
+    ("further", "is_equal"),
+    [({}, True), ({"micro_batch": 1}, False), ({"utility_dataset": "y"}, False)],
+    ids=["one micro-batch", "several", "utility"],
+)
+def test_tied_embeddings_are_learned_alike_up_to_the_order_of_a_sum(further, is_equal):
+    changes = {"max_steps": 3, "tied": True} | further
+    losses, logits = trajectory(make_problem(**changes))
+    other_losses, other = trajectory(make_problem(runs=streaming.StreamingEngine, **changes))
+    apart = torch.cat([(a - b).abs().flatten() for a, b in zip(logits, other, strict=True)])
+    if is_equal:
+        assert losses == other_losses
+        assert not apart.any()
+    else:
+        assert losses == pytest.approx(other_losses, abs=1e-4)
+        assert (apart > 1e-3).float().mean() < 0.01
+
+
 def test_batches_that_go_through_in_groups_give_the_same(monkeypatch):
     monkeypatch.setattr(streaming, "GROUP_TOKENS", 20)
     batches = [token_batch([(e.prompt, e.answer)]) for e in make_utility()]

@@ -40,7 +40,11 @@ class LossNotFinite(ArithmeticError):
 
 
 class Engine(Protocol):
-    """Runs the passes. An engine changes time and memory, never the result."""
+    """Runs the passes. An engine changes time and memory, and of the result the last digits alone.
+
+    Not even these on the CPU in one process, but where tied embeddings get gradients from several
+    micro-batches: the order in which those are added up with the head's is the engine's.
+    """
 
     device: torch.device
 
