@@ -68,7 +68,8 @@ class SomfMethod(OwnMethod):
         factor = _factor(group, masks, parameters)
         vectors = recorded(masks.path)
         kept_as = None if factor is None else str(parameters[MASK_TENSOR] or name)
-        watch = None if vectors is None else vectors.watch(group, kept_as)
+        # A slice may be of the base alone.
+        watch = vectors.watch(group, kept_as) if vectors and group.non_base else None
         if factor is None:
             if watch is not None:
                 show_task_vectors(group, torch.ones((), device=base.device), watch)

@@ -1,14 +1,16 @@
 """Say what is wrong with a recipe as far as its plan tells: values are resolved per tensor."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+from mergekit.architecture import WeightInfo
 from mergekit.config import ConditionalParameter, MergeConfiguration
 from mergekit.merge_methods.base import ParameterScope
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
 from .fusion_check import fusing_problem
 from .fusion_methods import known_fusions
-from .plan import PlannedMerge, source_names, task_parameters
+from .plan import PlannedMerge, gather_task, source_names, task_parameters
 from .recipe_blocks import parameter_blocks
 
 
@@ -24,6 +26,23 @@ def plan_problems(planned: PlannedMerge) -> list[str]:
             tried.add(repr(values))
             problems += _refused(planned, values, task)
     return list(dict.fromkeys(problems))
+
+
+def unread_problems(tensors: Iterable[tuple[WeightInfo, ExecuteMergeMethodTask]]) -> list[str]:
+    """Return a sentence where mergekit takes a tensor from fewer models than its slice has.
+
+    Of the tensors after the last layer it reads as many models as the first slice has sources.
+    """
+    for weight, task in tensors:
+        sources = gather_task(task).weight_info
+        unread = [str(model) for model in task.model_order if model not in sources]
+        if unread:
+            return [
+                f"slices: mergekit would make {weight.name} without {', '.join(unread)}, since the "
+                "first slice has fewer sources than the last: give it as many, for example a model "
+                "with `parameters: {weight: 0}`"
+            ]
+    return []
 
 
 def unused_filters(config: MergeConfiguration, planned: PlannedMerge) -> list[str]:

@@ -33,7 +33,7 @@ from .method import MASK_TENSOR
 from .phases import phase, timed
 from .places import File, check_room, place_problems, weight_bytes
 from .plan import PlannedMerge, mask_name, with_fields
-from .plan_check import plan_problems, unused_filters
+from .plan_check import plan_problems, unread_problems, unused_filters
 from .prepass import CHECKING, learning_date, mask_for
 from .processes import is_first, started
 from .provenance import told_settings
@@ -318,6 +318,7 @@ def unchecked_plan(config: MergeConfiguration, options: MergeOptions) -> Planned
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise RecipeError(f"mergekit can't plan this merge: {error}") from error
     if is_own:
+        raise_together(unread_problems(planner._tensors), WRONG_RECIPE)
         planner._tensors = settled_ties(planner._tensors, out_config, options)
     return PlannedMerge(
         config=planner.config,

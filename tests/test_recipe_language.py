@@ -94,6 +94,33 @@ def test_slices_that_keep_the_bases_layers_are_learned(family, family_recipe, tm
         close(found[name], masked_sum(family, masks, name, {"math": weight}))
 
 
+def test_a_slice_may_be_of_the_base_alone(family, family_recipe, tmp_path):
+    recipe = family_recipe()
+    del recipe["models"]
+    recipe["slices"] = slices_of(family, [0, 1], [1, 2])
+    recipe["slices"][1]["sources"] = [{"model": str(family / "base"), "layer_range": [1, 2]}]
+    file = tiny.write_recipe(tmp_path / "recipe.yml", recipe)
+    result = tiny.invoke("mergekit-yaml", file, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "lacks" not in result.output
+    found, base = tiny.tensors_of(tmp_path / "out"), tiny.tensors_of(family / "base")
+    masks = MaskSet.open(tmp_path / "out")
+    close(found[QUERY.format(0)], masked_sum(family, masks, QUERY.format(0), {"math": 0.5}))
+    assert {name for name in base if torch.equal(found[name], base[name])} == {
+        name
+        for name in base
+        if ".layers.1." in name or name in ("model.norm.weight", "lm_head.weight")
+    }
+    told = json.loads((tmp_path / "out/somf/report.json").read_text())["task_vectors"]
+    assert told["groups"][-1]["before"]["norms"][str(family / "math")] > 0
+    # Of the last slice's models, mergekit would read as many for the head as the first has.
+    recipe["slices"] = [*recipe["slices"][1:], *slices_of(family, [1, 2])]
+    recipe["slices"][0]["sources"][0]["layer_range"] = [0, 1]
+    message = tiny.refused(recipe, tmp_path)
+    assert f"would make model.norm.weight without {family / 'math'}" in message
+    assert "the first slice has fewer sources than the last" in message
+
+
 def test_stacked_layers_are_refused_for_learning_and_take_a_learned_mask(
     family, family_recipe, tmp_path
 ):
