@@ -35,7 +35,7 @@ format: $(VENV)/ready
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.speed $(BENCH)
 
-# Takes many hours; a call that is broken off is called again. BENCH="--list" says what is left.
+# Takes many hours; a call that is broken off is called again.
 bench-compare: $(VENV)/ready
 	$(BIN)/python -m benchmarks.compare $(BENCH)
 

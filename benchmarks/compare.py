@@ -1,156 +1,173 @@
 """Compare ways to merge specialists safely: tuned on validation, measured on test, over seeds."""
 
-import shutil
-import signal
+import json
+import os
+import re
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
+import yaml
 
-from .compare_call import NAME, Call, call_of, read_comparison, seeds_of, with_options
-from .compare_costs import known_seconds
-from .compare_plot import write_plot
-from .compare_record import record_of, restore
-from .compare_runs import Missing, Run
-from .compare_store import claimed, read_json, write_json
-from .compare_table import markdown
-from .compare_work import Comparison
+from .compare_inputs import make_inputs
+from .real_training import PUBLISHED_MODEL
+
+HERE = Path(__file__).parent
+FILES = ("compare", "compare-three")
+PAGES = (HERE.parent / "README.md", *sorted((HERE.parent / "docs").glob("*.md")))
+# Before a table of the documentation, with the names of its rows.
+_SHOWN = re.compile(r"(<!-- compared: ([\w ]+) -->\n)(?:\n(?:\|.*\n)+)?")
+# Of these tables; the record has more.
+COLUMNS = ("model", "refusals", "over-refusals", "preference accuracy", "math loss", "code loss")
+COLUMNS += ("skill gain kept, %", "seconds", "GiB")
+_QUICK = {"max_new_tokens": 16, "max_length": 96, "batch_size": 8, "resamples": 100}
 
 
 @click.command()
-@with_options
 @click.option(
-    "--tune",
-    callback=seeds_of,
-    help="Seeds on whose validation settings are chosen.  [default: the first of --seeds]",
+    "--data",
+    type=click.Path(file_okay=False, exists=True, path_type=Path),
+    help="Folder with the sets as JSON lines (names in real_data.py).  [default: hub]",
 )
-@click.option("--only", help="Names of rows, patterns as in a shell, with commas between them.")
-@click.option("--list", "listed", is_flag=True, help="Say what is done and left; do nothing.")
-@click.option("--table", "tabled", is_flag=True, help="Write what is known; do nothing else.")
-@click.option("--keep", is_flag=True, help="Keep merged models that are measured.")
+@click.option(
+    "--work",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of models, masks and records.  [default: benchmarks/work/compare]",
+)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of table, JSON and plot.  [default: benchmarks/results]",
+)
+@click.option(
+    "--model", default=PUBLISHED_MODEL, show_default=True, help="Hub id or folder to start from."
+)
+@click.option("--seeds", default="0,1,2", show_default=True, help="Whole numbers.")
+@click.option("--only", help="Names of rows, with commas between them.")
+@click.option("--quick", is_flag=True, help="Few prompts, steps and settings, to try the script.")
+@click.option("--docs", is_flag=True, help="Write the documentation's tables alone.")
 def main(
-    tune: tuple[int, ...] | None,
+    data: Path | None,
+    work: Path | None,
+    out: Path | None,
+    model: str,
+    seeds: str,
     only: str | None,
-    listed: bool,
-    tabled: bool,
-    keep: bool,
-    **options: Any,
+    quick: bool,
+    docs: bool,
 ) -> None:
     """Compare safe merges of a small model's specialists over seeds, and write the record.
 
     Needs the package with its dependencies, about 15 GB of disk, 8 GB of memory and, on two cores,
-    many hours: what is done is never done again, a call that is broken off goes on where it was,
-    several calls share the work, and what a record in --out tells of the same runs is taken from
-    it, so that another machine goes on too.
+    many hours: what is done is never done again, and a call that is broken off goes on where it
+    was. The same with `mergekit-somf sweep` on the files that it leaves in the work folder.
     """
-    call = call_of(**options)
-    comparison = read_comparison(call, tune)
-    if not comparison.matching(only):
-        names = ", ".join(row.name for row in comparison.order)
-        raise click.ClickException(f"no row is called {only}; there are {names}")
-    out, command = call.out, _command(call, tune)
-    restored = restore(comparison, read_json(out / f"{NAME}.json"))
-    if restored:
-        click.echo(f"{restored} runs are known from the record in {out}")
-    if listed:
-        click.echo(listing(comparison, only))
+    import somf_mergekit
+
+    somf_mergekit.register()
+    from somf_mergekit.evaluate.sweep import sweep, write_record
+
+    if docs:
+        write_docs()
         return
-    failed: list[str] = []
-    try:
-        if not tabled:
-            with _ending_in_order():
-                failed = _work(
-                    comparison, only, keep, lambda: write_record(comparison, out, command)
-                )
-    finally:
-        click.echo(f"record: {write_record(comparison, out, command)}")
-    if failed:
-        raise click.ClickException(f"{len(failed)} runs failed: {', '.join(failed)}")
+    work = (work or HERE / "work" / ("compare-quick" if quick else "compare")).resolve()
+    out = out or (work if quick else HERE / "results")
+    numbers = [int(seed) for seed in seeds.split(",")]
+    make_inputs(work, data and data.resolve(), model, numbers, quick)
+    for name in FILES:
+        text = (HERE / f"{name}.yml").read_text(encoding="utf-8")
+        filled = text.replace("WORK", str(work)).replace("PYTHON", sys.executable)
+        content = listed(yaml.safe_load(filled), numbers, only, quick)
+        if not content["recipes"]:
+            continue
+        (work / f"{name}.yml").write_text(yaml.safe_dump(content), encoding="utf-8")
+        record = sweep(content, {}, work / "sweep")
+        # Nothing of this machine stands in the record.
+        record = json.loads(json.dumps({**record, "source": text}).replace(str(work), "WORK"))
+        os.makedirs(out, exist_ok=True)
+        write_record(record, out, name)
+        click.echo(f"record: {out / name}.md")
+        if record["failures"]:
+            raise click.ClickException(f"failed: {', '.join(record['failures'])}")
 
 
-def listing(comparison: Comparison, only: str | None) -> str:
-    """Return what is done and left of each row, with the time that is left by what was measured."""
-    known = known_seconds(comparison.bench.models.work)
-    lines, whole = [], Missing()
-    for row, settings in comparison.wanted(only):
-        missing = {k: v for k, v in comparison.missing(row, settings).items() if k not in whole}
-        whole |= missing
-        choice = comparison.choice(row)
-        tuned = len(row.settings) > 1 and choice is not None
-        chosen = f", chosen: {choice.setting}" if choice and tuned else ""
-        state = f"{len(missing)} steps left, {_hours(missing, known)}" if missing else "done"
-        lines.append(f"{row.name}: {state}{chosen}")
-    lines.append(f"all: {len(whole)} steps left, {_hours(whole, known)}")
-    unknown = sorted(set(whole.values()) - set(known))
-    if unknown:
-        lines.append(f"+ what was not timed here yet: {', '.join(unknown)}")
-    return "\n".join(lines)
+def listed(
+    content: dict[str, Any], seeds: list[int], only: str | None, quick: bool
+) -> dict[str, Any]:
+    """Return a sweep file's content for the seeds, with the rows asked for and their reference."""
+    names = only.split(",") if only else [row["name"] for row in content["recipes"]]
+    asked = set(names) & {row["name"] for row in content["recipes"]}
+    content["seeds"] = seeds if content["seeds"] != [0] else seeds[:1]
+    content["recipes"] = [
+        {**row, **({"seeds": seeds[:1]} if "seeds" in row else {})}
+        for row in content["recipes"]
+        if asked and (row["name"] in asked or row["name"] == content["reference"])
+    ]
+    if quick:
+        content["measuring"] = _QUICK
+        for row in content["recipes"]:
+            _shorten(row)
+    return content
 
 
-def write_record(comparison: Comparison, out: Path, command: str) -> Path:
-    """Write JSON, table and plot of what is known, and return the table's file."""
-    out.mkdir(parents=True, exist_ok=True)
-    plot, table = out / f"{NAME}.png", out / f"{NAME}.md"
-    with claimed(comparison.bench.models.work / ".record.lock", wait=True):
-        record = record_of(comparison, command)
-        has_plot = write_plot(record, plot)
-        write_json(out / f"{NAME}.json", record)
-        table.write_text(markdown(record, plot.name if has_plot else None), encoding="utf-8")
-    return table
+def _shorten(row: dict[str, Any]) -> None:
+    """Leave a row two settings, one where a command makes the model, and few steps."""
+    most = 1 if "command" in row else 2
+    over = row.get("over", {})
+    if isinstance(over, dict):
+        first = next(iter(over), None)
+        over = {key: values[: most if key == first else 1] for key, values in over.items()}
+    row["over"] = over[:most] if isinstance(over, list) else over
+    for values in over if isinstance(over, list) else [over]:
+        for name in {"max_steps", "steps"} & set(values):
+            values[name] = [2] if isinstance(values[name], list) else 2
+    parameters = row["recipe"].get("parameters", {}) if isinstance(row.get("recipe"), dict) else {}
+    if parameters.get("max_steps", 1) and "safety_dataset" in parameters:
+        parameters |= {"max_steps": 3, "batch_size": 4, "max_length": 96}
 
 
-@contextmanager
-def _ending_in_order() -> Iterator[None]:
-    """When ended from outside, end what was started, and write what is known."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def shown(text: str, records: list[dict[str, Any]]) -> str:
+    """Return a page with its marked tables as the records have them.
+
+    Raises:
+        click.ClickException: a mark names a row that no record has.
+    """
+    from somf_mergekit.evaluate.sweep import value_table
+    from somf_mergekit.tables import aligned_table
+
+    def table(mark: re.Match[str]) -> str:
+        names = mark[2].split()
+        rows: list[dict[str, str]] = []
+        for record in records:
+            known = {model["name"] for model in record["models"]}
+            # What one record has shown is not shown again of another.
+            here = [name for name in names if name in known]
+            names = [name for name in names if name not in known]
+            lines = value_table(record, names=here).splitlines()
+            head, _, *cells = ([c.strip() for c in line.strip("|").split("|")] for line in lines)
+            rows += [dict(zip(head, of, strict=True)) for of in cells]
+        for row in rows:
+            row["model"] = re.sub(r" \(chosen[^)]*\)$", "", row["model"])
+        if names:
+            raise click.ClickException(f"not in the record: {', '.join(names)}")
+        columns = [name for name in COLUMNS if any(name in row for row in rows)]
+        cells = [[row.get(column, "-") for column in columns] for row in rows]
+        return f"{mark[1]}\n{aligned_table([columns, *cells])}\n"
+
+    return _SHOWN.sub(table, text)
 
 
-def _work(
-    comparison: Comparison, only: str | None, keep: bool, write: Callable[[], object]
-) -> list[str]:
-    """Do what is left, write the record after each run, and return the names of failed runs."""
-    failed: list[str] = []
-    free = shutil.disk_usage(comparison.bench.models.work).free
-    click.echo(f"{free / 2**30:.0f} GiB of disk are free")
-
-    def on_run(run: Run, split: str) -> None:
-        start = time.perf_counter()
-        name = f"seed {run.seed}, {run.name}, {split}"
-        try:
-            run.measure(split)
-        except click.ClickException as error:
-            # The others do not depend on it; the next call tries again.
-            failed.append(name)
-            click.echo(f"{name}: failed: {error.message}", err=True)
-            return
-        values = run.measures(split) or {}
-        told = ", ".join(f"{key} {value:.3f}" for key, value in values.items())
-        click.echo(f"{name}: {told} ({time.perf_counter() - start:.0f} s)")
-        write()
-
-    comparison.work_through(only, keep=keep, on_run=on_run)
-    return failed
-
-
-def _hours(missing: Missing, known: dict[str, float]) -> str:
-    seconds = sum(known.get(kind, 0.0) for kind in missing.values())
-    more = " +" if set(missing.values()) - set(known) else ""
-    return f"{seconds / 3600:.1f} h{more}"
-
-
-def _command(call: Call, tune: tuple[int, ...] | None) -> str:
-    seeds = ",".join(map(str, call.seeds))
-    data = " --data DIR" if call.data else ""
-    tuned = f" --tune {','.join(map(str, tune))}" if tune else ""
-    return f"python -m benchmarks.compare{data} --seeds {seeds}{tuned}{' --quick' * call.quick}"
+def write_docs() -> None:
+    """Write the tables in README.md and docs/ anew from the comparison's record."""
+    files = [HERE / "results" / f"{name}.json" for name in FILES]
+    records = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        new = shown(text, records)
+        if new != text:
+            page.write_text(new, encoding="utf-8")
+            click.echo(f"{page.name}: written anew")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from torch import Tensor
 
@@ -16,6 +18,8 @@ from somf_mergekit.preferences import EncodedPair
 
 # As published with DPO (arXiv 2305.18290).
 BETA = 0.1
+# Pairs that go through the model at once, and the most that a gradient's norm may be.
+_MICRO_BATCH, _CLIPPED = 4, 1.0
 
 
 def dpo_seconds(
@@ -100,3 +104,49 @@ def dpo_backward(log_ratio: Tensor, count: int, objective: str = "dpo", beta: fl
     """
     losses, _ = preference_losses(objective, log_ratio, beta)
     (losses.sum() / count).backward()
+
+
+def batches_of_pairs(source: Path, tokenizer: Any, settings: Any) -> list[list[EncodedPair]]:
+    """Return the pairs of each step that a mask learns from, with recipe settings, in its order."""
+    from somf_mergekit.inputs import preference_data
+    from somf_mergekit.learner.loop import batches
+    from somf_mergekit.preferences import read_pairs
+
+    encoded = preference_data(read_pairs(str(source)), str(source), tokenizer, settings).pairs
+    planned = batches(len(encoded), settings, settings.max_steps)
+    return [[encoded[row] for row in rows] for rows in planned]
+
+
+@click.command()
+@click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--pairs", type=click.Path(exists=True, path_type=Path), required=True)
+@click.option("--seed", type=int, default=0)
+@click.option("--learning-rate", type=float, default=1e-5)
+@click.option("--batch-size", type=int, default=8)
+@click.option("--max-length", type=int, default=128)
+@click.option("--max-steps", type=int, default=60)
+@click.option("--objective", default="dpo")
+def main(model: Path, out: Path, pairs: Path, **given: Any) -> None:
+    """Train MODEL into OUT on the pairs, and in the order, that a mask learns from."""
+    from somf_mergekit.learner.loop import rate_share
+    from somf_mergekit.recipe import Settings
+
+    from .real_training import load_saved, save_whole
+
+    loaded, tokenizer = load_saved(model)
+    settings = Settings(**given)
+    plan = [micro_batches(b, _MICRO_BATCH) for b in batches_of_pairs(pairs, tokenizer, settings)]
+    optimizer = torch.optim.AdamW(loaded.parameters(), lr=0.0, weight_decay=0.0)
+
+    def before_step(step: int) -> None:
+        torch.nn.utils.clip_grad_norm_(loaded.parameters(), _CLIPPED)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * rate_share(step, len(plan), settings.warmup)
+
+    dpo_seconds(loaded, optimizer, plan, before_step, settings.objective, settings.beta)
+    save_whole(loaded, tokenizer, out, given)
+
+
+if __name__ == "__main__":
+    main()

@@ -212,20 +212,22 @@ def _evaluate() -> click.Command:
     return evaluate_command(_evaluate.__doc__ or "")
 
 
-def _frontier() -> click.Command:
-    """Measure a recipe with other values of its parameters: safety against skill, table and plot.
+def _sweep() -> click.Command:
+    """Measure a recipe with other values of its parameters, or a list of recipes: a Pareto front.
 
-    The mask is learned once; the merges are made, measured and deleted one by one.
+    RECIPE is a recipe to sweep by --over, whose mask is learned once, or a sweep file, which lists
+    recipes with what they are tuned and tested on. Merges are made, measured and deleted one by
+    one; table, JSON and plot set safety against skill.
     """
-    from .frontier.command import NAMES, OPTIONS, run_frontier
+    from .evaluate.sweep.sweep_command import NAMES, OPTIONS, run_sweep
 
-    def callback(recipe_file: str, **values: Any) -> None:
+    def callback(recipe: str, **values: Any) -> None:
         own = {name: values.pop(name) for name in NAMES}
-        run_frontier(recipe_file, own, _merge_options(values))
+        run_sweep(recipe, own, _merge_options(values))
 
-    # Merges that do not stay have no report, and the mask's place is in the frontier's folder.
+    # Merges that do not stay have no report, and the mask's place is in the sweep's folder.
     without = ("work_dir", "report")
-    return _with_merge_options("frontier", _frontier, callback, ("recipe_file",), OPTIONS, without)
+    return _with_merge_options("sweep", _sweep, callback, ("recipe",), OPTIONS, without)
 
 
 def _demo() -> click.Command:
@@ -270,7 +272,7 @@ _MAKERS: dict[str, Callable[[], click.Command]] = {
     "pack": _pack,
     "verify": _verify,
     "evaluate": _evaluate,
-    "frontier": _frontier,
+    "sweep": _sweep,
     "demo": _demo,
     "doctor": _doctor,
 }
@@ -294,12 +296,11 @@ def _with_merge_options(
         own: its own options.
         without: settings of the machine that it has no use for.
     """
-    from mergekit.options import PrettyPrintHelp
+    from mergekit.options import OPTION_CATEGORIES, PrettyPrintHelp
     from mergekit.scripts.run_yaml import main as mergekit_yaml
 
     params: list[click.Parameter] = [click.Argument([argument]) for argument in arguments]
     params += own
-    params += [p for p in mergekit_yaml.params if isinstance(p, click.Option)]
     params += [
         click.Option(
             [option.flag], type=option.click_type, envvar=option.variable, help=option.help
@@ -307,6 +308,12 @@ def _with_merge_options(
         for option in machine.OPTIONS
         if option.name not in without
     ]
+    theirs = [p for p in mergekit_yaml.params if isinstance(p, click.Option)]
+    # --help shows the sections in the order in which they come up.
+    order = ("Performance", "Miscellaneous", "Output Settings", "Storage", "Dangerous Options")
+    sections = [OPTION_CATEGORIES.get(str(p.name), "") for p in theirs]
+    ranks = {section: order.index(section) if section in order else -1 for section in sections}
+    params += sorted(theirs, key=lambda p: ranks[OPTION_CATEGORIES.get(str(p.name), "")])
     return PrettyPrintHelp(name=name, params=params, callback=callback, help=maker.__doc__)
 
 

@@ -86,28 +86,6 @@ def _fusion_specs(registered: tuple[MergeMethod, ...]) -> tuple[ParameterSpec, .
     )
 
 
-def fusion_arguments(values: Mapping[str, Any], models: Sequence[Any]) -> dict[str, Any]:
-    """Return all parameters that a fusion goes by, its defaults where nothing is said.
-
-    Args:
-        values: as for ``fusions.fused``.
-        models: ids of the fine-tuned models; what is taken for each is a list in their order.
-
-    Raises:
-        RecipeError: the models have different values of what the fusion takes once.
-    """
-    method = registry.get(values["fusion"])
-    said = own_arguments(method, values, models)
-    found = {}
-    for spec in method.spec.parameters:
-        value = said.get(spec.name, None if spec.required else spec.default)
-        if spec.scope is not ParameterScope.SHARED:
-            by_model = value if isinstance(value, Mapping) else dict.fromkeys(models, value)
-            value = [by_model.get(model) for model in models]
-        found[spec.name] = value
-    return found
-
-
 def own_arguments(
     method: MergeMethod, values: Mapping[str, Any], models: Sequence[Any]
 ) -> Mapping[str, Any]:

@@ -12,13 +12,12 @@ from mergekit.io.tasks import LoaderCache
 from .contracts import versions
 from .data_fit import cut_counts
 from .digests import file_digest, json_digest
-from .fusion_methods import fusion_arguments
 from .held_out import KEY, HeldOut
 from .inputs import SafetyData
 from .learner.tensors import MaskedTensor
 from .masks import MaskSet
 from .method import MASK_TENSOR
-from .plan import PlannedMerge, input_names, task_parameters
+from .plan import PlannedMerge, input_names
 from .recipe_blocks import plain
 from .sources import content_fingerprint
 
@@ -98,23 +97,6 @@ def resolved_learning(planned: PlannedMerge) -> list[Any]:
     """Return what of a recipe decides its mask, as JSON, as far as the recipe itself tells."""
     settings = planned.settings.model_dump(exclude={*_USE_ONLY, "preset"})
     return [settings, [_resolved(planned, *tensor) for tensor in planned.tensors]]
-
-
-def resolved_merge(planned: PlannedMerge, applied: Sequence[str]) -> list[Any]:
-    """Return how each tensor is made, as JSON, equal for recipes that make it in the same way.
-
-    Args:
-        planned: the merge.
-        applied: those of somf's own parameters that count.
-    """
-    found = []
-    for weight, task in planned.tensors:
-        values = task_parameters(task)
-        models = [model for model in task.model_order if model != task.base_model]
-        own = [values[name] for name in applied]
-        arguments = fusion_arguments(values, models)
-        found.append([weight.name, own, arguments, _sources(planned, task)])
-    return found
 
 
 def _resolved(planned: PlannedMerge, weight: Any, task: Any) -> list[Any]:

@@ -30,7 +30,7 @@ def test_help_lists_every_command_and_every_recipe_parameter():
         "pack",
         "verify",
         "evaluate",
-        "frontier",
+        "sweep",
         "demo",
     ):
         assert re.search(rf"^  {name}  +[A-Z]", result.output, re.M), name

@@ -283,14 +283,14 @@ def test_a_repair_over_what_it_reads(family, tmp_path):
     assert "is there, and would be overwritten" in result.output
 
 
-def test_a_frontier_that_would_remove_a_model(family_recipe, family, tmp_path):
+def test_a_sweep_that_would_remove_a_model(family_recipe, family, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(family / "base", out / "merging")
     recipe = family_recipe(safety_eval=str(family / "pairs.jsonl"))
     recipe["base_model"] = str(out / "merging")
     file = tiny.write_recipe(tmp_path / "recipe.yml", recipe)
     arguments = ("--over", "weight=0.5,1", "--out", out)
-    result = tiny.invoke("mergekit-somf", "frontier", file, *arguments)
+    result = tiny.invoke("mergekit-somf", "sweep", file, *arguments)
     assert result.exit_code == 1
     assert f"is in {out / 'merging'}, which is put aside or removed" in result.output
     assert (out / "merging/model.safetensors").exists()

@@ -16,7 +16,7 @@ from PIL import Image
 import somf_mergekit
 from somf_mergekit import RecipeError
 from somf_mergekit.dialogue import prompt_ids, user_prompt
-from somf_mergekit.frontier.points import file_name
+from somf_mergekit.evaluate.sweep.variants import file_name
 from somf_mergekit.learner import passes
 from somf_mergekit.preferences import read_pairs
 from somf_mergekit.rows import dataset_rows

@@ -1,4 +1,4 @@
-"""What is swept: the parameters behind ``--over`` with their values, checked one by one."""
+"""The parameters behind ``--over`` and their values, checked one by one."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mergekit.config import MergeConfiguration
-from mergekit.merge_methods.base import MergeMethod
+from mergekit.merge_methods import registry
 from pydantic import TypeAdapter, ValidationError
 
-from ..declared import Parameter
-from ..fusion_methods import known_fusions
-from ..recipe import parameters
-from ..value_check import nearest
+from ...declared import Parameter
+from ...fusion_methods import known_fusions
+from ...recipe import METHOD_NAME, parameters
+from ...value_check import nearest
 
 WEIGHT, FUSION, KIND, TEMPERATURE, MASK = "weight", "fusion", "mask_kind", "temperature", "mask"
 # Parameters of somf that a merge applies, whatever mask was learned.
@@ -30,8 +30,6 @@ DEFAULTS: dict[str, tuple[Any, ...]] = {
     "max_steps": (60, 120, 240),
     "seed": (0, 1, 2),
 }
-# A factor on all weights.
-_FACTOR = "a number > 0"
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,8 @@ class Swept:
 
     Attributes:
         name: of the parameter.
-        values: that it takes; of ``weight``, factors on all models' weights.
-        relearns: whether each value asks for a mask of its own.
+        values: the values; of ``weight``, factors on all models' weights.
+        relearns: whether each value needs a mask of its own.
         fuses: whether the merge without a mask depends on it too.
     """
 
@@ -70,59 +68,55 @@ def parsed_over(texts: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:
 def swept_parameters(
     over: Mapping[str, Sequence[Any]], config: MergeConfiguration
 ) -> tuple[list[Swept], list[str]]:
-    """Return what is swept, and everything that is wrong with it, a sentence each.
+    """Return the swept parameters, and everything that is wrong with them, a sentence each.
 
     Args:
-        over: values by parameter; the defaults for those without.
-        config: the recipe.
+        over: values by parameter; the usual ones for those without.
+        config: the recipe, of any merge method.
     """
-    problems = [] if over else ["nothing is swept: name a parameter with --over KEY=VALUE,..."]
-    own = {parameter.name: parameter for parameter in parameters()}
-    fusions = _fusions(over, config, own[FUSION].default)
-    theirs = {spec.name: spec for fusion in fusions for spec in fusion.spec.parameters}
-    named = " nor ".join(fusion.spec.name for fusion in fusions)
-    found = []
+    is_somf = config.merge_method == METHOD_NAME
+    own = {parameter.name: parameter for parameter in parameters()} if is_somf else {}
+    methods = [registry.get(config.merge_method)]
+    if is_somf:
+        given = over.get(FUSION) or [(config.parameters or {}).get(FUSION, own[FUSION].default)]
+        known = known_fusions()
+        methods = [known[str(name)] for name in given if str(name) in known]
+    theirs = {spec.name: spec for method in methods for spec in method.spec.parameters}
+    named = " nor ".join(["neither somf"] * is_somf + [method.spec.name for method in methods])
+    found, problems = [], []
     for name, given in over.items():
         if name.endswith("_eval"):
             problems.append(
-                f"--over {name}: is what merges are measured on, not how one is made; all points "
+                f"--over {name}: is what merges are measured on, not how one is made; all merges "
                 "are measured on the same"
             )
-            continue
-        if name in own:
-            default = _defaults(name, own[name].value_type)
-            values = _read(name, given or default, own[name].value_type, own[name].type_text)
-        elif name in theirs:
-            kind = theirs[name].value_type
-            told = _FACTOR if name == WEIGHT else getattr(kind, "__name__", str(kind))
-            values = _read(name, given or _defaults(name, kind), kind, told)
+        elif name not in own and name not in theirs:
+            hint = nearest(name, [*own, *theirs])
+            verb = "has it" if is_somf else "doesn't have it"
+            problems.append(f"--over {name}: unknown parameter{hint}; {named} {verb}")
         else:
-            problems.append(
-                f"--over {name}: unknown parameter{nearest(name, [*own, *theirs])}; neither somf "
-                f"nor {named or 'the fusion'} has it"
-            )
-            continue
-        problems += [value for value in values if isinstance(value, _Wrong)]
-        fuses = name not in own or name == FUSION
-        found.append(Swept(name, tuple(dict.fromkeys(values)), False, fuses))
-    if problems:
-        return found, list(map(str, problems))
+            kind = own[name].value_type if name in own else theirs[name].value_type
+            type_text = own[name].type_text if name in own else getattr(kind, "__name__", str(kind))
+            type_text = "a number > 0" if name == WEIGHT else type_text
+            values, wrong = _read(name, given or _defaults(name, kind), kind, type_text)
+            problems += wrong
+            fuses = name not in own or name == FUSION
+            found.append(Swept(name, tuple(dict.fromkeys(values)), False, fuses))
+    if problems or not is_somf:
+        return found, problems
     return _classified(found, config, own)
 
 
 def _classified(
     swept: list[Swept], config: MergeConfiguration, own: Mapping[str, Parameter]
 ) -> tuple[list[Swept], list[str]]:
-    """Tell what asks for a mask of its own from what is applied; refuse what changes nothing."""
+    """Mark the parameters that decide the mask; refuse those that change nothing."""
     given = config.parameters or {}
     has_mask = MASK in given or any(s.name == MASK for s in swept)
     has_utility = "utility_dataset" in {*given, *(s.name for s in swept)}
     kinds = next((s.values for s in swept if s.name == KIND), (given.get(KIND, own[KIND].default),))
-    applied = list(APPLIED)
-    if kinds == ("sampled",):
-        applied.append(TEMPERATURE)
-    if has_mask:
-        applied += _APPLIED_TO_GIVEN
+    applied = [*APPLIED, *([TEMPERATURE] if kinds == ("sampled",) else [])]
+    applied += _APPLIED_TO_GIVEN if has_mask else []
     found, problems = [], []
     for one in swept:
         relearns = not (one.fuses or one.name in applied)
@@ -140,19 +134,6 @@ def _classified(
     return found, problems
 
 
-def _fusions(
-    over: Mapping[str, Sequence[Any]], config: MergeConfiguration, default: str
-) -> list[MergeMethod]:
-    """Return the fusions that points have, those that are known."""
-    named = over.get(FUSION) or [(config.parameters or {}).get(FUSION, default)]
-    known = known_fusions()
-    return [known[str(name)] for name in named if str(name) in known]
-
-
-class _Wrong(str):
-    """A sentence that stands for a value that can't be read."""
-
-
 def _defaults(name: str, kind: Any) -> tuple[Any, ...]:
     """Return the values that a parameter takes where none is given; there may be none."""
     if name in DEFAULTS:
@@ -163,23 +144,22 @@ def _defaults(name: str, kind: Any) -> tuple[Any, ...]:
     return tuple(schema.get("enum", ()))
 
 
-def _read(name: str, given: Sequence[Any], kind: Any, told: str) -> list[Any]:
-    """Return values in their parameter's type, a sentence in place of what is none."""
+def _read(
+    name: str, given: Sequence[Any], kind: Any, type_text: str
+) -> tuple[list[Any], list[str]]:
+    """Return values in their parameter's type, and a sentence for each that can't be read."""
     if not given:
-        return [_Wrong(f"--over {name}: has no usual values; name some: --over {name}=VALUE,...")]
+        return [], [f"--over {name}: has no usual values; name some: --over {name}=VALUE,..."]
     found: list[Any] = []
+    problems = []
     for value in given:
         try:
             read = TypeAdapter(kind).validate_strings(str(value))
         except ValidationError:
             read = None
-        is_number = isinstance(read, float)
-        if (
-            read is None
-            or (is_number and not math.isfinite(read))
-            or (name == WEIGHT and read <= 0)
-        ):
-            found.append(_Wrong(f"--over {name}: {value!r} is not {told}"))
+        infinite = isinstance(read, float) and not math.isfinite(read)
+        if read is None or infinite or (name == WEIGHT and read <= 0):
+            problems.append(f"--over {name}: {value!r} is not {type_text}")
         else:
             found.append(read)
-    return found
+    return found, problems

@@ -1,0 +1,220 @@
+"""One model after the other: made, measured, deleted; what is known isn't made again."""
+
+import json
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import mergekit.merge
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache
+from mergekit.options import MergeOptions
+
+from ...contracts import versions
+from ...digests import file_digests, json_digest
+from ...errors import RecipeError, first_line
+from ...files import write_whole
+from ...learner.interruption import LearningInterrupted
+from ...masks import MaskSet
+from ...planner import planned_merge, write_merge
+from ...progress import no_model_bars
+from ...recipe_blocks import plain
+from ...sources import content_fingerprint
+from ..models import content_digest
+from ..runner import evaluated
+from ..sets import EvaluationSets
+from ..settings import NamedModel
+from ..store import Store
+from .over import MASK
+from .scoring import measures_of
+from .sweep_check import WORK, PlannedSweep
+from .sweep_file import MERGED, OUT, any_recipe, filled
+from .variants import PLAIN, Variant, file_name, with_values
+
+MEASURED, RECORDS, KEPT = "measured", "records", "merges"
+# What of a model's folder a merge takes beside the weights.
+_TEXTS = ("*.json", "*.jinja", "*.model", "*.txt")
+
+
+@dataclass
+class Making:
+    """How the models of a sweep are made and measured.
+
+    Attributes:
+        planned: the sweep.
+        store: of what is measured.
+        out: its folder.
+        options: mergekit's.
+        keep: whether merges stay.
+        say: reports what is done.
+    """
+
+    planned: PlannedSweep
+    store: Store
+    out: Path
+    options: MergeOptions
+    keep: bool
+    say: Callable[[str], None]
+    _contents: dict[ModelReference, Any] = field(default_factory=dict)
+    _masks: dict[str, MaskSet | Exception] = field(default_factory=dict)
+    _seconds: dict[str, float] = field(default_factory=dict)
+
+    def of_base(self, sets: EvaluationSets) -> dict[str, Any]:
+        """Return what is measured of the aligned base, as ``measured`` does."""
+        return {"measures": self._measures(self.planned.base, sets)}
+
+    def measured(self, variant: Variant, sets: EvaluationSets) -> dict[str, Any]:
+        """Return what is measured of a model, which is made now where it has to be.
+
+        Returns:
+            ``measures``, see ``scoring.measures_of``, and ``seconds`` of learning and merging.
+
+        Raises:
+            RecipeError: it can't be made or measured.
+        """
+        if variant.model:
+            return {"measures": self._measures(NamedModel(variant.label, variant.model), sets)}
+        key = self._key(variant)
+        settings = self.planned.settings
+        measuring = asdict(settings) | {"place": settings.place}
+        record = self.out / RECORDS / f"{json_digest([key, sets.digest, measuring])[:32]}.json"
+        kept = self.out / KEPT / f"{file_name(variant.label)}-{key[:8]}"
+        if record.exists() and (kept.exists() or not self.keep):
+            return dict(json.loads(record.read_text(encoding="utf-8")))
+        folder = kept if kept.exists() else self._made(variant, key, kept)
+        if record.exists():
+            return dict(json.loads(record.read_text(encoding="utf-8")))
+        found: dict[str, Any] = {
+            "measures": self._measures(NamedModel(variant.label, str(folder)), sets)
+        }
+        if key in self._seconds:
+            found["seconds"] = self._seconds[key]
+        record.parent.mkdir(exist_ok=True)
+        write_whole(record, json.dumps(found, indent=1) + "\n")
+        return found
+
+    def clear(self) -> None:
+        """Delete the models that don't stay."""
+        shutil.rmtree(self.out / WORK, ignore_errors=True)
+
+    def _key(self, variant: Variant) -> str:
+        """Return a key of all that decides a model's weights."""
+        mask = None
+        if variant.takes_mask and variant.kind != PLAIN:
+            mask = file_digests([self._mask(variant).path])[0]
+            without = with_values(variant.recipes[0], {MASK: ""})
+            variant = replace(variant, recipes=(without, *variant.recipes[1:]))
+        LoaderCache().setup(options=self.options)
+        for recipe in variant.recipes:
+            for model in recipe.referenced_models():
+                if str(model) != MERGED and model not in self._contents:
+                    folder = Path(LoaderCache().get(model).index.base_path)
+                    texts = content_digest(folder, _TEXTS)
+                    self._contents[model] = [content_fingerprint(model), texts]
+        recipes = [
+            [plain(r), [self._contents.get(m) for m in sorted(r.referenced_models(), key=str)]]
+            for r in variant.recipes
+        ]
+        draws = [variant.seed, self.options.random_seed, variant.kind == PLAIN]
+        return json_digest([recipes, mask, variant.command, draws, versions()])
+
+    def _mask(self, variant: Variant) -> MaskSet:
+        wanted = self.planned.masks[variant.mask]
+        if wanted.place not in self._masks:
+            try:
+                self._masks[wanted.place] = wanted.masks()
+            except LearningInterrupted:
+                raise
+            except Exception as error:
+                # Not tried again for each of its merges.
+                self._masks[wanted.place] = error
+        found = self._masks[wanted.place]
+        if isinstance(found, Exception):
+            reason = first_line(found)
+            raise RecipeError(f"the mask of {wanted.label} can't be learned: {reason}") from found
+        return found
+
+    def _made(self, variant: Variant, key: str, kept: Path) -> Path:
+        """Return the folder of a model, made now where it isn't there."""
+        work = self.out / WORK
+        place = kept if self.keep else work / kept.name
+        if place.exists():
+            return place
+        self.say(f"merging {variant.label}")
+        changed: dict[str, Any] = {"quiet": True, "safe_serialization": True}
+        changed |= {} if self.keep else {"write_model_card": False}
+        changed |= {} if variant.seed is None else {"random_seed": variant.seed}
+        options = self.options.model_copy(update=changed)
+        masks = self._mask(variant) if variant.takes_mask else None
+        last = partial = work / "partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        start = time.perf_counter()
+        try:
+            with no_model_bars():
+                for number, recipe in enumerate(variant.recipes):
+                    given = None if number else masks
+                    config = any_recipe(filled(plain(recipe), {MERGED: last})) if number else recipe
+                    last = partial / str(number)
+                    _write(config, given, last, options, is_masked=variant.kind != PLAIN)
+            if variant.command:
+                last = _commanded(variant.command, last, partial / "commanded")
+            seconds = time.perf_counter() - start
+            if masks and variant.kind != PLAIN:
+                seconds += self.planned.masks[variant.mask].seconds()
+            self._seconds[key] = seconds
+            place.parent.mkdir(exist_ok=True)
+            last.rename(place)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return place
+
+    def _measures(self, model: NamedModel, sets: EvaluationSets) -> dict[str, Any]:
+        evaluation = evaluated(
+            list(dict.fromkeys([self.planned.base, model])),
+            sets,
+            self.planned.settings,
+            self.store,
+            quiet=self.options.quiet,
+            distances=False,
+        )
+        return measures_of(evaluation, model.name)
+
+
+def _write(
+    recipe: MergeConfiguration,
+    masks: MaskSet | None,
+    folder: Path,
+    options: MergeOptions,
+    *,
+    is_masked: bool,
+) -> None:
+    """Write the merge of a recipe, one of somf with its masks or as if it had none."""
+    if masks is None:
+        mergekit.merge.run_merge(recipe.model_copy(deep=True), str(folder), options)
+        return
+    recipe = with_values(recipe, {MASK: masks.path})
+    planned = planned_merge(recipe, options)
+    write_merge(recipe, planned, masks, str(folder), options, is_masked=is_masked)
+
+
+def _commanded(command: str, model: Path, out: Path) -> Path:
+    """Run a command that makes a model from another one, and return its folder.
+
+    Raises:
+        RecipeError: it fails, or makes no model.
+    """
+    words = [filled(word, {MERGED: model, OUT: out}) for word in shlex.split(command)]
+    try:
+        subprocess.run(words, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise RecipeError(f"the command {words[0]} failed: {first_line(error)}") from error
+    if not (out / "config.json").exists():
+        raise RecipeError(f"the command {words[0]} wrote no model to {OUT}")
+    return out

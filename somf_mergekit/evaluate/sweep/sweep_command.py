@@ -1,0 +1,89 @@
+"""The command ``mergekit-somf sweep``: its options, and what is done with them."""
+
+from typing import Any
+
+import click
+from click.core import ParameterSource
+from mergekit.options import MergeOptions
+
+from ...errors import RecipeError
+from ..options import MEASURING_OPTIONS, SET_OPTIONS, named, option
+from ..settings import EvaluationSettings
+from .over import parsed_over
+from .sweep_file import Sources
+from .sweep_table import NAME, value_table
+from .sweeping import content_of, is_sweep_file, sweep
+
+OPTIONS = (
+    option(
+        "--over",
+        "A parameter of the recipe and its values, or the parameter alone for its usual ones. Of "
+        "weight: factors on all models' weights. Repeatable; all values are combined with all.",
+        metavar="KEY[=VALUE,...]",
+        multiple=True,
+    ),
+    option(
+        "--out",
+        f"Folder for {NAME}.md, {NAME}.json, {NAME}.png, the masks, and what a later run goes on "
+        "from. Generated answers, harmful ones among them, are stored in measured/answers.jsonl.",
+        type=click.Path(file_okay=False),
+        required=True,
+    ),
+    *SET_OPTIONS,
+    option("--relearn", "Learn a mask for each value of what decides it.", is_flag=True),
+    option("--keep", "Leave the merges in the folder's `merges`.", is_flag=True),
+    *MEASURING_OPTIONS,
+)
+NAMES = tuple(str(own.name) for own in OPTIONS)
+
+
+def run_sweep(source: str, values: dict[str, Any], options: MergeOptions) -> None:
+    """Make a sweep from what the command line says.
+
+    Args:
+        source: the file of a recipe, or of a sweep.
+        values: of OPTIONS, by their names.
+        options: mergekit's.
+
+    Raises:
+        RecipeError: something is wrong, or a merge failed.
+    """
+    out, relearn, keep = values.pop("out"), values.pop("relearn"), values.pop("keep")
+    over, problems = parsed_over(values.pop("over"))
+    skills = named(values.pop("skill"), "--skill", "NAME=FILE", problems)
+    named_twice = {name for name, _ in skills if [n for n, _ in skills].count(name) > 1}
+    problems += [f"--skill {name}: two skills have this name" for name in sorted(named_twice)]
+    sources = {name: values.pop(name) for name in ("safety", "harmless", "pairs")}
+    settings = EvaluationSettings(
+        device=options.device or "cpu", trust_remote_code=options.trust_remote_code, **values
+    )
+    if is_sweep_file(content_of(source)):
+        problems += [f"{flag}: is for one recipe; say it in {source}" for flag in _given()]
+    record = sweep(
+        source,
+        over,
+        out,
+        sources=Sources(**sources, skills=dict(skills)),
+        settings=settings,
+        options=options,
+        relearn=relearn,
+        keep=keep,
+        problems=problems,
+    )
+    click.echo(value_table(record))
+    click.echo(f"in {out}: {NAME}.md, {NAME}.png")
+    failures = record["failures"]
+    if failures:
+        listed = "; ".join(f"{name}: {why}" for name, why in failures.items())
+        raise RecipeError(f"{len(failures)} of the sweep failed: {listed}")
+
+
+def _given() -> list[str]:
+    """Return the flags on the command line that say how one recipe is swept and measured."""
+    context = click.get_current_context()
+    own = [o for o in OPTIONS if o.name not in ("out", "keep")]
+    return [
+        o.opts[0]
+        for o in own
+        if context.get_parameter_source(str(o.name)) is ParameterSource.COMMANDLINE
+    ]

@@ -1,0 +1,120 @@
+"""The masks of a sweep: which there are, and which are to be learned."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergekit.options import MergeOptions
+
+from ...digests import json_digest
+from ...errors import RecipeError
+from ...inputs import SafetyData, checked_data, given_mask
+from ...learner.loop import step_count
+from ...mask_folder import MASKS_FILE
+from ...masks import MaskSet
+from ...plan import PlannedMerge
+from ...planner import planned_merge
+from ...prepass import mask_for
+from ...provenance import resolved_learning
+from ...report.curve import training_history
+from .variants import RECIPE_LABEL, Variant, file_name
+
+OWN_FOLDER, FURTHER_FOLDER = "mask", "masks"
+
+
+@dataclass(frozen=True)
+class WantedMask:
+    """A mask that variants share.
+
+    Attributes:
+        label: what it is learned with, or where it is given.
+        place: its folder, or its file where it is given.
+        planned: what learns it; None for one that is given.
+        data: that it is learned on; None likewise.
+    """
+
+    label: str
+    place: str
+    planned: PlannedMerge | None = None
+    data: SafetyData | None = None
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps that learn it."""
+        if self.planned is None or self.data is None:
+            return 0
+        return step_count(self.planned.settings, len(self.data.pairs))
+
+    def masks(self) -> MaskSet:
+        """Return the mask, learned now where it has to be."""
+        if self.planned is None or self.data is None:
+            return MaskSet.open(self.place)
+        return mask_for(self.planned, self.data, self.place)
+
+    def seconds(self) -> float:
+        """Return how long its steps took, 0 for a mask that is given."""
+        return sum(row["seconds"] for row in training_history(Path(self.place)) if self.planned)
+
+
+def wanted_masks(
+    variants: Iterable[Variant], out: Path, options: MergeOptions
+) -> tuple[dict[str, WantedMask], list[str]]:
+    """Return the masks by what variants call them, the same object for equal ones, and problems.
+
+    Nothing is loaded: merges are planned, and safety data is read.
+
+    Args:
+        variants: those that take masks.
+        out: the sweep's folder; masks that have to be learned go there.
+        options: mergekit's.
+    """
+    found: dict[str, WantedMask] = {}
+    same: dict[str, WantedMask] = {}
+    problems: list[str] = []
+    # The recipe's own first: it gives its name and folder to those that are the same.
+    for variant in sorted(variants, key=lambda variant: variant.mask != RECIPE_LABEL):
+        label = variant.mask
+        if label in found:
+            continue
+        try:
+            planned = planned_merge(variant.learns or variant.recipes[0], options)
+            if variant.learns is None:
+                found[label] = WantedMask(label, given_mask(planned, label).path)
+                continue
+            key = json_digest([list(map(str, planned.models)), resolved_learning(planned)])
+            if key not in same:
+                place, data = str(_folder(out, label)), checked_data(planned)
+                same[key] = WantedMask(label, place, planned, data)
+            found[label] = same[key]
+        except RecipeError as error:
+            problems += [f"{label}: {problem}" for problem in error.problems]
+            found[label] = WantedMask(label, "")
+    return found, problems
+
+
+def relearning_problem(wanted: Iterable[WantedMask], asked: str, out: Path) -> str | None:
+    """Return a sentence where masks beside the recipe's own, in ``out``, would have to be learned.
+
+    Args:
+        wanted: all masks.
+        asked: the parameters that ask for them.
+        out: the sweep's folder.
+    """
+    distinct = {mask.place: mask for mask in wanted if mask.planned}
+    missing = [m for p, m in distinct.items() if not (Path(p) / MASKS_FILE).exists()]
+    if all(Path(mask.place) == out / OWN_FOLDER for mask in missing):
+        return None
+    return (
+        f"{asked} decides how a mask is learned: {len(missing)} would have to be learned, "
+        f"{sum(mask.steps for mask in missing):,} optimiser steps. Give --relearn to learn each "
+        "once, into a folder of its own; sweep weight, mask_kind, mask_rescale or the fusion's own "
+        "parameters to use one mask for all."
+    )
+
+
+def _folder(out: Path, label: str) -> Path:
+    """Return the folder of a mask that is to be learned."""
+    if label == RECIPE_LABEL:
+        return out / OWN_FOLDER
+    name = file_name(label)
+    return out / FURTHER_FOLDER / (name if name == label else f"{name}-{json_digest(label)[:8]}")
