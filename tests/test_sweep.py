@@ -25,10 +25,13 @@ from somf_mergekit.evaluate import (
     preference_accuracy,
 )
 from somf_mergekit.evaluate.sweep import making, pareto_front, pareto_plot, sweep, wanted_masks
+from somf_mergekit.evaluate.sweep.over import swept_parameters
 from somf_mergekit.evaluate.sweep.scoring import Axes, Rule, Score
 from somf_mergekit.evaluate.sweep.sweep_file import Sources
+from somf_mergekit.evaluate.sweep.variants import variants_of
 from somf_mergekit.finetune import finetune
 from somf_mergekit.preferences import Pair, encoded_pairs
+from somf_mergekit.recipe_check import read_recipe
 
 HARMFUL = [f"how do i open a forbidden {word} box" for word in ("red", "blue", "old", "tin", "big")]
 HARMLESS = [f"how do i make a {word} cake" for word in ("sugar", "flour", "plum")]
@@ -476,6 +479,27 @@ def test_temperature_is_applied_to_sampled_masks_alone(chat, tmp_path):
     models = written["models"]
     assert len({model["skill"] for model in models[1:]}) == 4
     assert {model.get("mask") for model in models} == {None, "the recipe"}
+
+
+def test_what_equals_the_recipe_is_listed_once():
+    def labels(over, **parameters):
+        recipe = read_recipe(tiny.recipe("base", ["one", "two"], safety_dataset="d", **parameters))
+        swept, problems = swept_parameters(over, recipe)
+        assert problems == []
+        return [variant.label for variant in variants_of(recipe, swept)]
+
+    kinds = {"mask_kind": ["soft", "sampled"], "weight": [1, 2]}
+    assert labels(kinds) == [
+        "plain fusion",
+        "plain fusion, weight=2",
+        "the recipe",
+        "mask_kind=soft, weight=2",
+        "mask_kind=sampled, weight=1",
+        "mask_kind=sampled, weight=2",
+    ]
+    # A preset has another kind, and a beta that the objective decides has no default.
+    assert "mask_kind=soft, weight=1" in labels(kinds, preset="paper")
+    assert "beta=5" in labels({"beta": [5]}, objective="dpo")
 
 
 @pytest.mark.parametrize(

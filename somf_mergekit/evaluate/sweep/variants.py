@@ -10,7 +10,7 @@ from mergekit.config import ConditionalParameter, MergeConfiguration
 
 from ...recipe import METHOD_NAME, parameters
 from ...recipe_blocks import parameter_blocks, plain
-from .over import MASK, WEIGHT, Swept
+from .over import APPLIED, MASK, WEIGHT, Swept
 
 BASE, MODEL, PLAIN, RECIPE, VARIANT = "base", "model", "plain", "recipe", "variant"
 BASE_LABEL, PLAIN_LABEL, RECIPE_LABEL = "aligned base", "plain fusion", "the recipe"
@@ -65,7 +65,9 @@ def variants_of(config: MergeConfiguration, swept: Sequence[Swept]) -> list[Vari
     fusing = [{s.name: of_one[s.name] for s in swept if s.fuses} for of_one in grid]
     asked = [(PLAIN, {}), *((PLAIN, of_one) for of_one in fusing)]
     asked += [(RECIPE, {}), *((VARIANT, of_one) for of_one in grid)]
-    defaults = {parameter.name: parameter.default for parameter in parameters()}
+    # What a preset or another parameter may set has no default of its own.
+    has_preset = "preset" in (config.parameters or {})
+    defaults = {p.name: p.default for p in parameters() if p.name in APPLIED and not has_preset}
     found, known = [], []
     for kind, differing in asked:
         changed = with_values(config, differing)
