@@ -714,6 +714,7 @@ def test_everything_that_is_wrong_with_a_sweep_file_is_reported_together(chat, t
         {"name": "both", "recipe": plain, "model": "a"},
         {"name": "later", "recipe": [plain, somf]},
         {"name": "typo", "recipe": merge_of(chat, "ties", dnesity=0.5), "seeds": [7]},
+        {"name": "less", "recipe": {**plain, "models": [{"model": str(chat / "sums")}]}},
         {"name": "gone", "recipe": merge_of(chat, "ties", models=("sums", "gone"))},
         {"name": "ready", "model": str(tmp_path / "no-model"), "seeds": [0]},
     ]
@@ -730,6 +731,7 @@ def test_everything_that_is_wrong_with_a_sweep_file_is_reported_together(chat, t
         "reference: no recipe is called plein",
         "[1] are not among the sweep's own `seeds`",
         "[7] are not among the sweep's own `seeds`",
+        "less: weight is missing: task_arithmetic needs it",
         "gone: its configuration can't be read",
         "no-model: no such folder",
         "dataset no-pairs.jsonl: no such file",
@@ -737,7 +739,7 @@ def test_everything_that_is_wrong_with_a_sweep_file_is_reported_together(chat, t
         "--limit: is for one recipe; say it in",
     ):
         assert expected in said, expected
-    content = sweep_file(chat, measuring={"batch_size": 0, "resamples": 100}, recipes=recipes[6:])
+    content = sweep_file(chat, measuring={"batch_size": 0, "resamples": 100}, recipes=recipes[-1:])
     content["validation"] = content["measure"]
     said = refused({**content, "reference": None}, tmp_path / "out")
     assert "batch_size is 0: expected 1 or more" in said

@@ -174,19 +174,23 @@ def any_recipe(content: Any) -> MergeConfiguration:
     """Return a recipe of any merge method, without what it asks to be measured on.
 
     Raises:
-        RecipeError: it isn't one, or has parameters that its method would ignore.
+        RecipeError: it isn't one, lacks a parameter, or has one that its method would ignore.
     """
     methods = {method.spec.name: method for method in registry.registered_methods()}
     config = without_measuring(read_recipe(content, methods))
     method = config.merge_method
-    known = [spec.name for spec in methods[method].spec.parameters]
-    problems = [
-        f"{place}.{key}: unknown parameter{nearest(key, known)}; {method} doesn't have it"
-        for place, block, _ in parameter_blocks(config)
-        for key in block
-        if key not in known and method not in OWN_METHODS
-    ]
-    problems += OWN_METHODS[method](config) if method in OWN_METHODS else []
+    if method in OWN_METHODS:
+        problems = list(OWN_METHODS[method](config))
+    else:
+        specs = {spec.name: spec for spec in methods[method].spec.parameters}
+        given = [(f"{where}.{key}", key) for where, b, _ in parameter_blocks(config) for key in b]
+        problems = [
+            f"{where}: unknown parameter{nearest(key, specs)}; {method} doesn't have it"
+            for where, key in given
+            if key not in specs
+        ]
+        needed = {spec.name for spec in specs.values() if spec.required} - {k for _, k in given}
+        problems += [f"{name} is missing: {method} needs it" for name in sorted(needed)]
     if problems:
         raise RecipeError("; ".join(problems), problems)
     return config
