@@ -296,6 +296,9 @@ def test_the_pareto_front_compares_over_the_seeds_that_both_have():
     assert pareto_front(places) == {"three", "lucky"}
     places["better"] = {0: (5, 5), 1: (1, 2), 2: (1, 1)}
     assert pareto_front(places) == {"better", "lucky"}
+    # The base is the same for all seeds: it beats, and is beaten, under any of them.
+    places = {"base": {None: (1, 1)}, "one": {1: (2, 2)}, "low": {0: (0, 0), 1: (1, 0)}}
+    assert pareto_front(places) == {"one"}
 
 
 def test_what_was_measured_is_not_made_again(chat, whole, tmp_path, counted, monkeypatch):

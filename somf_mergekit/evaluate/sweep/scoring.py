@@ -141,15 +141,15 @@ def pareto_front(places: Mapping[_Name, Mapping[Any, Place]]) -> set[_Name]:
     have all of these: one lucky seed beats nothing.
 
     Args:
-        places: by seed, by name.
+        places: by seed, by name; under None what is the same for all seeds.
     """
 
     def beats(other: Mapping[Any, Place], own: Mapping[Any, Place]) -> bool:
-        if not own.keys() <= other.keys():
+        seeds = own.keys() - {None} or other.keys()
+        found = [[of.get(seed, of.get(None)) for seed in seeds] for of in (own, other)]
+        if None in found[1]:
             return False
-        one, two = (
-            [mean(p) for p in zip(*(of[s] for s in own), strict=True)] for of in (own, other)
-        )
+        one, two = ([mean(p[way] for p in of if p) for way in (0, 1)] for of in found)
         return two != one and all(b >= a for a, b in zip(one, two, strict=True))
 
     return {name for name, own in places.items() if not any(beats(o, own) for o in places.values())}

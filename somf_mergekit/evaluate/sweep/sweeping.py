@@ -228,9 +228,6 @@ class _Work:
             known = {seed: place for seed, place in found.items() if place}
             if known:
                 places[number] = known
-        # All seeds have the same base.
-        seeds = {seed for of_seed in places.values() for seed in of_seed}
-        places[0] = {s: place for s in seeds for place in places.get(0, {}).values()}
         front = pareto_front(places)
         return [
             {
