@@ -38,7 +38,7 @@ _QUICK = {"max_new_tokens": 16, "max_length": 96, "batch_size": 8, "resamples": 
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of table, JSON and plot.  [default: benchmarks/results]",
+    help="Folder of table, JSON and plot.  [default: benchmarks/results; for a part, WORK]",
 )
 @click.option(
     "--model", default=PUBLISHED_MODEL, show_default=True, help="Hub id or folder to start from."
@@ -72,7 +72,8 @@ def main(
         write_docs()
         return
     work = (work or HERE / "work" / ("compare-quick" if quick else "compare")).resolve()
-    out = out or (work if quick else HERE / "results")
+    # The record of the whole comparison is not to be lost to a part of it.
+    out = out or (work if quick or only else HERE / "results")
     numbers = [int(seed) for seed in seeds.split(",")]
     make_inputs(work, data and data.resolve(), model, numbers, quick)
     for name in FILES:

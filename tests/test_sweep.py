@@ -484,6 +484,14 @@ def test_temperature_is_applied_to_sampled_masks_alone(chat, tmp_path):
     assert {model.get("mask") for model in models} == {None, "the recipe"}
 
 
+def test_help_begins_with_what_matters():
+    text = tiny.invoke("mergekit-somf", "sweep", "--help").output
+    order = ("RECIPE is", "--over KEY", "--out DIR", "--safety", "--relearn", "--limit", "--engine")
+    order += ("Performance:", "--cuda", "Storage:", "Dangerous Options:", "--allow-crimes")
+    places = [text.index(part) for part in order]
+    assert places == sorted(places)
+
+
 def test_what_equals_the_recipe_is_listed_once():
     def labels(over, **parameters):
         recipe = read_recipe(tiny.recipe("base", ["one", "two"], safety_dataset="d", **parameters))
