@@ -178,7 +178,7 @@ def encoded_answers(
     source: str,
     enough: int | None = None,
     how: Rendering = AS_GIVEN,
-) -> list[EncodedAnswer]:
+) -> tuple[list[EncodedAnswer], Dropped]:
     """Tokenise prompts and answers with the chat template and cut them to ``max_length`` tokens.
 
     Args:
@@ -189,10 +189,14 @@ def encoded_answers(
         enough: see ``examples``.
         how: the chat template is rendered.
 
+    Returns:
+        The encoded examples, and how many were left out by reason.
+
     Raises:
         RecipeError: nothing is left of any answer.
     """
     kept: list[EncodedAnswer] = []
+    dropped = Dropped()
     # Of other sequences the places stand for the rows.
     numbers = examples.numbers if isinstance(examples, Examples) else range(len(examples))
     for number, (messages, text) in zip(numbers, examples, strict=True):
@@ -200,11 +204,15 @@ def encoded_answers(
             break
         found = encoded(tokenizer, messages, [text], max_length, how)
         (answer,) = found.answers
-        if found.prompt and answer:
+        if not found.prompt and found.cut.prompt:
+            dropped.add(f"whose last question has no room in {max_length} tokens")
+        elif not found.prompt or not answer:
+            dropped.add("without an answer after tokenisation")
+        else:
             kept.append(EncodedAnswer(found.prompt, answer, number, found.cut))
     if not kept:
-        raise RecipeError(f"dataset {source}: no answer has a token the tokenizer knows")
-    return kept
+        raise RecipeError(f"dataset {source}: no answer is usable after tokenisation ({dropped})")
+    return kept, dropped
 
 
 def _answer_column(columns: Sequence[str]) -> str | None:

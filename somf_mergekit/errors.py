@@ -39,7 +39,7 @@ class RecipeError(click.ClickException, ValueError):
     def format_message(self) -> str:
         """Return the message as a terminal may show it."""
         if self.__cause__ is not None:
-            _log().debug("%s", type(self).__name__, exc_info=self)
+            log_traceback(self)
         return printable(self.message)
 
 
@@ -74,11 +74,15 @@ def noted(problems: list[str], prefix: str = "") -> Iterator[None]:
         problems += [prefix + problem for problem in error.problems]
 
 
+def log_traceback(error: BaseException) -> None:
+    """Log the traceback of an error at debug level, which SOMF_DEBUG=1 shows."""
+    _log().debug("%s", type(error).__name__, exc_info=error)
+
+
 def first_line(error: BaseException) -> str:
     """Return what an error says first, its kind where it says nothing.
 
-    Its traceback goes to the log at debug level, which SOMF_DEBUG=1 shows: the line may be all
-    that is reported of a fault of ours.
+    The line may be all that is reported of a fault of ours: its traceback is logged.
     """
-    _log().debug("%s", type(error).__name__, exc_info=error)
+    log_traceback(error)
     return (str(error).strip() or type(error).__name__).splitlines()[0]

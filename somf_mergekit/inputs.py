@@ -252,10 +252,10 @@ def _used(settings: Settings) -> int | None:
 def _safe_answers(
     planned: PlannedMerge, found: Examples[tuple[list[Message], str]], source: str, how: Rendering
 ) -> SafetyData:
-    encoded = _answers(planned, found, source, planned.settings.safety_samples, how)
+    encoded, dropped = _answers(planned, found, source, planned.settings.safety_samples, how)
     pairs = [EncodedPair(e.prompt, e.answer, [], e.row, e.cut) for e in encoded]
-    why_none, notes = "the data has no unsafe answers", found.notes("safety dataset")
-    return SafetyData(pairs, [], why_none, str(found.left_out), [], notes=notes)
+    why_none, notes = "the data has no unsafe answers", found.notes("safety dataset", dropped)
+    return SafetyData(pairs, [], why_none, dropped, [], notes=notes)
 
 
 def _utility_data(planned: PlannedMerge, how: Rendering) -> tuple[list[EncodedAnswer], list[str]]:
@@ -265,8 +265,8 @@ def _utility_data(planned: PlannedMerge, how: Rendering) -> tuple[list[EncodedAn
     if not source:
         return [], []
     found = read_answers(source, settings.utility_split, settings.utility_config)
-    encoded = _answers(planned, found, source, settings.utility_samples, how)
-    return encoded, found.notes("utility dataset")
+    encoded, dropped = _answers(planned, found, source, settings.utility_samples, how)
+    return encoded, found.notes("utility dataset", dropped)
 
 
 def _answers(
@@ -275,9 +275,13 @@ def _answers(
     source: str,
     count: int | None,
     how: Rendering,
-) -> list[EncodedAnswer]:
-    """Return ``count`` prompts with answers (all for None) in an order drawn from the seed."""
+) -> tuple[list[EncodedAnswer], str]:
+    """Return ``count`` prompts with answers (all for None) in an order drawn from the seed.
+
+    Beside them stands in words how many rows were left out, empty where none was.
+    """
     settings = planned.settings
     chosen = found.sampled(count, settings.seed)
     tokenizer, most = planned.tokenizer, settings.max_length
-    return encoded_answers(chosen, tokenizer, most, source, _used(settings), how)
+    encoded, cut = encoded_answers(chosen, tokenizer, most, source, _used(settings), how)
+    return encoded, ", ".join(filter(None, (str(found.left_out), str(cut))))

@@ -17,7 +17,7 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 
 from .dialogue import check_words
-from .errors import RecipeError, first_line
+from .errors import RecipeError, first_line, log_traceback
 from .merged_tokenizer import MergedTokenizer
 from .model_classes import class_of, empty_model
 from .recipe import Settings, may_get_mask, recipe_settings
@@ -214,7 +214,8 @@ def _class_problem(planned: PlannedMerge) -> str | None:
     except ImportError as error:
         why = f"its configuration asks for what is not installed: {first_line(error)}"
         ways = "Install it, or take it (attn_implementation) out of the base's config.json"
-    except Exception:  # a list of all configurations, or an error of a stranger's code
+    except Exception as error:  # a list of all configurations, or an error of a stranger's code
+        log_traceback(error)
         why = "transformers can't load it as a causal language model"
     else:
         known = {name for weight, _ in planned.tensors for name in made.names_of(weight.name)}

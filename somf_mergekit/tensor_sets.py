@@ -12,6 +12,7 @@ from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
+from .errors import log_traceback
 from .model_classes import ModelClass, model_class
 from .plan import few, gather_task
 
@@ -79,7 +80,8 @@ def _class_of(model: ModelReference, options: MergeOptions) -> ModelClass | None
     """Return the class of a model; None where transformers can't make it."""
     try:
         return model_class(model, options.trust_remote_code)
-    except Exception:  # code of strangers, or a package that is not installed
+    except Exception as error:  # code of strangers, or a package that is not installed
+        log_traceback(error)
         return None
 
 

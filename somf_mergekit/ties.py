@@ -11,6 +11,7 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 
+from .errors import log_traceback
 from .model_classes import empty_model
 from .plan import PlannedMerge, gather_task, with_fields
 
@@ -128,7 +129,8 @@ def ties_embeddings(config: Any, options: MergeOptions) -> bool:
     # Which of the two counts depends on the class of the model.
     try:
         made = empty_model(get_auto_cls(config.architectures[0]), config, options.trust_remote_code)
-    except Exception:  # code of strangers, or a package that is not installed
+    except Exception as error:  # code of strangers, or a package that is not installed
+        log_traceback(error)
         return bool(getattr(config, "tie_word_embeddings", False))
     head = made.get_output_embeddings()
     return head is not None and head.weight is made.get_input_embeddings().weight

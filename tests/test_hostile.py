@@ -178,7 +178,7 @@ def as_pairs(rows, source, tokenizer):
 
 def as_answers(rows, source, tokenizer):
     examples = answered_prompts(rows, source)
-    found = encoded_answers(examples, tokenizer, 16, source)
+    found, _ = encoded_answers(examples, tokenizer, 16, source)
     assert all(e.prompt and e.answer for e in found)
 
 

@@ -122,8 +122,19 @@ def test_answers_without_a_token_are_refused():
         def __call__(self, text, add_special_tokens=True):
             return {"input_ids": []}
 
-    with pytest.raises(RecipeError, match="no answer has a token"):
+    with pytest.raises(RecipeError, match="1 without an answer after token"):
         answers.encoded_answers([EXPECTED], Blind(), 32, "data")
+
+
+def test_utility_rows_without_room_for_their_question_are_counted(family_recipe, tmp_path):
+    long_head = [{"role": "system", "content": "safe " * 60}, *EXPECTED[0]]
+    rows = [{"messages": [*EXPECTED[0], {"role": "assistant", "content": "sugar"}]}] * 3
+    rows += [{"messages": [*long_head, {"role": "assistant", "content": "sugar"}]}] * 2
+    utility = tiny.write_jsonl(tmp_path / "utility.jsonl", rows)
+    file = tiny.write_recipe(tmp_path / "r.yml", family_recipe(utility_dataset=str(utility)))
+    checked = tiny.invoke("mergekit-somf", "check", file)
+    assert checked.exit_code == 0, checked.output
+    assert "rows of the utility dataset left out: 2 whose last question has no" in checked.output
 
 
 def merged(recipe, folder):
