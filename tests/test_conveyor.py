@@ -19,6 +19,8 @@ from somf_mergekit.learner.streaming import StreamingEngine
 class LateStream:
     """Copies what it was asked to when it must, and no earlier."""
 
+    is_cuda = False
+
     def __init__(self, device, is_current=False):
         self._waiting, self._done, self._asked = [], 0, 0
         self._is_current = is_current
