@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 DEMO ?= demo-output
 BENCH ?=
 
-.PHONY: demo test test-hostile test-versions lint format bench bench-compare dist check-dist clean
+.PHONY: demo test test-slow test-hostile test-versions lint format bench bench-compare dist check-dist clean
 
 demo: $(VENV)/ready
 	$(BIN)/mergekit-somf demo $(DEMO)
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+# What starts many processes, or takes long for other reasons.
+test-slow: $(VENV)/ready
+	$(BIN)/python -m pytest -n 2 -m slow
 
 # Thousands of examples for each property that `make test` tries with a few.
 test-hostile: $(VENV)/ready

@@ -37,6 +37,7 @@ def tiny_pairs():
     return [Pair((("user", row["prompt"]),), row["chosen"], row["rejected"]) for row in rows]
 
 
+@pytest.mark.slow
 def test_each_way_is_timed_and_tabulated(tmp_path, monkeypatch):
     # What a way changes in the process that it has for itself.
     for name in ("SOMF_ENGINE", "SOMF_MICRO_BATCH_SIZE"):

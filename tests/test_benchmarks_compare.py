@@ -102,6 +102,7 @@ def test_every_recipe_of_the_comparison_is_right():
     assert reused.mask == f"WORK/sweep/masks/{one.mask}"
 
 
+@pytest.mark.slow
 def test_a_whole_comparison_leaves_its_record(data, tmp_path, monkeypatch):
     tokenizer = tiny.tiny_tokenizer()
     model = tiny.save_model(tiny.tiny_llama(0, len(tokenizer)), tokenizer, tmp_path / "model")

@@ -591,6 +591,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(family_recipe, tmp_path
         learn(family_recipe(max_steps=1), tmp_path / "mask")
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_at_any_moment_can_be_gone_on_with(family_recipe, tmp_path):
     file = tiny.write_recipe(tmp_path / "recipe.yml", many_steps(family_recipe))
     whole = started(file, tmp_path / "whole")

@@ -15,6 +15,8 @@ from somf_mergekit.learner import tensors
 from somf_mergekit.learner.engine import LossNotFinite, agreed
 from somf_mergekit.processes import Processes, own_device, processes
 
+pytestmark = pytest.mark.slow
+
 # On a machine with a GPU too, gloo and the CPU are what is tested.
 ENVIRONMENT = {"SOMF_PRECISION": "float32", "ACCELERATE_USE_CPU": "1"}
 

@@ -69,6 +69,7 @@ def test_our_methods_are_known_whatever_is_imported_first(first_import):
     assert result.stdout == "SOMF NLSR\nTrue\n", result.stderr
 
 
+@pytest.mark.slow
 def test_each_of_our_modules_can_be_imported_first():
     result = tiny.run(sys.executable, Path(__file__).parent / "first_import.py", cwd=ROOT.parent)
     assert (result.returncode, result.stderr) == (0, "")
