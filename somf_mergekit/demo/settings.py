@@ -47,7 +47,7 @@ class DemoSettings:
     weight: float = 0.7
     harmful_pairs: int = 640
     harmless_pairs: int = 960
-    mask: Stage = field(default=Stage(90, 0.1))
+    mask: Stage = field(default=Stage(90, 0.05))
     mask_batch_size: int = 16
     mask_sft_weight: float = 1.0
     train: int = 1200
