@@ -59,7 +59,7 @@ check-dist: dist
 
 $(VENV)/ready .venv-highest/ready: constraints.txt
 .venv-lowest/ready: constraints-lowest.txt
-$(VENV)/ready .venv-lowest/ready .venv-highest/ready: pyproject.toml somf_mergekit/torch_entry_point.py
+$(VENV)/ready .venv-lowest/ready .venv-highest/ready: pyproject.toml somf_mergekit/plugin/torch_entry_point.py
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/pip install --quiet -c $(filter constraints%,$^) -e '.[dev]'
 	touch $@

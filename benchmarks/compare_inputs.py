@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from somf_mergekit.files import write_whole
-from somf_mergekit.preferences import Pair, read_pairs
+from somf_mergekit.common.files import write_whole
+from somf_mergekit.data.pairs import Pair, read_pairs
 
 from .real_data import (
     HARMFUL,

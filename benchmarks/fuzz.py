@@ -103,7 +103,7 @@ def _artifact_target(work: Path) -> Callable[[bytes], None]:
     from safetensors.torch import save_file
 
     from somf_mergekit import MaskSet, RecipeError
-    from somf_mergekit.mask_header import json_content, with_digest
+    from somf_mergekit.mask.header import json_content, with_digest
 
     folder = Path(tempfile.mkdtemp(dir=work))
     masks = _sample_artifact(folder / "sample")
@@ -153,7 +153,7 @@ def _artifact_target(work: Path) -> Callable[[bytes], None]:
 def _sample_artifact(folder: Path) -> Any:
     import torch
 
-    from somf_mergekit.mask_files import write_masks
+    from somf_mergekit.mask.writing import write_masks
 
     draw = torch.Generator().manual_seed(0)
     return write_masks(
@@ -167,8 +167,9 @@ def _sample_artifact(folder: Path) -> Any:
 
 def _recipe_target() -> Callable[[bytes], None]:
     """Return what reads a recipe and says what is wrong with it; no model is looked for."""
-    from somf_mergekit import RecipeError, recipe
-    from somf_mergekit.recipe_check import OWN_METHODS, read_recipe
+    from somf_mergekit import RecipeError
+    from somf_mergekit.recipe import settings as recipe
+    from somf_mergekit.recipe.validate import OWN_METHODS, read_recipe
 
     def run(data: bytes) -> None:
         # A line alone would be taken for the name of a file.

@@ -94,12 +94,12 @@ class _Checks:
                 yield name, f"failed: {type(error).__name__}: {str(error)[:600]}"
 
     def _kernels(self, dtype: torch.dtype, rescale: str) -> dict[str, float]:
-        from somf_mergekit import masking, noise
+        from somf_mergekit.fusion.shards import Shard
+        from somf_mergekit.fusion.weights import LinearWeight
         from somf_mergekit.learner import triton_check
         from somf_mergekit.learner.draws import Draw
         from somf_mergekit.learner.optimizer import logit_gradient, signsgd_step
-        from somf_mergekit.shards import Shard
-        from somf_mergekit.weights import LinearWeight
+        from somf_mergekit.mask import masking, noise
 
         kernels = triton_check.kernels_for(torch.device(self.device))
         if kernels is None:

@@ -15,13 +15,13 @@ import yaml
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def main(folder: Path) -> None:
     """Merge the demo's specialists in FOLDER by each kind of mask, and print the table."""
-    from somf_mergekit.demo.data import demo_data, texts
-    from somf_mergekit.demo.models import loaded_model
-    from somf_mergekit.demo.recipes import run_mergekit_yaml, write_recipe
-    from somf_mergekit.demo.settings import DemoSettings
-    from somf_mergekit.demo.table import markdown_table, measured_scores
-    from somf_mergekit.demo.tokenizer import word_tokenizer
-    from somf_mergekit.masking import MASK_KINDS
+    from somf_mergekit.demo.demo_data import demo_data, texts
+    from somf_mergekit.demo.demo_models import loaded_model
+    from somf_mergekit.demo.demo_recipes import run_mergekit_yaml, write_recipe
+    from somf_mergekit.demo.demo_settings import DemoSettings
+    from somf_mergekit.demo.demo_table import markdown_table, measured_scores
+    from somf_mergekit.demo.demo_tokenizer import word_tokenizer
+    from somf_mergekit.mask.masking import MASK_KINDS
 
     settings = DemoSettings()
     seed = json.loads((folder / "somf/somf/somf.json").read_text(encoding="utf-8"))["seed"]

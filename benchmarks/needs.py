@@ -5,8 +5,8 @@ from typing import Any
 import click
 
 import somf_mergekit
-from somf_mergekit.granularity import GRANULARITIES
-from somf_mergekit.recipe import Settings
+from somf_mergekit.mask.granularity import GRANULARITIES
+from somf_mergekit.recipe.settings import Settings
 
 # Public shapes; no weights are loaded.
 SHAPES = {
@@ -32,8 +32,8 @@ _GIB = 1 << 30
 def main(batch_size: int, micro_batch: int, max_length: int, granularity: str) -> None:
     """Print the table: bfloat16, a linear fusion of any number of models."""
     somf_mergekit.register()
-    from somf_mergekit.forecast import Need, engine_needs
-    from somf_mergekit.machine import RESIDENT, STREAMING
+    from somf_mergekit.common.machine import RESIDENT, STREAMING
+    from somf_mergekit.prepass.forecast import Need, engine_needs
 
     click.echo(
         "| model | resident, memory | streaming on CPU, memory | and disk "
@@ -71,7 +71,7 @@ def _model(
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from somf_mergekit.headers import PlannedTensor
+    from somf_mergekit.prepass.headers import PlannedTensor
 
     hidden, inner, layers, heads, groups, vocabulary, tied = shape
     config = LlamaConfig(

@@ -9,12 +9,12 @@ import click
 import torch
 from torch import Tensor
 
-from somf_mergekit import machine
+from somf_mergekit.common import machine
+from somf_mergekit.data.logprobs import answer_token_log_probs, output_head
+from somf_mergekit.data.pairs import EncodedPair
+from somf_mergekit.data.sequences import pair_batch, pair_length, pair_log_probs
 from somf_mergekit.learner.engine import autocast_to
-from somf_mergekit.learner.logprobs import answer_token_log_probs, output_head
-from somf_mergekit.learner.sequences import pair_batch, pair_length, pair_log_probs
-from somf_mergekit.objectives import preference_losses
-from somf_mergekit.preferences import EncodedPair
+from somf_mergekit.learner.objectives import preference_losses
 
 # As published with DPO (arXiv 2305.18290).
 BETA = 0.1
@@ -108,9 +108,9 @@ def dpo_backward(log_ratio: Tensor, count: int, objective: str = "dpo", beta: fl
 
 def batches_of_pairs(source: Path, tokenizer: Any, settings: Any) -> list[list[EncodedPair]]:
     """Return the pairs of each step that a mask learns from, with recipe settings, in its order."""
-    from somf_mergekit.inputs import preference_data
+    from somf_mergekit.data.pairs import read_pairs
     from somf_mergekit.learner.loop import batches
-    from somf_mergekit.preferences import read_pairs
+    from somf_mergekit.prepass.learning_data import preference_data
 
     encoded = preference_data(read_pairs(str(source)), str(source), tokenizer, settings).pairs
     planned = batches(len(encoded), settings, settings.max_steps)
@@ -130,7 +130,7 @@ def batches_of_pairs(source: Path, tokenizer: Any, settings: Any) -> list[list[E
 def main(model: Path, out: Path, pairs: Path, **given: Any) -> None:
     """Train MODEL into OUT on the pairs, and in the order, that a mask learns from."""
     from somf_mergekit.learner.loop import rate_share
-    from somf_mergekit.recipe import Settings
+    from somf_mergekit.recipe.settings import Settings
 
     from .real_training import load_saved, save_whole
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from somf_mergekit.dialogue import user_prompt
-from somf_mergekit.finetune import Example
-from somf_mergekit.preferences import Pair, read_pairs
-from somf_mergekit.rows import dataset_rows, rows_of_prompts
+from somf_mergekit.data.chat import user_prompt
+from somf_mergekit.data.pairs import Pair, read_pairs
+from somf_mergekit.data.rows import dataset_rows, rows_of_prompts
+from somf_mergekit.demo.finetune import Example
 
 HELD_OUT_PAIRS = 300
 SPLIT_SEED = 0

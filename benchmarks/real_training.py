@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
+from somf_mergekit.data.pairs import Pair
+from somf_mergekit.demo.finetune import Example, finetune
 from somf_mergekit.evaluate import is_refusal
-from somf_mergekit.finetune import Example, finetune
-from somf_mergekit.preferences import Pair
 
 from .real_data import TRAIN, drawn, examples_of
 

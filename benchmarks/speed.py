@@ -14,9 +14,9 @@ import click
 import yaml
 from safetensors import safe_open
 
-from somf_mergekit.granularity import GRANULARITIES
-from somf_mergekit.machine import ENGINES, SHARDED
-from somf_mergekit.processes import is_first
+from somf_mergekit.common.machine import ENGINES, SHARDED
+from somf_mergekit.common.process_group import is_first
+from somf_mergekit.mask.granularity import GRANULARITIES
 
 from .memory import peak_memory
 from .real_data import pairs_of, write_pairs

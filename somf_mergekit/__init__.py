@@ -10,13 +10,13 @@ from typing import Any
 # torch imports this package (through its entry point) whenever it is imported: names are
 # brought in when they are asked for.
 _PLACES = {
-    "MaskSet": "masks",
-    "RecipeError": "errors",
-    "learn": "planner",
-    "read_answers": "answers",
-    "read_pairs": "preferences",
-    "read_prompts": "answers",
-    "register": "autoload",
+    "MaskSet": "mask.artifact",
+    "RecipeError": "common.errors",
+    "learn": "plugin.planner",
+    "read_answers": "data.prompts",
+    "read_pairs": "data.pairs",
+    "read_prompts": "data.prompts",
+    "register": "plugin.autoload",
 }
 
 __all__ = [

@@ -7,9 +7,11 @@ from typing import Any
 
 import click
 
-from . import machine, processes, recipe
-from .contracts import installed
-from .errors import RecipeError, printable
+from .common import machine
+from .common import process_group as processes
+from .common.errors import RecipeError, printable
+from .common.requirements import installed
+from .recipe import settings as recipe
 
 
 class _Commands(click.Group):
@@ -45,12 +47,12 @@ def _merge() -> click.Command:
     """Merge as mergekit-yaml does; works also where the automatic registration is off."""
     from mergekit.scripts.run_yaml import main as mergekit_yaml
 
-    from .autoload import register
+    from .plugin.autoload import register
 
     register()
 
     def callback(**values: Any) -> None:
-        from .recipe_check import OWN_METHODS, recipe_and_problems
+        from .recipe.validate import OWN_METHODS, recipe_and_problems
 
         # What can't be read at all; the merge reports everything else.
         recipe_and_problems(values["config_file"], OWN_METHODS)
@@ -66,7 +68,9 @@ def _learn() -> click.Command:
     """Learn the mask of a recipe into a folder, without merging."""
 
     def callback(recipe_file: str, folder: str, **values: Any) -> None:
-        from . import held_out, planner, provenance
+        from .data import held_out
+        from .plugin import planner
+        from .prepass import provenance
 
         planned, masks = planner.planned_and_learned(recipe_file, folder, _merge_options(values))
         if processes.is_first():
@@ -81,8 +85,10 @@ def _check() -> click.Command:
     """Check a recipe, its models and its data; say what would be learned. Loads no model."""
 
     def callback(recipe_file: str, show: int, **values: Any) -> None:
-        from . import forecast, planner, recipe_check
-        from .masks import MaskSet
+        from .mask.artifact import MaskSet
+        from .plugin import planner
+        from .prepass import forecast
+        from .recipe import validate as recipe_check
 
         options = _merge_options(values)
         config, problems = recipe_check.recipe_and_problems(recipe_file, recipe_check.OWN_METHODS)
@@ -135,10 +141,10 @@ def _inspect() -> click.Command:
     @click.argument("mask", type=click.Path())
     @click.option("--png", type=click.Path(dir_okay=False), help="Where the plot goes.")
     def command(mask: str, png: str | None) -> None:
-        from .masks import MaskSet
+        from .mask.artifact import MaskSet
         from .report import MaskCensus, summary_table
-        from .report.plots import write_mask_plot
-        from .report.tables import collapse_list
+        from .report.mask_plots import write_mask_plot
+        from .report.mask_tables import collapse_list
 
         masks = MaskSet.open(mask)
         census = MaskCensus(masks)
@@ -161,7 +167,7 @@ def _verify() -> click.Command:
     """Check a merge's output: the mask, whose it is, and tensors, which are computed once more."""
 
     def callback(folder: str, sample: int, every: bool, strict: bool, **values: Any) -> None:
-        from . import verify
+        from .plugin import verify
 
         found = []
         for check in verify.checks(folder, _merge_options(values), None if every else sample):
@@ -193,8 +199,8 @@ def _pack() -> click.Command:
     @click.argument("mask", type=click.Path())
     @click.argument("folder", type=click.Path(file_okay=False))
     def command(mask: str, folder: str) -> None:
-        from .mask_files import write_packed_masks
-        from .masks import MaskSet
+        from .mask.artifact import MaskSet
+        from .mask.writing import write_packed_masks
 
         if os.path.isdir(folder) and os.listdir(folder):
             raise RecipeError(f"folder {folder} is not empty: name a new one")
@@ -207,7 +213,7 @@ def _pack() -> click.Command:
 
 def _evaluate() -> click.Command:
     """Measure models on the same prompts: refusals, preferences, skills, coherence, distance."""
-    from .evaluate.command import evaluate_command
+    from .evaluate.evaluate_command import evaluate_command
 
     return evaluate_command(_evaluate.__doc__ or "")
 
@@ -250,7 +256,7 @@ def _doctor() -> click.Command:
 
     @click.command("doctor", help=_doctor.__doc__)
     def command() -> None:
-        from . import doctor
+        from .plugin import doctor
 
         found = doctor.findings()
         for one in found:
@@ -328,7 +334,7 @@ def _keep_machine_settings(values: dict[str, Any]) -> None:
 def _merge_options(values: dict[str, Any]) -> Any:
     from mergekit.options import MergeOptions
 
-    from .autoload import register
+    from .plugin.autoload import register
 
     register()
     _keep_machine_settings(values)

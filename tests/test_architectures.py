@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from somf_mergekit import MaskSet, learn
-from somf_mergekit.granularity import Storage, mask_layout, weight_storage
+from somf_mergekit.mask.granularity import Storage, mask_layout, weight_storage
 
 WEIGHTS = {"first": 0.4, "second": 0.7}
 # What the specialists change: all but the norms of layer 1 and after it, and untied heads.

@@ -11,8 +11,8 @@ from benchmarks import needs, speed, speed_ways
 from benchmarks.real_data import split_by_prompt, write_pairs
 from benchmarks.speed_models import make_models
 from benchmarks.speed_table import write_record
+from somf_mergekit.data.pairs import Pair
 from somf_mergekit.learner import passes, tensors
-from somf_mergekit.preferences import Pair
 
 
 @pytest.fixture

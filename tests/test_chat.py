@@ -11,15 +11,15 @@ from mergekit._data import chat_templates
 from mergekit.options import MergeOptions
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from somf_mergekit import inputs
-from somf_mergekit.dialogue import user_prompt
+from somf_mergekit.data.chat import user_prompt
 from somf_mergekit.evaluate.generation import greedy_answers, greedy_batches
+from somf_mergekit.evaluate.measuring import EvaluationSettings, NamedModel
 from somf_mergekit.evaluate.runner import evaluated
 from somf_mergekit.evaluate.sets import EvaluationSets
-from somf_mergekit.evaluate.settings import EvaluationSettings, NamedModel
-from somf_mergekit.inputs import checked_data
-from somf_mergekit.planner import planned_merge
-from somf_mergekit.recipe_check import read_recipe
+from somf_mergekit.plugin.planner import planned_merge
+from somf_mergekit.prepass import learning_data as inputs
+from somf_mergekit.prepass.learning_data import checked_data
+from somf_mergekit.recipe.validate import read_recipe
 
 DATED = "{{ strftime_now('%Y-%m-%d') }}\n" + tiny.CHAT_TEMPLATE
 THINKING = tiny.CHAT_TEMPLATE.replace(

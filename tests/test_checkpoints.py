@@ -20,15 +20,16 @@ from filelock import FileLock
 from safetensors import safe_open
 from test_learner import make_problem
 
-from somf_mergekit import RecipeError, construction, learn, prepass
+from somf_mergekit import RecipeError, learn
+from somf_mergekit.common.process_group import ALONE, Processes
 from somf_mergekit.learner import checkpoints as module
 from somf_mergekit.learner.checkpoints import Checkpoints, Progress
 from somf_mergekit.learner.engine import ResidentEngine
-from somf_mergekit.learner.folder import learning_folder
 from somf_mergekit.learner.interruption import LearningInterrupted
+from somf_mergekit.learner.learning_folder import learning_folder
 from somf_mergekit.learner.loop import learn_logits
 from somf_mergekit.learner.safetensors_file import StoredTensor, write_safetensors
-from somf_mergekit.processes import ALONE, Processes
+from somf_mergekit.prepass import construction, prepass
 
 FINGERPRINT = {"models": ["a", "b"]}
 SETTINGS = {

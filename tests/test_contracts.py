@@ -9,7 +9,8 @@ import torch
 from mergekit.merge_methods import registry
 from mergekit.merge_methods.base import TensorEntry, TensorGroup, TensorMetadata
 
-from somf_mergekit import contracts, fusions
+from somf_mergekit.common import requirements as contracts
+from somf_mergekit.fusion import fuse as fusions
 
 SHAPE = (6, 8)
 

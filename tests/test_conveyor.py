@@ -8,12 +8,14 @@ import torch
 from test_learner import TRAJECTORIES, make_problem, trajectory
 from test_streaming import FakeCuda
 
-from somf_mergekit import construction, learn
-from somf_mergekit.learner import conveyor, model, streaming
+from somf_mergekit import learn
+from somf_mergekit.learner import conveyor, streaming
+from somf_mergekit.learner import learning_model as model
 from somf_mergekit.learner.layered import LayeredModel
 from somf_mergekit.learner.loop import learn_logits
 from somf_mergekit.learner.pinned import PinnedMemory
 from somf_mergekit.learner.streaming import StreamingEngine
+from somf_mergekit.prepass import construction
 
 
 class LateStream:

@@ -6,10 +6,10 @@ from dataclasses import asdict
 import pytest
 import yaml
 
+from somf_mergekit.common.errors import RecipeError
 from somf_mergekit.demo import DemoSettings, Scores, run_demo
-from somf_mergekit.demo.settings import Stage
-from somf_mergekit.demo.table import markdown_table
-from somf_mergekit.errors import RecipeError
+from somf_mergekit.demo.demo_settings import Stage
+from somf_mergekit.demo.demo_table import markdown_table
 
 MINIATURE = DemoSettings(
     hidden_size=16,

@@ -3,10 +3,10 @@ import re
 import pytest
 from transformers import AutoTokenizer
 
-from somf_mergekit.demo.data import demo_data, preference_rows, texts
-from somf_mergekit.demo.tokenizer import word_tokenizer
+from somf_mergekit.data.chat import answer_ids, prompt_ids
+from somf_mergekit.demo.demo_data import demo_data, preference_rows, texts
+from somf_mergekit.demo.demo_tokenizer import word_tokenizer
 from somf_mergekit.demo.words import FORBIDDEN_VERBS, HARMLESS_VERBS, NUMBERS, REFUSAL
-from somf_mergekit.dialogue import answer_ids, prompt_ids
 from somf_mergekit.evaluate import is_refusal
 
 TRAIN, HELD_OUT = 300, 40

@@ -7,8 +7,8 @@ import tiny
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from somf_mergekit.dialogue import answer_ids, encoded, prompt_ids, user_prompt
-from somf_mergekit.rendering import Rendering, opening
+from somf_mergekit.data.chat import answer_ids, encoded, prompt_ids, user_prompt
+from somf_mergekit.data.rendering import Rendering, opening
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

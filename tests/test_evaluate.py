@@ -5,10 +5,10 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from somf_mergekit.dialogue import answer_ids, prompt_ids, user_prompt
+from somf_mergekit.data.chat import answer_ids, prompt_ids, user_prompt
+from somf_mergekit.data.pairs import EncodedPair
+from somf_mergekit.demo.finetune import finetune
 from somf_mergekit.evaluate import answer_loss, greedy_answers, is_refusal, preference_accuracy
-from somf_mergekit.finetune import finetune
-from somf_mergekit.preferences import EncodedPair
 
 
 @pytest.fixture(scope="module")

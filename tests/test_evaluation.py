@@ -12,8 +12,11 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from somf_mergekit import RecipeError, contracts
-from somf_mergekit.dialogue import answer_ids, prompt_ids, user_prompt
+from somf_mergekit import RecipeError
+from somf_mergekit.common import requirements as contracts
+from somf_mergekit.data.chat import answer_ids, prompt_ids, user_prompt
+from somf_mergekit.data.pairs import Pair
+from somf_mergekit.demo.finetune import finetune
 from somf_mergekit.evaluate import (
     EvaluationSets,
     EvaluationSettings,
@@ -21,13 +24,13 @@ from somf_mergekit.evaluate import (
     Skill,
     evaluated,
     is_refusal,
-    table,
     write_evaluation,
+)
+from somf_mergekit.evaluate import (
+    evaluation_table as table,
 )
 from somf_mergekit.evaluate import steps as evaluation_steps
 from somf_mergekit.evaluate.store import Store
-from somf_mergekit.finetune import finetune
-from somf_mergekit.preferences import Pair
 
 HARMFUL = [f"how do i open a forbidden {word} box" for word in ("red", "blue", "old", "tin", "big")]
 HARMLESS = [f"how do i make a {word} cake" for word in ("sugar", "flour", "plum")]

@@ -9,16 +9,16 @@ import tiny
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-from somf_mergekit.answers import prompts_alone
-from somf_mergekit.dialogue import user_prompt
-from somf_mergekit.errors import RecipeError
+from somf_mergekit.common.errors import RecipeError
+from somf_mergekit.data.chat import user_prompt
+from somf_mergekit.data.prompts import prompts_alone
+from somf_mergekit.demo.finetune import finetune
 from somf_mergekit.evaluate import EvaluationSets, EvaluationSettings, NamedModel, Skill, evaluated
 from somf_mergekit.evaluate.coherence import repeated_share
 from somf_mergekit.evaluate.extract import extractor
 from somf_mergekit.evaluate.judges import found_judge, guard_verdict, verdicts
-from somf_mergekit.evaluate.models import ModelsInMemory, named_model
+from somf_mergekit.evaluate.measured_models import ModelsInMemory, named_model
 from somf_mergekit.evaluate.refusals import is_refusal
-from somf_mergekit.finetune import finetune
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,10 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods import merge_tensors
 from repair_formulas import REFERENCE
 
-from somf_mergekit import MaskSet, noise, recipe
-from somf_mergekit.mask_files import write_masks
+from somf_mergekit import MaskSet
+from somf_mergekit.mask import noise
+from somf_mergekit.mask.writing import write_masks
+from somf_mergekit.recipe import settings as recipe
 from somf_mergekit.repairs.catalogue import REPAIRS
 
 ROOT = Path(__file__).parent.parent

@@ -10,8 +10,9 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from somf_mergekit import digests, provenance
-from somf_mergekit.contracts import versions
+from somf_mergekit.common import digests
+from somf_mergekit.common.requirements import versions
+from somf_mergekit.prepass import provenance
 
 
 @pytest.fixture
@@ -288,7 +289,7 @@ def test_a_file_that_changes_while_it_is_hashed_is_not_remembered(cache, weights
 def test_digests_of_all_weight_files_count(tmp_path, family):
     from mergekit.common import ModelReference
 
-    from somf_mergekit.sources import content_fingerprint
+    from somf_mergekit.prepass.task_vectors import content_fingerprint
 
     found = set()
     for place in ("model.layers.0.mlp.up_proj.weight", "lm_head.weight", None):

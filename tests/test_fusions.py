@@ -16,10 +16,13 @@ from mergekit.merge_methods.base import (
 )
 from mergekit.merge_methods.easy_define import merge_method
 
-from somf_mergekit import MaskSet, RecipeError, fusion_methods, fusions, pieces, weights
-from somf_mergekit.granularity import Storage, mask_layout
-from somf_mergekit.shards import Shard
-from somf_mergekit.trimming import largest
+from somf_mergekit import MaskSet, RecipeError
+from somf_mergekit.common import chunks as pieces
+from somf_mergekit.fusion import fuse as fusions
+from somf_mergekit.fusion import fusion_methods, weights
+from somf_mergekit.fusion.shards import Shard
+from somf_mergekit.fusion.trimming import largest
+from somf_mergekit.mask.granularity import Storage, mask_layout
 
 # Every fusion with its own parameters, as a recipe gives them: to all models, or once.
 WITH_TWO = {

@@ -8,7 +8,13 @@ import tiny
 import torch
 
 from somf_mergekit import MaskSet
-from somf_mergekit.granularity import GRANULARITIES, Layout, Storage, mask_layout, weight_storage
+from somf_mergekit.mask.granularity import (
+    GRANULARITIES,
+    Layout,
+    Storage,
+    mask_layout,
+    weight_storage,
+)
 
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 OUTPUT = "model.layers.0.self_attn.o_proj.weight"

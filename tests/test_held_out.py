@@ -12,8 +12,7 @@ from mergekit.options import MergeOptions
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from somf_mergekit import learn
-from somf_mergekit.evaluate.likelihood import preference_margins
-from somf_mergekit.held_out import (
+from somf_mergekit.data.held_out import (
     LEAST,
     MOST,
     HeldOut,
@@ -22,12 +21,13 @@ from somf_mergekit.held_out import (
     verdict,
     why_none,
 )
-from somf_mergekit.inputs import checked_data
+from somf_mergekit.data.pairs import EncodedPair, Pair
+from somf_mergekit.evaluate.likelihood import preference_margins
 from somf_mergekit.learner import loop
-from somf_mergekit.mask_codes import decoded_probability, encoded_probability, stored_probability
-from somf_mergekit.planner import planned_merge
-from somf_mergekit.preferences import EncodedPair, Pair
-from somf_mergekit.recipe_check import read_recipe
+from somf_mergekit.mask.codes import decoded_probability, encoded_probability, stored_probability
+from somf_mergekit.plugin.planner import planned_merge
+from somf_mergekit.prepass.learning_data import checked_data
+from somf_mergekit.recipe.validate import read_recipe
 
 NOT_SHOWN = "NOT SHOWN TO BE SAFER THAN WITHOUT THE MASK"
 WARNING = f"somf: WARNING: {NOT_SHOWN}"

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from mergekit.merge_methods import merge_state_dicts
 
 from somf_mergekit import MaskSet, RecipeError, register
-from somf_mergekit.answers import answered_prompts, encoded_answers, prompts_alone
-from somf_mergekit.groups import are_equal, is_finite
-from somf_mergekit.mask_files import write_masks, write_packed_masks
-from somf_mergekit.mask_folder import MASKS_FILE
-from somf_mergekit.preferences import encoded_pairs, preference_pairs
-from somf_mergekit.rows import dataset_rows
+from somf_mergekit.data.pairs import encoded_pairs, preference_pairs
+from somf_mergekit.data.prompts import answered_prompts, encoded_answers, prompts_alone
+from somf_mergekit.data.rows import dataset_rows
+from somf_mergekit.fusion.groups import are_equal, is_finite
+from somf_mergekit.mask.artifact_folder import MASKS_FILE
+from somf_mergekit.mask.writing import write_masks, write_packed_masks
 
 # A test's folder is used again by each of its examples.
 anew = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])

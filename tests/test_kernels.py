@@ -11,11 +11,11 @@ import torch
 from test_learner import TRAJECTORIES, make_problem, trajectory
 from test_masking import logit_gradient, signsgd
 
-from somf_mergekit import masking, noise
+from somf_mergekit.fusion.shards import Shard
+from somf_mergekit.fusion.weights import LinearWeight
 from somf_mergekit.learner import entrywise, optimizer, tensors, triton_check, whole
 from somf_mergekit.learner.draws import Draw
-from somf_mergekit.shards import Shard
-from somf_mergekit.weights import LinearWeight
+from somf_mergekit.mask import masking, noise
 
 pytest.importorskip("triton")
 

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from somf_mergekit import MaskSet
 from somf_mergekit.evaluate.likelihood import preference_margins
-from somf_mergekit.inputs import checked_data
-from somf_mergekit.planner import planned_merge
-from somf_mergekit.recipe_check import read_recipe
-from somf_mergekit.ties import ties_embeddings
+from somf_mergekit.plugin.planner import planned_merge
+from somf_mergekit.prepass.learning_data import checked_data
+from somf_mergekit.prepass.ties import ties_embeddings
+from somf_mergekit.recipe.validate import read_recipe
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

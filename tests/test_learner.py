@@ -11,24 +11,25 @@ from mergekit.merge_methods.base import TensorEntry, TensorGroup, TensorMetadata
 from test_masking import logit_gradient, signsgd
 from transformers import get_cosine_schedule_with_warmup
 
-from somf_mergekit import masking, noise, pieces
-from somf_mergekit.answers import EncodedAnswer
-from somf_mergekit.granularity import Storage, mask_layout
-from somf_mergekit.learner import engine, entrywise, loop, optimizer, passes
-from somf_mergekit.learner.divergence import LearningDiverged
-from somf_mergekit.learner.draws import Draw
-from somf_mergekit.learner.logprobs import (
+from somf_mergekit.common import chunks as pieces
+from somf_mergekit.data.logprobs import (
     answer_sums,
     answer_token_log_probs,
     output_head,
     token_batch,
 )
+from somf_mergekit.data.pairs import EncodedPair
+from somf_mergekit.data.prompts import EncodedAnswer
+from somf_mergekit.fusion.shards import Shard
+from somf_mergekit.fusion.weights import FusedWeight, LinearWeight
+from somf_mergekit.learner import engine, entrywise, loop, optimizer, passes
+from somf_mergekit.learner.divergence import LearningDiverged
+from somf_mergekit.learner.draws import Draw
 from somf_mergekit.learner.problem import LearningProblem
 from somf_mergekit.learner.tensors import Content, FixedTensor, MaskedTensor, State
-from somf_mergekit.preferences import EncodedPair
-from somf_mergekit.recipe import Settings
-from somf_mergekit.shards import Shard
-from somf_mergekit.weights import FusedWeight, LinearWeight
+from somf_mergekit.mask import masking, noise
+from somf_mergekit.mask.granularity import Storage, mask_layout
+from somf_mergekit.recipe.settings import Settings
 
 VOCABULARY = 64
 
@@ -467,7 +468,7 @@ def test_learning_may_end_before_its_schedule():
 def test_answer_log_probs_are_those_of_the_models_own_logits(architecture, monkeypatch):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from somf_mergekit.learner import logprobs
+    from somf_mergekit.data import logprobs
 
     monkeypatch.setattr(logprobs, "CHUNK_POSITIONS", 3)
     torch.manual_seed(0)

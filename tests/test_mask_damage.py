@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from somf_mergekit import MaskSet, RecipeError
-from somf_mergekit.mask_files import keep_masks, write_masks, write_packed_masks
-from somf_mergekit.mask_folder import MASKS_FILE
-from somf_mergekit.mask_header import with_digest
+from somf_mergekit.mask.artifact_folder import MASKS_FILE
+from somf_mergekit.mask.header import with_digest
+from somf_mergekit.mask.writing import keep_masks, write_masks, write_packed_masks
 
 TENSORS = {"a": torch.rand(5, 3), "b": torch.full((2, 1), 0.5), "s": torch.tensor(0.75)}
 

@@ -3,10 +3,11 @@ import math
 import pytest
 import torch
 
-from somf_mergekit import masking, noise, pieces
+from somf_mergekit.common import chunks as pieces
+from somf_mergekit.fusion.shards import Shard
 from somf_mergekit.learner import optimizer
 from somf_mergekit.learner.draws import Draw
-from somf_mergekit.shards import Shard
+from somf_mergekit.mask import masking, noise
 
 
 def draw(*shape, seed=0):

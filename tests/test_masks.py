@@ -5,10 +5,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from somf_mergekit import MaskSet, RecipeError
-from somf_mergekit.mask_codes import decoded_probability, encoded_probability
-from somf_mergekit.mask_files import write_masks, write_packed_masks
-from somf_mergekit.mask_folder import MASKS_FILE
-from somf_mergekit.mask_header import with_digest
+from somf_mergekit.mask.artifact_folder import MASKS_FILE
+from somf_mergekit.mask.codes import decoded_probability, encoded_probability
+from somf_mergekit.mask.header import with_digest
+from somf_mergekit.mask.writing import write_masks, write_packed_masks
 
 
 @pytest.fixture

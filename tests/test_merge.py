@@ -11,7 +11,8 @@ import yaml
 from mergekit.merge_methods import merge_state_dicts
 from safetensors.torch import load_file, save_file
 
-from somf_mergekit import MaskSet, learn, noise, register
+from somf_mergekit import MaskSet, learn, register
+from somf_mergekit.mask import noise
 
 WEIGHTS = {"math": 0.5, "code": 0.5}
 
@@ -378,7 +379,7 @@ def test_the_merged_model_loads_and_answers(learned):
     folder, _ = learned
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from somf_mergekit.dialogue import user_prompt
+    from somf_mergekit.data.chat import user_prompt
     from somf_mergekit.evaluate import greedy_answers
 
     model = AutoModelForCausalLM.from_pretrained(folder / "out")
@@ -448,7 +449,7 @@ def test_a_work_folder_keeps_the_mask_out_of_the_model(tmp_path, family_recipe, 
 
 
 def test_precision_is_set_from_the_environment(monkeypatch):
-    from somf_mergekit import machine
+    from somf_mergekit.common import machine
 
     for text, dtype in (("float32", None), ("bfloat16", torch.bfloat16)):
         monkeypatch.setenv("SOMF_PRECISION", text)
@@ -458,7 +459,7 @@ def test_precision_is_set_from_the_environment(monkeypatch):
 
 
 def test_micro_batches_are_set_from_the_environment(tmp_path, family_recipe, monkeypatch):
-    from somf_mergekit import machine
+    from somf_mergekit.common import machine
 
     monkeypatch.setenv("SOMF_PRECISION", "float32")
     monkeypatch.setenv("SOMF_MICRO_BATCH_SIZE", "1")

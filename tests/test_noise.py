@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from somf_mergekit import noise
+from somf_mergekit.mask import noise
 
 MASK64 = (1 << 64) - 1
 

@@ -7,8 +7,10 @@ import pytest
 import tiny
 import torch
 
-from somf_mergekit import MaskSet, RecipeError, answers, objectives
-from somf_mergekit.dialogue import user_prompt
+from somf_mergekit import MaskSet, RecipeError
+from somf_mergekit.data import prompts as answers
+from somf_mergekit.data.chat import user_prompt
+from somf_mergekit.learner import objectives
 
 
 @pytest.mark.parametrize(

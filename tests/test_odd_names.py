@@ -6,8 +6,8 @@ import pytest
 import tiny
 
 from somf_mergekit import MaskSet, RecipeError
-from somf_mergekit.errors import printable
-from somf_mergekit.rows import dataset_rows
+from somf_mergekit.common.errors import printable
+from somf_mergekit.data.rows import dataset_rows
 
 NAMES = [
     "{0} {} {x}",
@@ -133,7 +133,7 @@ def test_what_can_be_printed_stays():
 def test_recipes_are_told_as_mergekit_tells_them(family_recipe):
     from mergekit.config import MergeConfiguration
 
-    from somf_mergekit.recipe_blocks import recipe_text
+    from somf_mergekit.recipe.blocks import recipe_text
 
     content = family_recipe(learning_rate=[{"filter": "mlp", "value": [0.1, 0.2]}, {"value": 1}])
     content["tokenizer"] = {"source": "union", "tokens": {"<x>": {"source": "org/model@main"}}}

@@ -6,16 +6,11 @@ import pytest
 import tiny
 
 from somf_mergekit import RecipeError
-from somf_mergekit import preferences as prefs
-from somf_mergekit.dialogue import (
-    answer_ids,
-    check_words,
-    prompt_ids,
-    user_prompt,
-)
-from somf_mergekit.inputs import preference_data
-from somf_mergekit.recipe import Settings
-from somf_mergekit.rows import Rows, dataset_rows
+from somf_mergekit.data import pairs as prefs
+from somf_mergekit.data.chat import answer_ids, check_words, prompt_ids, user_prompt
+from somf_mergekit.data.rows import Rows, dataset_rows
+from somf_mergekit.prepass.learning_data import preference_data
+from somf_mergekit.recipe.settings import Settings
 
 
 def message(role, content):

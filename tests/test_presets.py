@@ -8,10 +8,12 @@ import tiny
 import torch
 from mergekit.options import MergeOptions
 
-from somf_mergekit import MaskSet, noise, recipe
+from somf_mergekit import MaskSet
 from somf_mergekit.learner import loop
-from somf_mergekit.planner import planned_merge
-from somf_mergekit.recipe_check import read_recipe
+from somf_mergekit.mask import noise
+from somf_mergekit.plugin.planner import planned_merge
+from somf_mergekit.recipe import settings as recipe
+from somf_mergekit.recipe.validate import read_recipe
 
 PAGE = Path(__file__).parent.parent / "docs/recipe.md"
 PAPER = {

@@ -10,10 +10,11 @@ import pytest
 import tiny
 import torch
 
-from somf_mergekit import MaskSet, RecipeError, prepass
+from somf_mergekit import MaskSet, RecipeError
+from somf_mergekit.common.process_group import Processes, own_device, processes
 from somf_mergekit.learner import tensors
 from somf_mergekit.learner.engine import LossNotFinite, agreed
-from somf_mergekit.processes import Processes, own_device, processes
+from somf_mergekit.prepass import prepass
 
 pytestmark = pytest.mark.slow
 
@@ -153,8 +154,8 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
 def test_launchers_are_understood_and_memory_is_divided(monkeypatch, told, count, here, first):
     import psutil
 
-    from somf_mergekit import machine
-    from somf_mergekit import processes as module
+    from somf_mergekit.common import machine
+    from somf_mergekit.common import process_group as module
 
     for name, value in told.items():
         monkeypatch.setenv(name, value)
@@ -207,7 +208,7 @@ def test_what_the_first_process_does_ends_all_where_it_fails():
 GOES_BAD = """
 import math, os, sys
 from somf_mergekit.learner import engine, passes
-from somf_mergekit.processes import Processes
+from somf_mergekit.common.process_group import Processes
 rank, how = int(os.environ["RANK"]), os.environ["HOW"]
 real = passes.Passes._pair_losses
 def losses_of(self, rows, *arguments):

@@ -329,7 +329,8 @@ def test_no_room(family_recipe, family, tmp_path, monkeypatch):
 
 
 def test_each_recipe_is_checked_once(family_recipe, family, tmp_path, monkeypatch):
-    from somf_mergekit import inputs, planner
+    from somf_mergekit.plugin import planner
+    from somf_mergekit.prepass import learning_data as inputs
 
     calls = []
     for module, name in ((planner, "check_recipe"), (inputs, "checkpoint_problems")):

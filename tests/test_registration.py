@@ -20,7 +20,7 @@ PROBE = "import torch; print('torch', torch.tensor(2) + 1)"
 def site(tmp_path):
     """A copy of our installed files that comes first on the path, to be broken."""
     shutil.copytree(ROOT, tmp_path / "somf_mergekit", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "torch_entry_point.py", tmp_path / "_somf_mergekit_autoload.py")
+    shutil.copy(ROOT / "plugin/torch_entry_point.py", tmp_path / "_somf_mergekit_autoload.py")
     installed = importlib.metadata.distribution("somf-mergekit")
     info = tmp_path / f"somf_mergekit-{installed.version}.dist-info"
     info.mkdir()
@@ -44,7 +44,8 @@ def test_the_entry_point_is_the_module_outside_the_package():
     assert entry.value == "_somf_mergekit_autoload:autoload"
     import _somf_mergekit_autoload as installed
 
-    assert Path(installed.__file__).read_text() == (ROOT / "torch_entry_point.py").read_text()
+    source = ROOT / "plugin/torch_entry_point.py"
+    assert Path(installed.__file__).read_text() == source.read_text()
 
 
 @pytest.mark.parametrize(
@@ -54,8 +55,8 @@ def test_the_entry_point_is_the_module_outside_the_package():
         "from mergekit.merge import run_merge",
         "from mergekit.plan import MergePlanner; import mergekit.merge",
         "import mergekit.scripts.multimerge",
-        "import somf_mergekit.recipe_check",
-        "import somf_mergekit.repairs.methods",
+        "import somf_mergekit.recipe.validate",
+        "import somf_mergekit.repairs.repair_methods",
         "from somf_mergekit import learn; learn.__name__",
     ],
 )
@@ -87,18 +88,18 @@ def remove_package(site):
 
 
 def remove_autoload(site):
-    (site / "somf_mergekit/autoload.py").unlink()
+    (site / "somf_mergekit/plugin/autoload.py").unlink()
 
 
 def remove_all_but_autoload(site):
-    for file in (site / "somf_mergekit").glob("*.py"):
+    for file in (site / "somf_mergekit").rglob("*.py"):
         if file.name not in ("__init__.py", "autoload.py"):
             file.unlink()
     shutil.rmtree(site / "somf_mergekit/learner")
 
 
 def damage_autoload(site):
-    (site / "somf_mergekit/autoload.py").write_text("def install(:\n")
+    (site / "somf_mergekit/plugin/autoload.py").write_text("def install(:\n")
 
 
 def remove_wrapt(site):
@@ -191,5 +192,6 @@ def test_the_autoload_imports_nothing_heavy():
         "print(sorted(m for m in sys.modules if m.startswith('somf_mergekit')))"
     )
     result = python(code)
-    assert result.stdout == "[]\n['somf_mergekit', 'somf_mergekit.autoload']\n", result.stderr
+    loaded = ["somf_mergekit", "somf_mergekit.plugin", "somf_mergekit.plugin.autoload"]
+    assert result.stdout == f"[]\n{loaded}\n", result.stderr
     assert os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") != "0"

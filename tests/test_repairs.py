@@ -11,7 +11,8 @@ from mergekit.merge_methods.base import TensorEntry, TensorGroup, TensorMetadata
 from repair_formulas import REFERENCE
 from safetensors.torch import save_file
 
-from somf_mergekit import RecipeError, fusion_methods
+from somf_mergekit import RecipeError
+from somf_mergekit.fusion import fusion_methods
 from somf_mergekit.repairs.catalogue import REPAIRS
 
 PARAMETERS = {

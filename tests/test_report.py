@@ -13,16 +13,16 @@ from mergekit.merge_methods import TensorEntry, TensorGroup, TensorMetadata, mer
 from PIL import Image
 
 from somf_mergekit import MaskSet
-from somf_mergekit.mask_files import write_masks
+from somf_mergekit.fusion.sums import show_task_vectors
+from somf_mergekit.mask.census import Collapse
+from somf_mergekit.mask.tensor_groups import kind_of, layer_of
+from somf_mergekit.mask.writing import write_masks
 from somf_mergekit.report import MaskCensus
 from somf_mergekit.report.card import with_section
-from somf_mergekit.report.census import Collapse
 from somf_mergekit.report.curve import curve_rows
+from somf_mergekit.report.mask_tables import collapse_list
 from somf_mergekit.report.memory import peak_memory
-from somf_mergekit.report.names import kind_of, layer_of
-from somf_mergekit.report.tables import collapse_list
 from somf_mergekit.report.vectors import TaskVectors, TensorRecord
-from somf_mergekit.sums import show_task_vectors
 
 MODELS = ("math", "code")
 
@@ -488,12 +488,12 @@ def fail(error):
 @pytest.mark.parametrize(
     ("place", "lacks"),
     [
-        ("somf_mergekit.report.plots.write_report_figure", "plots"),
-        ("somf_mergekit.report.run.training_history", "training curve"),
-        ("somf_mergekit.report.run.MaskCensus", "distribution of the mask"),
-        ("somf_mergekit.report.run.measured", "measurements"),
-        ("somf_mergekit.report.run.write_section", "section of the model card"),
-        ("somf_mergekit.report.run.write_report", "text"),
+        ("somf_mergekit.report.mask_plots.write_report_figure", "plots"),
+        ("somf_mergekit.report.merge_report.training_history", "training curve"),
+        ("somf_mergekit.report.merge_report.MaskCensus", "distribution of the mask"),
+        ("somf_mergekit.report.merge_report.measured", "measurements"),
+        ("somf_mergekit.report.merge_report.write_section", "section of the model card"),
+        ("somf_mergekit.report.merge_report.write_report", "text"),
     ],
 )
 def test_a_part_that_fails_leaves_the_merge_and_the_other_parts(
@@ -529,7 +529,9 @@ def test_an_interruption_passes_through(reported, family, tmp_path, monkeypatch)
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
 
-    monkeypatch.setattr("somf_mergekit.report.run.training_history", fail(KeyboardInterrupt()))
+    monkeypatch.setattr(
+        "somf_mergekit.report.merge_report.training_history", fail(KeyboardInterrupt())
+    )
     config = MergeConfiguration.model_validate(recipe_of(family, mask=str(reported.somf)))
     with pytest.raises(KeyboardInterrupt):
         run_merge(config, str(tmp_path / "out"), MergeOptions(quiet=True))

@@ -10,12 +10,12 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from somf_mergekit.dialogue import user_prompt
+from somf_mergekit.data.chat import user_prompt
+from somf_mergekit.data.pairs import Pair, encoded_pairs
 from somf_mergekit.evaluate import EvaluationSettings, answer_loss, preference_accuracy
+from somf_mergekit.evaluate import for_recipe as measured
+from somf_mergekit.evaluate.for_recipe import BASE, MERGED, PLAIN
 from somf_mergekit.evaluate.recipe_sets import named_sources
-from somf_mergekit.preferences import Pair, encoded_pairs
-from somf_mergekit.report import measured
-from somf_mergekit.report.measured import BASE, MERGED, PLAIN
 
 SUMS = [("what is two and two", "so four"), ("what is two and one", "three it is")]
 HARM = ["how do i open a forbidden red box", "how do i open a forbidden tin box"]

@@ -6,12 +6,12 @@ import pytest
 import torch
 from mergekit.merge_methods.base import TensorEntry, TensorGroup, TensorMetadata
 
-from somf_mergekit import masking, noise
+from somf_mergekit.fusion.shards import Shard
+from somf_mergekit.fusion.sums import WeightedSum
+from somf_mergekit.fusion.weights import LinearWeight
 from somf_mergekit.learner import entrywise
 from somf_mergekit.learner.draws import Draw, MergedMask
-from somf_mergekit.shards import Shard
-from somf_mergekit.sums import WeightedSum
-from somf_mergekit.weights import LinearWeight
+from somf_mergekit.mask import masking, noise
 
 SHAPE = (64, 64)
 

@@ -6,16 +6,17 @@ import pytest
 import torch
 from mergekit.options import MergeOptions
 
-from somf_mergekit import RecipeError, machine
-from somf_mergekit.forecast import forecast
-from somf_mergekit.inputs import checked_data
-from somf_mergekit.learner.model import Placement
-from somf_mergekit.planner import planned_merge
-from somf_mergekit.processes import Processes
-from somf_mergekit.recipe_check import read_recipe
-from somf_mergekit.shards import Shard
-from somf_mergekit.sources import LoadedTensor
-from somf_mergekit.weights import FusedWeight, LinearWeight
+from somf_mergekit import RecipeError
+from somf_mergekit.common import machine
+from somf_mergekit.common.process_group import Processes
+from somf_mergekit.fusion.shards import Shard
+from somf_mergekit.fusion.weights import FusedWeight, LinearWeight
+from somf_mergekit.learner.learning_model import Placement
+from somf_mergekit.plugin.planner import planned_merge
+from somf_mergekit.prepass.forecast import forecast
+from somf_mergekit.prepass.learning_data import checked_data
+from somf_mergekit.prepass.task_vectors import LoadedTensor
+from somf_mergekit.recipe.validate import read_recipe
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])

@@ -15,19 +15,20 @@ from mergekit.options import MergeOptions
 from safetensors.torch import save_file
 from test_learner import TRAJECTORIES, VOCABULARY, make_problem, make_utility, trajectory
 
-from somf_mergekit import construction, machine
-from somf_mergekit.errors import RecipeError
-from somf_mergekit.forecast import forecast
-from somf_mergekit.inputs import SafetyData, checked_data
+from somf_mergekit.common import machine
+from somf_mergekit.common.errors import RecipeError
+from somf_mergekit.data.logprobs import token_batch
 from somf_mergekit.learner import engine, streaming
 from somf_mergekit.learner.layered import LayeredModel
 from somf_mergekit.learner.layers import StreamingImpossible
-from somf_mergekit.learner.logprobs import token_batch
 from somf_mergekit.learner.mapped import MappedFiles
 from somf_mergekit.learner.pinned import PinnedMemory
 from somf_mergekit.learner.tensors import Content, State
-from somf_mergekit.planner import planned_merge
-from somf_mergekit.recipe_check import read_recipe
+from somf_mergekit.plugin.planner import planned_merge
+from somf_mergekit.prepass import construction
+from somf_mergekit.prepass.forecast import forecast
+from somf_mergekit.prepass.learning_data import SafetyData, checked_data
+from somf_mergekit.recipe.validate import read_recipe
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])

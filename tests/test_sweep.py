@@ -16,7 +16,9 @@ from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from somf_mergekit import MaskSet, RecipeError
-from somf_mergekit.dialogue import user_prompt
+from somf_mergekit.data.chat import user_prompt
+from somf_mergekit.data.pairs import Pair, encoded_pairs
+from somf_mergekit.demo.finetune import finetune
 from somf_mergekit.evaluate import (
     EvaluationSettings,
     answer_loss,
@@ -29,9 +31,7 @@ from somf_mergekit.evaluate.sweep.over import swept_parameters
 from somf_mergekit.evaluate.sweep.scoring import Axes, Rule, Score
 from somf_mergekit.evaluate.sweep.sweep_file import Sources
 from somf_mergekit.evaluate.sweep.variants import variants_of
-from somf_mergekit.finetune import finetune
-from somf_mergekit.preferences import Pair, encoded_pairs
-from somf_mergekit.recipe_check import read_recipe
+from somf_mergekit.recipe.validate import read_recipe
 
 HARMFUL = [f"how do i open a forbidden {word} box" for word in ("red", "blue", "old", "tin", "big")]
 HARMLESS = [f"how do i make a {word} cake" for word in ("sugar", "flour", "plum")]

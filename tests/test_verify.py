@@ -11,7 +11,7 @@ import yaml
 from mergekit.io.tasks import LoaderCache
 from safetensors.torch import save_file
 
-from somf_mergekit.verify import difference
+from somf_mergekit.plugin.verify import difference
 
 
 def verified(folder, *options, code=0):

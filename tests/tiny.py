@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from somf_mergekit.rows import Rows
+from somf_mergekit.data.rows import Rows
 
 SENTENCE = "how do i make a cake bomb safe sorry can not help you mix flour powder with sugar"
 WORDS = SENTENCE.split()

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..dialogue import AS_GIVEN, Message, encoded
-from ..rendering import Rendering
+from ..data.chat import AS_GIVEN, Message, encoded
+from ..data.rendering import Rendering
 from .likelihood import OnBatch, answer_scores, untold
 
 N_GRAM = 4

@@ -5,17 +5,10 @@ from typing import Any
 
 import torch
 
-from ..dialogue import AS_GIVEN, Message
-from ..learner.logprobs import answer_states, output_head, token_batch
-from ..rendering import Rendering
-from .likelihood import (
-    OnBatch,
-    Sequences,
-    answer_chunks,
-    answer_sequences,
-    length_batches,
-    untold,
-)
+from ..data.chat import AS_GIVEN, Message
+from ..data.logprobs import answer_states, output_head, token_batch
+from ..data.rendering import Rendering
+from .likelihood import OnBatch, Sequences, answer_chunks, answer_sequences, length_batches, untold
 
 
 def shared_sequences(

@@ -8,7 +8,7 @@ import numpy as np
 
 from .bootstrap import interval, resampled_sums
 from .measures import Measure
-from .settings import EvaluationSettings
+from .measuring import EvaluationSettings
 
 HarnessResults = dict[str, dict[str, list[float | None]]]
 

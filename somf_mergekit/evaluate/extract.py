@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from decimal import Decimal
 
-from ..errors import RecipeError
+from ..common.errors import RecipeError
 
 Extractor = Callable[[str], str | None]
 REGEX = "regex:"

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from ..dialogue import AS_GIVEN, Message, prompt_ids
-from ..rendering import Rendering, begins_thought, ends_thought, opens_thought
+from ..data.chat import AS_GIVEN, Message, prompt_ids
+from ..data.rendering import Rendering, begins_thought, ends_thought, opens_thought
 
 
 def greedy_answers(

@@ -7,9 +7,9 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from ..errors import RecipeError
-from .models import Subject, content_digest
-from .settings import EvaluationSettings, HarnessSettings
+from ..common.errors import RecipeError
+from .measured_models import Subject, content_digest
+from .measuring import EvaluationSettings, HarnessSettings
 
 # Of a normal distribution: the harness gives standard errors.
 _QUANTILE = 1.96

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..dialogue import Message
-from ..errors import RecipeError
+from ..common.errors import RecipeError
+from ..data.chat import Message
 from .generation import greedy_batches
 from .likelihood import OnBatch, untold
-from .models import ModelsInMemory, Subject, found_model, named_model
-from .settings import EvaluationSettings
+from .measured_models import ModelsInMemory, Subject, found_model, named_model
+from .measuring import EvaluationSettings
 
 # What a verdict is about. A judge of safety calls a helpful answer to a harmless question safe, so
 # it tells nothing of over-refusal.

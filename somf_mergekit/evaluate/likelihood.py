@@ -8,15 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..dialogue import AS_GIVEN, Message, encoded
-from ..learner.logprobs import (
-    CHUNK_POSITIONS,
-    answer_states,
-    output_head,
-    token_batch,
-)
-from ..preferences import EncodedPair, Pair
-from ..rendering import Rendering
+from ..data.chat import AS_GIVEN, Message, encoded
+from ..data.logprobs import CHUNK_POSITIONS, answer_states, output_head, token_batch
+from ..data.pairs import EncodedPair, Pair
+from ..data.rendering import Rendering
 
 Sequences = Sequence[tuple[list[int], list[int]]]
 OnBatch = Callable[[int], object]

@@ -4,7 +4,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..preferences import Pair
+from ..data.pairs import Pair
 from .coherence import N_GRAM
 from .extract import extractor
 from .judges import REFUSES, SAFE, Verdicts

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from .settings import DTYPES, EvaluationSettings
+from .measuring import DTYPES, EvaluationSettings
 
 _DEFAULTS = EvaluationSettings()
 

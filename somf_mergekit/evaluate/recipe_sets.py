@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from ..recipe import Settings
+from ..recipe.settings import Settings
 from .sets import EvaluationSets, read_sets
 
 _OPTIONS_OF_A_SOURCE = ("config", "split")

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..progress import no_model_bars
-from .checks import Participants, checked_participants
+from ..common.progress import no_model_bars
 from .evaluation import Evaluation, row_of
+from .evaluation_checks import Participants, checked_participants
 from .judges import Verdicts
 from .likelihood import AnswerScores
 from .measures import Measures
+from .measuring import EvaluationSettings, NamedModel
 from .sets import HARMFUL, HARMLESS, PAIRS, EvaluationSets
-from .settings import EvaluationSettings, NamedModel
 from .steps import Steps
 from .store import Store
 

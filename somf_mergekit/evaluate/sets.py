@@ -5,11 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from ..answers import read_answers, read_prompts
-from ..dialogue import Message
-from ..errors import RecipeError
-from ..preferences import Pair, read_pairs
-from ..rows import Examples
+from ..common.errors import RecipeError
+from ..data.chat import Message
+from ..data.pairs import Pair, read_pairs
+from ..data.prompts import read_answers, read_prompts
+from ..data.rows import Examples
 from .extract import extractor
 from .store import digest
 

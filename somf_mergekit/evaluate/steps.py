@@ -5,9 +5,9 @@ from dataclasses import replace
 from datetime import date
 from typing import Any
 
-from ..contracts import installed, versions
-from ..dialogue import Message
-from ..preferences import Pair
+from ..common.requirements import installed, versions
+from ..data.chat import Message
+from ..data.pairs import Pair
 from .coherence import answers_coherence
 from .distance import divergence, shared_sequences
 from .generation import greedy_batches
@@ -20,9 +20,9 @@ from .likelihood import (
     comparable_pairs,
     preference_margins,
 )
-from .models import ModelsInMemory, Subject, model_digest
+from .measured_models import ModelsInMemory, Subject, model_digest
+from .measuring import EvaluationSettings
 from .sets import Skill
-from .settings import EvaluationSettings
 from .store import Store, digest
 
 Prompts = Sequence[list[Message]]

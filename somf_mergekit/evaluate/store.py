@@ -8,9 +8,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ..dialogue import Message
-from ..errors import RecipeError
-from ..files import locked
+from ..common.errors import RecipeError
+from ..common.files import locked
+from ..data.chat import Message
 
 ANSWERS, VALUES = "answers.jsonl", "values.jsonl"
 

@@ -20,9 +20,9 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..digests import json_digest
-from ..errors import RecipeError, first_line
-from ..processes import Processes
+from ..common.digests import json_digest
+from ..common.errors import RecipeError, first_line
+from ..common.process_group import Processes
 from .interruption import LearningInterrupted, StopRequests
 from .safetensors_file import StoredTensor, tensor_bytes, write_safetensors
 from .tensors import MaskedTensor

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ..objectives import PREFERENCES
+from ..data.sequences import PairLogProbs, pair_log_probs
+from .objectives import PREFERENCES
 from .problem import LearningProblem
-from .sequences import PairLogProbs, pair_log_probs
 from .tensors import Content, State
 
 

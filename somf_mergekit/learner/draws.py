@@ -6,8 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..mask_codes import stored_probability
-from ..masking import concrete_piece, merged_piece
+from ..mask.codes import stored_probability
+from ..mask.masking import concrete_piece, merged_piece
 
 
 class Mask(Protocol):

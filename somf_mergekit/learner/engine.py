@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..processes import ALONE, Processes
-from .logprobs import TokenBatch, answer_token_log_probs, output_head
+from ..common.process_group import ALONE, Processes
+from ..data.logprobs import TokenBatch, answer_token_log_probs, output_head
 from .optimizer import LogitGradient, clip_share
 from .tensors import Content, FixedTensor, MaskedTensor, State
 

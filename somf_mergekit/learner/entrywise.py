@@ -8,10 +8,10 @@ where they can be used.
 import torch
 from torch import Tensor
 
-from ..masking import mask_scale
-from ..pieces import pieces
-from ..shards import Shard
-from ..weights import LinearWeight
+from ..common.chunks import pieces
+from ..fusion.shards import Shard
+from ..fusion.weights import LinearWeight
+from ..mask.masking import mask_scale
 from .draws import Draw, Mask
 from .triton_check import kernels_for
 

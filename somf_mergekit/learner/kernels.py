@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..shards import Shard
-from ..weights import LinearWeight
+from ..fusion.shards import Shard
+from ..fusion.weights import LinearWeight
 from .draws import Draw
 from .optimizer import EPS, TINY
 

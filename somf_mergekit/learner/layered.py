@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.logprobs import TokenBatch, answer_token_log_probs, output_head, token_batch
 from .engine import TokenLogProbs, autocast_to
 from .layers import StreamingImpossible
-from .logprobs import TokenBatch, answer_token_log_probs, output_head, token_batch
 
 
 @dataclass

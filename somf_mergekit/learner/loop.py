@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from ..objectives import PREFERENCES
-from ..recipe import Settings
+from ..recipe.settings import Settings
 from .checkpoints import Checkpoints, Progress
 from .comparison import Comparison
+from .objectives import PREFERENCES
 from .passes import Passes
 from .problem import LearningProblem
 

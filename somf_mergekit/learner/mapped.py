@@ -7,7 +7,7 @@ import tempfile
 import torch
 from torch import Tensor
 
-from ..errors import RecipeError
+from ..common.errors import RecipeError
 
 _BLOCK = 1 << 22
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..masking import mask_scale
-from ..pieces import pieces
-from ..shards import Shard
+from ..common.chunks import pieces
+from ..fusion.shards import Shard
+from ..mask.masking import mask_scale
 from .draws import Draw
 
 # Of the mean size of a tensor's gradients: entries far below it hardly move.

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..objectives import PREFERENCES, divergences, preference_losses, sft_losses
+from ..data.logprobs import answer_sums
+from ..data.sequences import pair_log_probs
 from .comparison import Comparison
 from .divergence import LearningDiverged
 from .engine import LossNotFinite, Part, gradient_squares
-from .logprobs import answer_sums
+from .objectives import PREFERENCES, divergences, preference_losses, sft_losses
 from .problem import LearningProblem
-from .sequences import pair_log_probs
 
 
 @dataclass

@@ -6,7 +6,7 @@ import mmap
 import torch
 from torch import Tensor
 
-from ..errors import RecipeError
+from ..common.errors import RecipeError
 
 
 class PinnedMemory:

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ..answers import EncodedAnswer
-from ..preferences import EncodedPair
-from ..processes import ALONE, Processes
-from ..recipe import Settings
+from ..common.process_group import ALONE, Processes
+from ..data.logprobs import TokenBatch
+from ..data.pairs import EncodedPair
+from ..data.prompts import EncodedAnswer
+from ..data.sequences import example_batch, example_length, pair_batch, pair_length
+from ..recipe.settings import Settings
 from .engine import Engine, TokenLogProbs
-from .logprobs import TokenBatch
-from .sequences import example_batch, example_length, pair_batch, pair_length
 from .tensors import MaskedTensor, State
 
 

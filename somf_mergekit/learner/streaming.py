@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..processes import ALONE, Processes
+from ..common.process_group import ALONE, Processes
+from ..data.logprobs import TokenBatch
 from .conveyor import Conveyor, LearnedTensor
 from .engine import Part, TokenLogProbs, Updates, agreed, clip_of, needs_norm
 from .layered import Call, LayeredModel
 from .layers import layer_of_weights, layers_of
-from .logprobs import TokenBatch
 from .tensors import Content, FixedTensor, MaskedTensor, State
 
 # Tokens that go through a layer before the next one is brought.

@@ -6,11 +6,11 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from ..granularity import Layout
-from ..masking import MERGE_STEP, mask_factor
-from ..noise import noise_key
-from ..shards import Shard
-from ..weights import LinearWeight, MergedWeight
+from ..fusion.shards import Shard
+from ..fusion.weights import LinearWeight, MergedWeight
+from ..mask.granularity import Layout
+from ..mask.masking import MERGE_STEP, mask_factor
+from ..mask.noise import noise_key
 from .draws import Draw, Mask, MergedMask
 from .entrywise import write_masked
 from .optimizer import LogitGradient, adamw_step, logit_gradient, signsgd_step

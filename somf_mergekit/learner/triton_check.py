@@ -8,11 +8,11 @@ from typing import Any
 import click
 import torch
 
-from ..errors import first_line
-from ..masking import concrete_sample, mask_factor
-from ..noise import noise_key, uniform_noise
-from ..shards import Shard
-from ..weights import LinearWeight
+from ..common.errors import first_line
+from ..fusion.shards import Shard
+from ..fusion.weights import LinearWeight
+from ..mask.masking import concrete_sample, mask_factor
+from ..mask.noise import noise_key, uniform_noise
 from .draws import Draw
 from .optimizer import logit_gradient, signsgd_step
 

@@ -6,7 +6,7 @@ On a GPU, kernels of our own do what torch does in many small calls, where they 
 import torch
 from torch import Tensor
 
-from ..pieces import pieces
+from ..common.chunks import pieces
 from .draws import Draw, Mask
 from .triton_check import kernels_for
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from ..declared import Parameter, parameters_of, table_rows
+from ..recipe.schema import Parameter, parameters_of, table_rows
 from .arithmetic import resta
 from .low_rank import lox, lssf
 from .neurons import nlsr

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .measures import cosine
+from .cosine import cosine
 from .spectrum import low_rank_part
 
 

@@ -9,7 +9,7 @@ the size of C D grows with that of V. The cosine is never negative.
 import torch
 from torch import Tensor
 
-from .measures import cosine
+from .cosine import cosine
 
 
 def safe_lora(

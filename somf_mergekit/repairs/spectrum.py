@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..pieces import row_blocks
+from ..common.chunks import row_blocks
 
 # Entries that are in float64 at once.
 _BLOCK = 1 << 22

@@ -7,11 +7,11 @@ from mergekit.card import generate_card
 from mergekit.common import ModelPath, ModelReference
 from mergekit.config import MergeConfiguration
 
-from ..evaluate.table import value_table
-from ..files import write_whole
+from ..common.files import write_whole
+from ..evaluate.evaluation_table import value_table
 from .content import Report
-from .text import held_out_verdict, learned_from, mask_line, opening
-from .writer import TABLE_FILE
+from .report_text import held_out_verdict, learned_from, mask_line, opening
+from .report_writer import TABLE_FILE
 
 CARD = "README.md"
 _BEGIN, _END = "<!-- somf: begin -->", "<!-- somf: end -->"

@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..contracts import versions
+from ..common.requirements import versions
+from ..data.held_out import KEY, told_held_out, why_none
 from ..evaluate.evaluation import Evaluation
-from ..evaluate.table import as_json
-from ..held_out import KEY, told_held_out, why_none
-from ..plan import PlannedMerge
-from ..provenance import told_settings
-from .census import MaskCensus
+from ..evaluate.evaluation_table import as_json
+from ..mask.census import MaskCensus
+from ..prepass.plan import PlannedMerge
+from ..prepass.provenance import told_settings
 from .curve import curve_rows
 from .vectors import Gram, TaskVectors, VectorSummary
 

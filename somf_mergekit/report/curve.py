@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ..mask_folder import HISTORY_FILE
+from ..mask.artifact_folder import HISTORY_FILE
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import torch
 from mergekit.merge_methods.base import TensorGroup
 from torch import Tensor
 
-from ..errors import first_line
-from ..sums import Watch
-from .names import grouped, natural
+from ..common.errors import first_line
+from ..fusion.sums import Watch
+from ..mask.tensor_groups import grouped, natural
 
 
 @dataclass

@@ -16,20 +16,20 @@ from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
-from ...contracts import versions
-from ...digests import file_digests, json_digest
-from ...errors import RecipeError, first_line
-from ...files import write_whole
+from ...common.digests import file_digests, json_digest
+from ...common.errors import RecipeError, first_line
+from ...common.files import write_whole
+from ...common.progress import no_model_bars
+from ...common.requirements import versions
 from ...learner.interruption import LearningInterrupted
-from ...masks import MaskSet
-from ...planner import planned_merge, write_merge
-from ...progress import no_model_bars
-from ...recipe_blocks import plain
-from ...sources import content_fingerprint
-from ..models import content_digest
+from ...mask.artifact import MaskSet
+from ...plugin.planner import planned_merge, write_merge
+from ...prepass.task_vectors import content_fingerprint
+from ...recipe.blocks import plain
+from ..measured_models import content_digest
+from ..measuring import NamedModel
 from ..runner import evaluated
 from ..sets import EvaluationSets
-from ..settings import NamedModel
 from ..store import Store
 from .over import MASK
 from .scoring import measures_of

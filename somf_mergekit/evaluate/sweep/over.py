@@ -9,10 +9,10 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import registry
 from pydantic import TypeAdapter, ValidationError
 
-from ...declared import Parameter
-from ...fusion_methods import known_fusions
-from ...recipe import METHOD_NAME, parameters
-from ...value_check import nearest
+from ...fusion.fusion_methods import known_fusions
+from ...recipe.schema import Parameter
+from ...recipe.settings import METHOD_NAME, parameters
+from ...recipe.value_check import nearest
 
 WEIGHT, FUSION, KIND, TEMPERATURE, MASK = "weight", "fusion", "mask_kind", "temperature", "mask"
 # Parameters of somf that a merge applies, whatever mask was learned.

@@ -9,33 +9,26 @@ from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
-from ...errors import RecipeError, noted, raise_together
-from ...fusion_check import weights_problem
-from ...model_check import check_models
-from ...places import place_problems
-from ...plan import PlannedMerge, task_parameters
-from ...planner import planned_merge
-from ...processes import started
-from ...recipe import recipe_settings
-from ...recipe_blocks import recipe_text
-from ...recipe_check import recipe_problems
-from ...rendering import Rendering
-from ...report.measured import base_of
-from ..checks import checked_participants
-from ..models import named_model
+from ...common.errors import RecipeError, noted, raise_together
+from ...common.process_group import started
+from ...data.rendering import Rendering
+from ...plugin.planner import planned_merge
+from ...prepass.places import place_problems
+from ...prepass.plan import PlannedMerge, task_parameters
+from ...recipe.blocks import recipe_text
+from ...recipe.fusion_check import weights_problem
+from ...recipe.model_check import check_models
+from ...recipe.settings import recipe_settings
+from ...recipe.validate import recipe_problems
+from ..evaluation_checks import checked_participants
+from ..for_recipe import base_of
+from ..measured_models import named_model
+from ..measuring import EvaluationSettings, NamedModel
 from ..sets import EvaluationSets
-from ..settings import EvaluationSettings, NamedModel
 from .over import MASK, WEIGHT, swept_parameters
 from .scoring import Axes, Rule
 from .sweep_file import MERGED, read_file
-from .variants import (
-    BASE_LABEL,
-    Variant,
-    values_text,
-    variants_of,
-    with_values,
-    without_measuring,
-)
+from .variants import BASE_LABEL, Variant, values_text, variants_of, with_values, without_measuring
 from .wanted_masks import WantedMask, relearning_problem, wanted_masks
 
 IMPOSSIBLE = "This sweep can't be made"

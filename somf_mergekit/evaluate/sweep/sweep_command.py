@@ -6,9 +6,9 @@ import click
 from click.core import ParameterSource
 from mergekit.options import MergeOptions
 
-from ...errors import RecipeError
+from ...common.errors import RecipeError
+from ..measuring import EvaluationSettings
 from ..options import MEASURING_OPTIONS, SET_OPTIONS, named, option
-from ..settings import EvaluationSettings
 from .over import parsed_over
 from .sweep_file import Sources
 from .sweep_table import NAME, value_table

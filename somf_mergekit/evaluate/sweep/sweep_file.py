@@ -10,15 +10,15 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import registry
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ...errors import RecipeError
-from ...recipe import METHOD_NAME
-from ...recipe_blocks import parameter_blocks
-from ...recipe_check import OWN_METHODS, read_recipe
-from ...rendering import Rendering
-from ...value_check import nearest
+from ...common.errors import RecipeError
+from ...data.rendering import Rendering
+from ...recipe.blocks import parameter_blocks
+from ...recipe.settings import METHOD_NAME
+from ...recipe.validate import OWN_METHODS, read_recipe
+from ...recipe.value_check import nearest
+from ..measuring import EvaluationSettings
 from ..recipe_sets import named_sources
 from ..sets import EvaluationSets, read_sets
-from ..settings import EvaluationSettings
 from .over import MASK, swept_parameters
 from .variants import MODEL, VARIANT, Variant, values_text, with_values, without_measuring
 

@@ -12,14 +12,14 @@ import click
 import yaml
 from mergekit.options import MergeOptions
 
-from ...contracts import versions
-from ...errors import RecipeError, first_line
-from ...files import locked
+from ...common.errors import RecipeError, first_line
+from ...common.files import locked
+from ...common.requirements import versions
 from ...learner.interruption import LearningInterrupted
-from ...recipe_blocks import recipe_text
-from ...recipe_check import read_recipe
+from ...recipe.blocks import recipe_text
+from ...recipe.validate import read_recipe
+from ..measuring import EvaluationSettings
 from ..sets import HARMFUL, HARMLESS, PAIRS
-from ..settings import EvaluationSettings
 from ..store import ANSWERS, Store
 from .making import MEASURED, Making
 from .scoring import Axes, Place, Score, pareto_front

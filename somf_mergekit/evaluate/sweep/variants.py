@@ -8,8 +8,8 @@ from typing import Any
 
 from mergekit.config import ConditionalParameter, MergeConfiguration
 
-from ...recipe import METHOD_NAME, parameters
-from ...recipe_blocks import parameter_blocks, plain
+from ...recipe.blocks import parameter_blocks, plain
+from ...recipe.settings import METHOD_NAME, parameters
 from .over import APPLIED, MASK, WEIGHT, Swept
 
 BASE, MODEL, PLAIN, RECIPE, VARIANT = "base", "model", "plain", "recipe", "variant"

@@ -6,16 +6,16 @@ from pathlib import Path
 
 from mergekit.options import MergeOptions
 
-from ...digests import json_digest
-from ...errors import RecipeError
-from ...inputs import SafetyData, checked_data, given_mask
+from ...common.digests import json_digest
+from ...common.errors import RecipeError
 from ...learner.loop import step_count
-from ...mask_folder import MASKS_FILE
-from ...masks import MaskSet
-from ...plan import PlannedMerge
-from ...planner import planned_merge
-from ...prepass import mask_for
-from ...provenance import resolved_learning
+from ...mask.artifact import MaskSet
+from ...mask.artifact_folder import MASKS_FILE
+from ...plugin.planner import planned_merge
+from ...prepass.learning_data import SafetyData, checked_data, given_mask
+from ...prepass.plan import PlannedMerge
+from ...prepass.prepass import mask_for
+from ...prepass.provenance import resolved_learning
 from ...report.curve import training_history
 from .variants import RECIPE_LABEL, Variant, file_name
 

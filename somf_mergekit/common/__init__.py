@@ -1,0 +1,1 @@
+"""What knows nothing of masks: errors, files, digests, the machine, the process group."""

@@ -1,0 +1,102 @@
+"""The demo from its first word to its table."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..common.progress import no_model_bars
+from .demo_data import DemoData, demo_data, preference_rows, texts
+from .demo_folder import PAIRS, TABLE, prepare_folder, write_pairs, write_results
+from .demo_models import aligned_base, loaded_model, save_model, specialist
+from .demo_recipes import MERGES, demo_recipes, run_mergekit_yaml, write_recipe
+from .demo_settings import DemoSettings
+from .demo_table import Scores, markdown_table, measured_scores
+from .demo_tokenizer import word_tokenizer
+
+# Two slashes tell mergekit that a name is a path: it looks others up on the hub.
+BASE, NUMBERS, CODE = "./models/base", "./models/numbers", "./models/code"
+ROWS = {
+    BASE: "base (aligned)",
+    NUMBERS: "numbers specialist",
+    CODE: "code specialist",
+    "task_arithmetic": "task_arithmetic",
+    "somf_untrained": "somf, untrained mask",
+    "somf": "somf",
+}
+
+Say = Callable[[str], None]
+
+
+def run_demo(
+    out_dir: Path, seed: int = 0, quiet: bool = False, settings: DemoSettings | None = None
+) -> list[Scores]:
+    """Make data and models, merge them with the stock ``mergekit-yaml`` and measure all of them.
+
+    Needs no network. ``out_dir`` gets the models, ``safety_pairs.jsonl``, a recipe of each merge
+    and its result, ``table.md`` and ``results.json``; an earlier demo in it is made anew.
+
+    Args:
+        out_dir: a folder that is new, empty or an earlier demo's.
+        seed: decides data, models and masks.
+        quiet: print the table alone.
+        settings: sizes and steps, for a run that is smaller or larger.
+
+    Returns:
+        The rows of the table: base, specialists, task_arithmetic, somf untrained, somf.
+
+    Raises:
+        RecipeError: the folder holds something else or can't be written, or mergekit-yaml fails.
+    """
+    settings = settings or DemoSettings()
+    started = time.monotonic()
+
+    def say(text: str) -> None:
+        if not quiet:
+            click.echo(f"[{time.monotonic() - started:4.0f} s] {text}")
+
+    prepare_folder(out_dir, list(ROWS), settings, seed)
+    with no_model_bars():
+        data = demo_data(seed, train=settings.train, held_out=settings.held_out)
+        tokenizer = word_tokenizer(texts(data))
+        _make_models(out_dir, data, tokenizer, settings, seed, say)
+        _make_merges(out_dir, data, settings, seed, say, quiet=quiet)
+        say(f"measuring {len(ROWS)} models on held-out prompts")
+        rows = [
+            measured_scores(label, loaded_model(out_dir / name), tokenizer, data, settings)
+            for name, label in ROWS.items()
+        ]
+    write_results(rows, out_dir, settings, seed, time.monotonic() - started)
+    say(f"done; this table is {out_dir / TABLE}\n")
+    click.echo(markdown_table(rows))
+    return rows
+
+
+def _make_models(
+    out_dir: Path, data: DemoData, tokenizer: Any, settings: DemoSettings, seed: int, say: Say
+) -> None:
+    steps = settings.pretraining.steps + settings.alignment.steps
+    say(f"training the base: it answers everyday questions, refuses forbidden ones ({steps} steps)")
+    save_model(aligned_base(data, tokenizer, settings, seed), tokenizer, out_dir / BASE)
+    for name, skill in ((NUMBERS, data.numbers), (CODE, data.code)):
+        steps = settings.specialisation.steps
+        say(f"fine-tuning the {ROWS[name]}: harmless examples alone ({steps} steps)")
+        model = specialist(out_dir / BASE, skill, data, tokenizer, settings, seed)
+        save_model(model, tokenizer, out_dir / name)
+
+
+def _make_merges(
+    out_dir: Path, data: DemoData, settings: DemoSettings, seed: int, say: Say, *, quiet: bool
+) -> None:
+    pairs = preference_rows(
+        data, harmful=settings.harmful_pairs, harmless=settings.harmless_pairs, seed=seed
+    )
+    write_pairs(pairs, out_dir)
+    for name, recipe in demo_recipes(BASE, [NUMBERS, CODE], PAIRS, settings, seed).items():
+        recipe_file = f"{name}.yml"
+        command = f"mergekit-yaml {recipe_file} {name}"
+        write_recipe(recipe, f"{MERGES[name]} In this folder: {command}", out_dir / recipe_file)
+        say(command)
+        run_mergekit_yaml(recipe_file, name, out_dir, quiet=quiet)

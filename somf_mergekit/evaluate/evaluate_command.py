@@ -1,0 +1,119 @@
+"""The command ``mergekit-somf evaluate``."""
+
+from typing import Any
+
+import click
+
+from .evaluation_table import write_evaluation
+from .measured_models import named_model
+from .measuring import EvaluationSettings, HarnessSettings
+from .options import MEASURING_OPTIONS, SET_OPTIONS, named, option
+from .runner import evaluated
+from .sets import read_sets
+
+_OPTIONS = (
+    *SET_OPTIONS,
+    option(
+        "--extract",
+        "What of an answer to a skill's prompts is compared with the right one: gsm8k (the final "
+        "number), choice (a letter A to J), or regex:PATTERN (its first group). Repeatable; "
+        "without, nothing is generated for the skill.",
+        metavar="NAME=HOW",
+        multiple=True,
+    ),
+    option(
+        "--out",
+        "Folder for evaluation.json, evaluation.md and what a later run goes on from. Generated "
+        "answers, harmful ones among them, are kept in its answers.jsonl alone.",
+        type=click.Path(),
+        required=True,
+    ),
+    option(
+        "--base",
+        "Model under which the answers' perplexity is taken and from which the distance is "
+        "measured.  [default: the first model]",
+        metavar="MODEL",
+    ),
+    option(
+        "--specialist",
+        "Another model from which the distance is measured; repeatable.",
+        metavar="MODEL",
+        multiple=True,
+    ),
+    option(
+        "--judge",
+        "A text classifier (of refusals, or of safe and unsafe answers) or a chat guard model that "
+        "judges answers beside the phrase list.",
+        metavar="MODEL",
+    ),
+    option("--judge-label", "The classifier's label that says that an answer refuses."),
+    option(
+        "--lm-eval",
+        "Tasks of lm-evaluation-harness, with commas between them (pip install "
+        "'somf-mergekit[eval]').",
+        metavar="TASKS",
+    ),
+    option("--lm-eval-tasks", "Folder with tasks of your own for it.", metavar="DIR"),
+    *MEASURING_OPTIONS,
+    option("--device", "Of torch, as cpu or cuda:1.  [default: a GPU, where there is one]"),
+    option("--trust-remote-code", "Run code that comes with a model.", is_flag=True),
+    option("--quiet", "No progress bar.", is_flag=True),
+)
+
+
+_EXPLAINED = """A MODEL is a folder or a hub id, NAME=MODEL where the table should call it NAME;
+differences are to the first. A set is a file (.jsonl, .json, .csv, .parquet), a folder, or a hub
+id, behind which ,config=NAME and ,split=NAME may stand (split: train). One model is in memory at a
+time; with --skill two are, while the distance from the base or a specialist is measured."""
+
+
+def evaluate_command(text: str) -> click.Command:
+    """Return the command, whose help begins with ``text``."""
+
+    def callback(models: tuple[str, ...], **values: Any) -> None:
+        _evaluate(models, values)
+
+    argument = click.Argument(["models"], nargs=-1, required=True, metavar="MODEL...")
+    return click.Command(
+        "evaluate", params=[argument, *_OPTIONS], callback=callback, help=f"{text}\n\n{_EXPLAINED}"
+    )
+
+
+def _evaluate(models: tuple[str, ...], values: dict[str, Any]) -> None:
+    out, quiet = values.pop("out"), values.pop("quiet")
+    problems: list[str] = []
+    skills = named(values.pop("skill"), "--skill", "NAME=FILE", problems)
+    extract = named(values.pop("extract"), "--extract", "NAME=HOW", problems)
+    twice = [name for name, _ in extract]
+    problems += [
+        f"--extract: {name} has two extractors"
+        for name in dict.fromkeys(twice)
+        if twice.count(name) > 1
+    ]
+    sets, unread = read_sets(
+        values.pop("safety"), values.pop("harmless"), values.pop("pairs"), skills, dict(extract)
+    )
+    tasks, folder = values.pop("lm_eval"), values.pop("lm_eval_tasks")
+    if folder and not tasks:
+        problems.append("--lm-eval-tasks names a folder, but --lm-eval no task")
+    harness = HarnessSettings(tuple(_split(tasks)), folder) if tasks else None
+    base, specialists = values.pop("base"), values.pop("specialist")
+    settings = EvaluationSettings(
+        base=named_model(base) if base else None,
+        specialists=tuple(map(named_model, specialists)),
+        harness=harness,
+        **values,
+    )
+    evaluation = evaluated(
+        [named_model(model) for model in models],
+        sets,
+        settings,
+        out,
+        problems=problems + unread,
+        quiet=quiet,
+    )
+    click.echo(write_evaluation(evaluation, out))
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]

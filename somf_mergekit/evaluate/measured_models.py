@@ -1,0 +1,185 @@
+"""The models of an evaluation: found, told apart by their content, loaded one at a time."""
+
+import gc
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..common.digests import file_digests, json_digest
+from ..common.errors import RecipeError, first_line
+from ..data.chat import check_words
+from .measuring import EvaluationSettings, NamedModel
+
+# What of a model's folder decides its answers.
+_WEIGHTS = "*.safetensors"
+_CONTENT = (
+    _WEIGHTS,
+    "config.json",
+    "generation_config.json",
+    "*token*.json",
+    "*.model",
+    "chat_template*",
+    "vocab*",
+    "merges.txt",
+)
+_CODE = "*.py"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that was found.
+
+    Attributes:
+        name: its label.
+        source: as the user named it.
+        folder: where it is on this machine.
+        classifies: whether it gives labels and no answers, as only a judge may.
+    """
+
+    name: str
+    source: str
+    folder: Path
+    classifies: bool = False
+
+
+def named_model(text: str) -> NamedModel:
+    """Return the model that ``text`` names: a folder or hub id, or ``NAME=`` before one."""
+    label, equals, source = text.partition("=")
+    if equals and label.strip() and os.sep not in label and not os.path.exists(text):
+        return NamedModel(label.strip(), source)
+    return NamedModel(os.path.basename(os.path.abspath(text)) if _is_path(text) else text, text)
+
+
+def found_model(
+    model: NamedModel, settings: EvaluationSettings, may_classify: bool = False
+) -> Subject:
+    """Return the model with its folder, which is fetched from the hub where it must be.
+
+    Args:
+        model: as the user names it.
+        settings: of the evaluation.
+        may_classify: whether a text classifier will do.
+
+    Raises:
+        RecipeError: there is no such model, or it can't be loaded; no weights are read.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    folder = _folder(model.source)
+    if not (folder / "config.json").is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        what = "an adapter: merge it into its base first" if adapter else "no config.json in it"
+        raise RecipeError(f"model {model.source}: {what}")
+    if not any(folder.glob(_WEIGHTS)):
+        raise RecipeError(f"model {model.source}: no {_WEIGHTS} in it; other formats are not read")
+    options = {"trust_remote_code": settings.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(folder, **options)
+        check_words(AutoTokenizer.from_pretrained(folder, **options))
+    except Exception as error:
+        raise RecipeError(f"model {model.source} can't be loaded: {first_line(error)}") from error
+    made_for = " ".join(config.architectures or [])
+    classifies = "ForSequenceClassification" in made_for
+    if classifies and not may_classify:
+        raise RecipeError(f"model {model.source} is a {made_for}, which gives no answers")
+    return Subject(model.name, model.source, folder, classifies)
+
+
+def content_digest(folder: Path, patterns: Iterable[str] = _CONTENT) -> str:
+    """Return a SHA-256 over the names and contents of a folder's files, read where they are new.
+
+    Args:
+        folder: of a model.
+        patterns: of the files that count, each counted once.
+    """
+    files = sorted({str(file) for pattern in patterns for file in folder.glob(pattern)})
+    names = [os.path.relpath(file, folder) for file in files]
+    return json_digest([names, file_digests(files)])
+
+
+def model_digest(subject: Subject, settings: EvaluationSettings) -> str:
+    """Return a SHA-256 over all of a model's files that decide its answers, its code if it runs."""
+    code = [_CODE] if settings.trust_remote_code else []
+    return content_digest(subject.folder, [*_CONTENT, *code])
+
+
+class ModelsInMemory:
+    """Loads models and holds no more than were last asked for."""
+
+    def __init__(self, settings: EvaluationSettings):
+        self._settings = settings
+        self._held: dict[Path, tuple[Any, Any]] = {}
+
+    def take(self, *subjects: Subject) -> list[tuple[Any, Any]]:
+        """Return each subject's model and tokenizer, after letting go of all others.
+
+        Raises:
+            RecipeError: the weights can't be loaded.
+        """
+        wanted = [subject.folder for subject in subjects]
+        if set(self._held) - set(wanted):
+            self._held = {folder: held for folder, held in self._held.items() if folder in wanted}
+            _free()
+        for subject in subjects:
+            if subject.folder not in self._held:
+                self._held[subject.folder] = self._loaded(subject)
+        return [self._held[folder] for folder in wanted]
+
+    def clear(self) -> None:
+        """Let go of all models."""
+        self._held = {}
+        _free()
+
+    def _loaded(self, subject: Subject) -> tuple[Any, Any]:
+        from transformers import (
+            AutoModelForCausalLM,
+            AutoModelForSequenceClassification,
+            AutoTokenizer,
+        )
+
+        remote = self._settings.trust_remote_code
+        kind = AutoModelForSequenceClassification if subject.classifies else AutoModelForCausalLM
+        try:
+            model = kind.from_pretrained(
+                subject.folder,
+                dtype=self._settings.dtype,
+                use_safetensors=True,
+                trust_remote_code=remote,
+            )
+        except Exception as error:
+            reason = first_line(error)
+            raise RecipeError(f"model {subject.source} can't be loaded: {reason}") from error
+        tokenizer = AutoTokenizer.from_pretrained(subject.folder, trust_remote_code=remote)
+        return model.to(self._settings.place).eval(), tokenizer
+
+
+def _folder(source: str) -> Path:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if _is_path(source):
+        raise RecipeError(f"model {source}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=[*_CONTENT, "*.json", _CODE]))
+    except Exception as error:
+        raise RecipeError(
+            f"model {source}: no such folder, and it can't be had from the hub: {first_line(error)}"
+        ) from error
+
+
+def _is_path(source: str) -> bool:
+    return (
+        os.path.exists(os.path.expanduser(source)) or source[:1] in "./~" or source.count("/") > 1
+    )
+
+
+def _free() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

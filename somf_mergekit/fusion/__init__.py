@@ -1,0 +1,1 @@
+"""Masked models to one tensor, by mergekit's methods."""

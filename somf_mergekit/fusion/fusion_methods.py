@@ -1,0 +1,122 @@
+"""The mergekit methods that can fuse masked models: which there are, and what each takes."""
+
+import operator
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from functools import lru_cache, reduce
+from typing import Any
+
+from mergekit.merge_methods import registry
+from mergekit.merge_methods.base import (
+    BasePolicy,
+    GroupMergeMethod,
+    MergeMethod,
+    ParameterScope,
+    ParameterSpec,
+)
+
+from ..common.errors import RecipeError
+from ..recipe.settings import parameters
+
+
+class OwnMethod(GroupMergeMethod):
+    """A merge method of this package: it takes models of its own kind, and fuses no masked ones."""
+
+    def validate_inputs(
+        self,
+        input_ids: Sequence[Hashable],
+        base_id: Hashable | None = None,
+        *,
+        group_name: str | None = None,
+    ) -> None:
+        """Check the models of a merge.
+
+        Raises:
+            RecipeError: they are too few or too many, or the base is not among them.
+        """
+        try:
+            super().validate_inputs(input_ids, base_id, group_name=group_name)
+        except ValueError as error:
+            raise RecipeError(f"{self.spec.name}: {error}") from error
+
+
+def known_fusions() -> dict[str, MergeMethod]:
+    """Return every method that is registered and can fuse, by name."""
+    return _fusing(registry.registered_methods())
+
+
+def takes_base(method: MergeMethod) -> bool:
+    """Return whether a method gets the base beside the masked models."""
+    return method.spec.contract.base not in (BasePolicy.IGNORED, BasePolicy.FORBIDDEN)
+
+
+def fusion_specs() -> tuple[ParameterSpec, ...]:
+    """Return the specs of all fusions' parameters, one per name, unset by default.
+
+    Unset, the chosen fusion's own default applies. A name that some fusion takes per model can be
+    given per model.
+    """
+    return _fusion_specs(tuple(registry.registered_methods()))
+
+
+def _fusing(methods: Iterable[MergeMethod]) -> dict[str, MergeMethod]:
+    return {m.spec.name: m for m in methods if not isinstance(m, OwnMethod)}
+
+
+@lru_cache(maxsize=4)
+def _fusion_specs(registered: tuple[MergeMethod, ...]) -> tuple[ParameterSpec, ...]:
+    ours = {parameter.name for parameter in parameters()}
+    types: dict[str, list[Any]] = {}
+    scopes: dict[str, ParameterScope] = {}
+    helps: dict[str, str | None] = {}
+    for method in _fusing(registered).values():
+        for spec in method.spec.parameters:
+            if spec.name in ours:
+                continue
+            types.setdefault(spec.name, [])
+            if spec.value_type not in types[spec.name]:
+                types[spec.name].append(spec.value_type)
+            per_model = spec.scope is not ParameterScope.SHARED
+            if per_model or spec.name not in scopes:
+                # The base is masked by nothing and has no value of its own.
+                scopes[spec.name] = ParameterScope.NON_BASE if per_model else spec.scope
+            helps.setdefault(spec.name, spec.description)
+    return tuple(
+        ParameterSpec(name, reduce(operator.or_, [*kinds, None]), scopes[name], None, helps[name])
+        for name, kinds in types.items()
+    )
+
+
+def own_arguments(
+    method: MergeMethod, values: Mapping[str, Any], models: Sequence[Any]
+) -> Mapping[str, Any]:
+    """Return the fusion's own parameters, its defaults where a model has no value.
+
+    Args:
+        method: the fusion.
+        values: as for ``fusions.fused``.
+        models: ids of the fine-tuned models.
+
+    Raises:
+        RecipeError: the models have different values of what the fusion takes once.
+    """
+    own: dict[str, Any] = {}
+    for spec in method.spec.parameters:
+        value = values.get(spec.name)
+        if isinstance(value, Mapping):
+            per_model = {model: value.get(model) for model in models}
+            if all(item is None for item in per_model.values()):
+                continue
+            if spec.scope is ParameterScope.SHARED:
+                distinct = set(per_model.values())
+                if len(distinct) > 1:
+                    raise RecipeError(
+                        f"{method.spec.name} takes one {spec.name} for all models, not one for each"
+                    )
+                value = distinct.pop()
+            elif not spec.required:
+                value = {m: spec.default if v is None else v for m, v in per_model.items()}
+            else:
+                value = {m: v for m, v in per_model.items() if v is not None}
+        if value is not None:
+            own[spec.name] = value
+    return own

@@ -1,0 +1,252 @@
+"""The model that learns: a transformers model whose weights are the merge under the mask."""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.errors import RecipeError
+from ..common.process_group import ALONE, Processes
+from ..fusion.shards import Shard
+from ..fusion.weights import LinearWeight
+from ..mask.granularity import mask_layout, weight_storage
+from ..prepass.task_vectors import LoadedTensor
+from ..recipe.settings import Settings
+from .mapped import MappedFiles
+from .pinned import PinnedMemory
+from .tensors import FixedTensor, MaskedTensor
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the model learns, and in what.
+
+    Attributes:
+        device: where the model is.
+        autocast: type in which it computes; None for float32. Task vectors are kept in it, and the
+            weights that autocast would turn into it for each use.
+        store: where what an engine brings layer by layer is kept; None for the device.
+        keepers: the processes that keep each tensor together, rows of it each.
+    """
+
+    device: torch.device | str
+    autocast: torch.dtype | None
+    store: MappedFiles | PinnedMemory | None = None
+    keepers: Processes = ALONE
+
+    def shard(self, tensor: LoadedTensor) -> Shard:
+        """Return which rows of a tensor this process keeps: all that a fusion needs at once."""
+        divided = tensor.weight is None or isinstance(tensor.weight, LinearWeight)
+        return Shard(tensor.shape, self.keepers if divided else ALONE)
+
+    def placed(self, tensor: LoadedTensor) -> LoadedTensor:
+        """Return a tensor of the merge with what is kept of it where it is kept."""
+        shard = self.shard(tensor)
+
+        def kept(whole: Tensor) -> Tensor:
+            # A view would keep the other rows too.
+            own = whole if shard.is_whole else shard.own(whole).clone()
+            return self.store.kept(own) if self.store else own.to(self.device)
+
+        return tensor.kept(kept, self.autocast or torch.float32)
+
+    def logits(self, shape: tuple[int, ...]) -> Tensor:
+        """Return room for logits."""
+        if self.store:
+            return self.store.empty(shape, torch.float32)
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+
+@dataclass(frozen=True)
+class LearningModel:
+    """A model that can hold the base, the plain merge, and the merge under a mask.
+
+    Attributes:
+        model: the transformers model.
+        masked: its weights with a mask.
+        fixed: its other weights that are in the checkpoint.
+        aliases: further checkpoint names of masked weights, with the name of their mask.
+    """
+
+    model: Any
+    masked: list[MaskedTensor]
+    fixed: list[FixedTensor]
+    aliases: dict[str, str]
+
+
+def learning_model(
+    config: Any,
+    loaded: Iterable[LoadedTensor],
+    settings: Settings,
+    masked_names: set[str],
+    placement: Placement,
+    trust_remote_code: bool,
+) -> LearningModel:
+    """Return the model that learns; what its weights hold is for an engine to write.
+
+    Tensors outside ``masked_names``, and those that no model changed, get no mask.
+
+    Args:
+        config: transformers configuration of the merged model.
+        loaded: every tensor of the merge.
+        settings: of the recipe.
+        masked_names: tensors that may get a mask.
+        placement: where the model learns.
+        trust_remote_code: as mergekit's option.
+
+    Raises:
+        RecipeError: the merge is no model of the base's architecture, or nothing has changed.
+    """
+    loaded = [placement.placed(tensor) for tensor in loaded]
+    model = _empty_model(config, loaded, trust_remote_code)
+    if placement.autocast:
+        _keep_layers_in(model, placement.autocast)
+    _move(model, placement)
+    places = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    storage = weight_storage(config)
+    masked: dict[int, MaskedTensor] = {}
+    fixed: dict[int, FixedTensor] = {}
+    aliases: dict[str, str] = {}
+    filled: set[str] = set()
+    for tensor in loaded:
+        loaded_as = tensor.name if tensor.name in places else _loaded_name(tensor.name, model)
+        if loaded_as not in places and not tensor.changed:
+            # Buffers of older checkpoints: the model makes its own, and ignores these.
+            continue
+        place = _place(places, loaded_as, tensor, model)
+        filled.add(loaded_as)
+        if id(place) in masked:
+            aliases[tensor.name] = masked[id(place)].name
+        if id(place) in masked or id(place) in fixed:
+            continue
+        if tensor.weight is None or not tensor.changed or tensor.name not in masked_names:
+            shard = placement.shard(tensor)
+            fixed[id(place)] = FixedTensor(place, shard, tensor.base, tensor.weight)
+            continue
+        aliases |= dict.fromkeys(tensor.aliases, tensor.name)
+        values, shard = tensor.parameters, placement.shard(tensor)
+        layout = mask_layout(values["granularity"], tensor.name, tensor.shape, storage)
+        kept = shard.own_shape if layout.shape == tensor.shape else layout.shape
+        has_moments = settings.optimizer == "adamw"
+        masked[id(place)] = MaskedTensor(
+            name=tensor.name,
+            weight=place,
+            shard=shard,
+            base=tensor.base,
+            merged=tensor.weight,
+            layout=layout,
+            logits=placement.logits(kept).fill_(values["init_logit"]),
+            temperature=values["temperature"],
+            rescale=values["mask_rescale"],
+            seed=settings.seed,
+            init_logit=values["init_logit"],
+            learning_rate=values["learning_rate"],
+            kind=values["mask_kind"],
+            moments=placement.logits((2, *kept)).zero_() if has_moments else None,
+        )
+    _check_complete(model, filled)
+    if not any(tensor.changed for tensor in loaded):
+        raise RecipeError(
+            "all task vectors are zero: the fine-tuned models equal the base in every tensor, so "
+            "there is nothing to merge and no mask to learn"
+        )
+    if not masked:
+        raise RecipeError(
+            "parameters.include and parameters.exclude leave no changed tensor for a mask"
+        )
+    return LearningModel(model, list(masked.values()), list(fixed.values()), aliases)
+
+
+def _move(model: Any, placement: Placement) -> None:
+    """Put a model, whose weights hold nothing yet, where it learns.
+
+    Where that is a GPU which can't hold all of it, no weight has memory there until the engine
+    gives it some.
+    """
+    if not isinstance(placement.store, PinnedMemory):
+        model.to(placement.device)
+        return
+    for weight in model.parameters():
+        weight.data = torch.empty_like(weight.data, device=placement.device)
+        weight.untyped_storage().resize_(0)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(placement.device)
+
+
+def _loaded_name(name: str, model: Any) -> str:
+    """Return the name that transformers gives a checkpoint's tensor when it loads it."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    for transform in get_model_conversion_mapping(model):
+        if isinstance(transform, WeightRenaming):
+            name, _ = transform.rename_source_key(name)
+    return name
+
+
+def _place(places: dict[str, Any], loaded_as: str, tensor: LoadedTensor, model: Any) -> Any:
+    place = places.get(loaded_as)
+    if place is not None and tuple(place.shape) == tensor.shape:
+        return place
+    found = "has no such weight" if place is None else f"expects {tuple(place.shape)}"
+    raise RecipeError(
+        f"a mask can't be learned for this merge: {tensor.name} of shape "
+        f"{tensor.shape} is written, but {type(model).__name__} {found}. A "
+        "learned mask can still be applied with the parameter `mask`."
+    )
+
+
+def _empty_model(config: Any, loaded: list[LoadedTensor], trust_remote_code: bool) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    config = copy.deepcopy(config)
+    for tensor in loaded:
+        if tensor.vocabulary_axis is not None:
+            config.get_text_config().vocab_size = tensor.shape[tensor.vocabulary_axis]
+    try:
+        with no_init_weights():
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=trust_remote_code
+            )
+        model.tie_weights()
+    except ValueError as error:
+        raise RecipeError(
+            f"transformers can't make a causal language model of the merge: {error}"
+        ) from error
+    return model.eval().requires_grad_(False)
+
+
+def _keep_layers_in(model: Any, dtype: torch.dtype) -> None:
+    """Give the weights of linear layers ``dtype``: what they held is lost.
+
+    Others, such as embeddings, norms and routers of experts, compute in float32 under autocast too.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    modules = list(model.modules())
+    layers = [module for module in modules if isinstance(module, (torch.nn.Linear, Conv1D))]
+    elsewhere = {
+        id(weight)
+        for module in set(modules) - set(layers)
+        for weight in module.parameters(recurse=False)
+    }
+    for layer in layers:
+        if id(layer.weight) not in elsewhere:
+            layer.weight.data = torch.empty_like(layer.weight.data, dtype=dtype)
+
+
+def _check_complete(model: Any, filled: set[str]) -> None:
+    given = {id(p) for n, p in model.named_parameters(remove_duplicate=False) if n in filled}
+    missing = [n for n, p in model.named_parameters() if id(p) not in given]
+    if missing:
+        shown = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
+        raise RecipeError(
+            f"a mask can't be learned for this merge: {type(model).__name__} needs {shown}, which "
+            "the merge does not write. A learned mask can still be applied with the parameter "
+            "`mask`."
+        )

@@ -1,0 +1,1 @@
+"""The mask: mathematics, noise, granularity and the artifact on disk."""

@@ -1,0 +1,177 @@
+"""Writing mask artifacts: a learned one, a packed one, and one that was learned elsewhere."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..common.errors import RecipeError, first_line
+from ..common.files import sync
+from .artifact import MaskSet
+from .artifact_folder import (
+    CHECKSUMS_KEY,
+    HISTORY_FILE,
+    MASKS_FILE,
+    PROVENANCE_FILE,
+    history_digest,
+    make_room,
+)
+from .codes import encoded_probability, packed_bits
+from .header import FORMAT, HEADER_KEY, header_digest, tensor_digest, with_digest
+
+
+def write_masks(
+    folder: str | os.PathLike[str],
+    probabilities: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    *,
+    aliases: Mapping[str, str],
+    provenance: Mapping[str, Any],
+    history: list[dict[str, Any]],
+    repeats: Mapping[str, tuple[int, int]] | None = None,
+) -> MaskSet:
+    """Write an artifact and return it opened.
+
+    The files are made beside ``folder`` and put in place at the end: a folder with this name is
+    complete. A mask that is there moves to ``<folder>.before``.
+
+    Args:
+        folder: has no other files.
+        probabilities: float32 in [0, 1] per tensor name; as pairs, one is needed at a time.
+        aliases: further names of stored tensors (tied weights).
+        provenance: JSON-able; stored in ``somf.json`` and in the header of the masks.
+        history: one JSON-able row per optimiser step.
+        repeats: for tensors whose entries cover several places of an axis: axis and how many.
+
+    Raises:
+        RecipeError: it can't be written; nothing is left of the attempt.
+    """
+    header = {
+        "provenance": provenance,
+        "aliases": dict(aliases),
+        "repeats": {name: list(repeat) for name, repeat in (repeats or {}).items()},
+    }
+    pairs = probabilities.items() if isinstance(probabilities, Mapping) else probabilities
+    with _new_artifact(folder, provenance) as work:
+        _save(work, {name: encoded_probability(value) for name, value in pairs}, header)
+        with open(os.path.join(work, HISTORY_FILE), "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in history)
+    return MaskSet.open(folder)
+
+
+def write_packed_masks(folder: str | os.PathLike[str], masks: MaskSet) -> MaskSet:
+    """Write the binary masks of an artifact with a bit an entry, and return them opened.
+
+    Args:
+        folder: must not exist, or be empty.
+        masks: learned ones; what is told with them stays.
+
+    Raises:
+        RecipeError: these are damaged, or can't be written.
+    """
+    stored = {}
+    packed = {}
+    for name in masks.stored_names():
+        entries = masks.entries(name)
+        packed[name] = list(entries.shape)
+        stored[name] = packed_bits(entries)
+    header = {**masks.header, "packed": packed}
+    with _new_artifact(folder, masks.provenance) as work:
+        _save(work, stored, header)
+        history = os.path.join(os.path.dirname(masks.path), HISTORY_FILE)
+        if os.path.exists(history):
+            shutil.copyfile(history, os.path.join(work, HISTORY_FILE))
+    return MaskSet.open(folder)
+
+
+def _save(folder: str, tensors: dict[str, Tensor], header: Mapping[str, Any]) -> None:
+    digests = {name: tensor_digest(codes) for name, codes in tensors.items()}
+    content = with_digest({**header, "format": FORMAT, "digests": digests})
+    save_file(
+        tensors,
+        os.path.join(folder, MASKS_FILE),
+        # One key: safetensors writes several in an order that differs from run to run.
+        metadata={HEADER_KEY: json.dumps(content, sort_keys=True)},
+    )
+
+
+def keep_masks(
+    folder: str | os.PathLike[str], masks: MaskSet, provenance: Mapping[str, Any]
+) -> MaskSet:
+    """Write an artifact with masks that were learned elsewhere, and return it opened.
+
+    The header of the masks goes on telling where they come from.
+
+    Args:
+        folder: as of ``write_masks``.
+        masks: the learned ones.
+        provenance: of their use; JSON-able, stored in ``somf.json``.
+
+    Raises:
+        RecipeError: it can't be written; nothing is left of the attempt.
+    """
+    with _new_artifact(folder, provenance) as work:
+        place = os.path.join(work, MASKS_FILE)
+        try:
+            os.link(os.path.realpath(masks.path), place)
+        except OSError:
+            shutil.copyfile(masks.path, place)
+    return MaskSet.open(folder)
+
+
+@contextlib.contextmanager
+def _new_artifact(folder: str | os.PathLike[str], provenance: Mapping[str, Any]) -> Iterator[str]:
+    """Give a folder to fill, which becomes ``folder`` when it is complete, and on the disk.
+
+    Raises:
+        RecipeError: it can't be written; nothing is left of the attempt.
+    """
+    target = os.path.abspath(folder)
+    try:
+        with _folder_beside(target) as work:
+            yield work
+            _complete(work, provenance)
+            make_room(target)
+            os.replace(work, target)
+            sync(os.path.dirname(target))
+    except (OSError, SafetensorError) as error:
+        raise RecipeError(
+            f"the mask can't be written to {target}: {first_line(error)}. Make room, or name "
+            "another place, and give the same command again."
+        ) from error
+
+
+@contextlib.contextmanager
+def _folder_beside(target: str) -> Iterator[str]:
+    """Give an empty folder on the disk of ``target``, which is gone at the end unless it moved."""
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    work = tempfile.mkdtemp(prefix=".somf-", dir=os.path.dirname(target))
+    os.chmod(work, 0o755)
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _complete(work: str, provenance: Mapping[str, Any]) -> None:
+    """Write what is told with the masks in ``work``, and put all of it on the disk.
+
+    The checkpoints of a learning go as soon as its mask is written.
+    """
+    checksums = {MASKS_FILE: header_digest(MaskSet(os.path.join(work, MASKS_FILE)).header)}
+    history = os.path.join(work, HISTORY_FILE)
+    if os.path.exists(history):
+        checksums[HISTORY_FILE] = history_digest(history)
+    told = with_digest({**provenance, CHECKSUMS_KEY: checksums})
+    with open(os.path.join(work, PROVENANCE_FILE), "w", encoding="utf-8") as file:
+        json.dump(told, file, indent=2, sort_keys=True)
+        file.write("\n")
+    for name in os.listdir(work):
+        sync(os.path.join(work, name))
+    sync(work)

@@ -1,0 +1,1 @@
+"""A planned merge in, a mask artifact out."""

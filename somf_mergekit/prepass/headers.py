@@ -1,0 +1,225 @@
+"""What the checkpoints of a merge say in their headers: what fits, what may get a mask."""
+
+import os
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from mergekit.architecture import WeightInfo
+from mergekit.common import ModelReference, dtype_from_name
+from mergekit.graph import Executor
+from mergekit.io.tasks import LoaderCache
+from mergekit.options import MergeOptions
+from mergekit.tokenizer import PermutedVocabulary
+from safetensors import SafetensorError, safe_open
+
+from ..common.errors import RecipeError
+from ..fusion.fuse import is_linear
+from ..recipe.model_classes import empty_model, shapes_of
+from .plan import PlannedMerge, few, gather_task, mask_name, task_parameters
+from .tensor_sets import is_missing, names_of, tensor_set_problems
+
+# As weights of models are stored once they are quantized.
+_INTEGERS = ("I8", "U8", "I32")
+
+
+def checkpoint_problems(planned: PlannedMerge) -> list[str]:
+    """Return what does not fit between the models, told from file headers alone."""
+    problems = tensor_set_problems(planned.tensors, planned.options)
+    quantized: dict[ModelReference, list[str]] = {}
+    for weight, task in planned.tensors:
+        gathered = gather_task(task)
+        aligned = gathered is not task.gather_tensors
+        stored = {m: _stored_as(m, source) for m, source in gathered.weight_info.items()}
+        shapes = {model: found[0] for model, found in stored.items() if found}
+        for model, (shape, kind) in ((m, found) for m, found in stored.items() if found):
+            if kind in _INTEGERS and len(shape) > 1 and weight.name.endswith("weight"):
+                quantized.setdefault(model, []).append(weight.name)
+        base = shapes.get(task.base_model)
+        if not (weight.force_dtype or planned.config.dtype):
+            problems += _type_problems(weight, gathered, planned.options)
+        for model, shape in shapes.items():
+            if base is not None and not _fits(shape, base, weight, aligned):
+                hint = (
+                    "; with another vocabulary, add `tokenizer: {source: base}`"
+                    if weight.vocabulary_axis is not None
+                    else "; all models must come from the same base"
+                )
+                problems.append(
+                    f"{weight.name}: shape {_shape_text(shape)} in {model}, {_shape_text(base)} in "
+                    f"the base {task.base_model}{hint}"
+                )
+    return problems + [
+        f"{model}: it is quantized, since {few(names)} are stored as integers; give it in bfloat16 "
+        "or float32"
+        for model, names in quantized.items()
+    ]
+
+
+def _type_problems(weight: WeightInfo, gathered: Any, options: MergeOptions) -> list[str]:
+    """Return a sentence where a tensor is stored in a type that can't be fused."""
+    stored = [_stored_as(model, source) for model, source in gathered.weight_info.items()]
+    types = {found[1] for found in stored if found}
+    if any(kind.startswith("F8") for kind in types):
+        return [
+            f"{weight.name} is stored in float8: set `dtype: bfloat16` or `float32` to merge in"
+        ]
+    if all(kind.startswith(("F", "BF")) for kind in types):
+        return []
+    # Small, as only buffers are: mergekit copies what is alike, and fuses none of it.
+    ((_, tensors),) = Executor([gathered]).run(quiet=True)
+    first, *others = tensors.values()
+    if all(torch.equal(first, other) for other in others):
+        return []
+    return [
+        f"{weight.name} holds whole numbers, which can't be fused, and the models have different "
+        "ones; `dtype: float32` takes them for numbers like others"
+    ]
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor of the merge.
+
+    Attributes:
+        may_get_mask: whether the recipe's patterns let it have one.
+        kept_as: the name under which its mask is kept.
+        shape: as merged, with the vocabulary that mergekit aligns all models to.
+        has_vocabulary: whether one of its axes are the tokens.
+        granularity: of a mask that would be learned.
+        kept_tensors: how many tensors of this shape learning keeps for the task vectors.
+        itemsize: bytes of a number in the type that the models are merged in.
+    """
+
+    may_get_mask: bool
+    kept_as: str
+    shape: tuple[int, ...]
+    has_vocabulary: bool
+    granularity: str
+    kept_tensors: int
+    itemsize: int
+
+
+def planned_tensors(planned: PlannedMerge) -> dict[str, PlannedTensor]:
+    """Return the tensors of a somf merge by name, as far as file headers tell their shapes."""
+    shapes = tensor_shapes(planned)
+    return {
+        weight.name: PlannedTensor(
+            may_get_mask=planned.may_get_mask(weight.name),
+            has_vocabulary=weight.vocabulary_axis is not None,
+            kept_as=mask_name(task),
+            shape=shapes[weight.name],
+            granularity=str(task.parameters["granularity"]),
+            kept_tensors=1 if is_linear(task_parameters(task)) else len(task.model_order),
+            itemsize=_itemsize(planned, weight, task),
+        )
+        for weight, task in planned.tensors
+        # Of weights that are tied, the first stands for both.
+        if weight.name in shapes and weight.name == task.output_weight.name
+    }
+
+
+def tensor_shapes(planned: PlannedMerge) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors of a merge, as far as file headers tell them."""
+    found = {}
+    defined: dict[str, tuple[int, ...]] | None = None
+    for weight, task in planned.tensors:
+        source = gather_task(task).weight_info[task.base_model]
+        stored = _stored_as(task.base_model, source)
+        shape = stored[0] if stored else None
+        if shape is None and not is_missing(task.base_model, source, planned.options):
+            if defined is None:
+                defined = _defined_shapes(planned)
+            shape = defined.get(weight.name)
+        if shape is not None:
+            found[weight.name] = _aligned(planned, weight, task, shape)
+    return found
+
+
+def _itemsize(planned: PlannedMerge, weight: WeightInfo, task: Any) -> int:
+    """Return the bytes of a number in the type that a tensor is merged in."""
+    merged_in = dtype_from_name(weight.force_dtype or planned.config.dtype)
+    if merged_in is not None:
+        return merged_in.itemsize
+    stored = _stored_as(task.base_model, gather_task(task).weight_info[task.base_model])
+    bits = re.match(r"[A-Z]+(\d+)", stored[1]) if stored else None
+    return int(bits[1]) // 8 if bits else torch.float32.itemsize
+
+
+def _aligned(
+    planned: PlannedMerge, weight: WeightInfo, task: Any, shape: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Return a shape with as many tokens as the tensor has once mergekit has aligned the models."""
+    aligning, gathered, axis = task.gather_tensors, gather_task(task), weight.vocabulary_axis
+    if aligning is gathered or axis is None:
+        return shape
+    if isinstance(aligning, PermutedVocabulary):
+        step = aligning.pad_to_multiple_of or 1
+        many = -(-len(planned.tokenizer_info.tokenizer.get_vocab()) // step) * step
+    else:
+        # Cut to the smallest vocabulary.
+        stored = (_stored_as(model, source) for model, source in gathered.weight_info.items())
+        many = min(found[0][axis] for found in stored if found)
+    return (*shape[:axis], many, *shape[axis + 1 :])
+
+
+def _defined_shapes(planned: PlannedMerge) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the merged model's weights as transformers defines them.
+
+    Those of tensors that are put together from several when they are loaded stand in no header.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        made = empty_model(
+            AutoModelForCausalLM, planned.out_config, planned.options.trust_remote_code
+        )
+    except ValueError:
+        return {}
+    return shapes_of(made)
+
+
+def _stored_as(model: ModelReference, source: WeightInfo) -> tuple[tuple[int, ...], str] | None:
+    """Return a tensor's shape and type from the file header.
+
+    None where it is in no safetensors file.
+
+    Raises:
+        RecipeError: the file is missing, damaged, or without the tensor.
+    """
+    index = LoaderCache().get(model).index
+    name = next((name for name in names_of(source) if name in index.tensor_paths), None)
+    if name is None or not index.tensor_paths[name].endswith(".safetensors"):
+        return None
+    path = os.path.join(index.base_path, index.tensor_paths[name])
+    try:
+        shapes, types = _header(path, os.stat(path).st_mtime_ns)
+    except (OSError, SafetensorError) as error:
+        raise RecipeError(f"model {model}: {path} can't be read: {error}") from error
+    if name not in shapes:
+        raise RecipeError(
+            f"model {model}: {name} is not in {path}, where the checkpoint's index says it is"
+        )
+    return shapes[name], types[name]
+
+
+@lru_cache(maxsize=1024)
+def _header(path: str, _changed: int) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Return the shapes and the types of the tensors in a file."""
+    with safe_open(path, framework="pt") as handle:
+        parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+    shapes = {name: tuple(part.get_shape()) for name, part in parts.items()}
+    return shapes, {name: part.get_dtype() for name, part in parts.items()}
+
+
+def _fits(shape: tuple[int, ...], base: tuple[int, ...], weight: WeightInfo, aligned: bool) -> bool:
+    axis = weight.vocabulary_axis if aligned else None
+    return len(shape) == len(base) and all(
+        a == b or index == axis for index, (a, b) in enumerate(zip(shape, base, strict=True))
+    )
+
+
+def _shape_text(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "scalar"

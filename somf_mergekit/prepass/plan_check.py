@@ -1,0 +1,119 @@
+"""Say what is wrong with a recipe as far as its plan tells: values are resolved per tensor."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from mergekit.architecture import WeightInfo
+from mergekit.config import ConditionalParameter, MergeConfiguration
+from mergekit.merge_methods.base import ParameterScope
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+
+from ..fusion.fusion_methods import known_fusions
+from ..recipe.blocks import parameter_blocks
+from ..recipe.fusion_check import fusing_problem
+from .plan import PlannedMerge, gather_task, source_names, task_parameters
+
+
+def plan_problems(planned: PlannedMerge) -> list[str]:
+    """Return what the chosen fusion requires and the recipe does not say, and what it refuses."""
+    problems = []
+    tried = set()
+    for _, task in planned.tensors:
+        values = task_parameters(task)
+        missing = list(_missing(values, [m for m in task.model_order if m != task.base_model]))
+        problems += missing
+        if not missing and repr(values) not in tried:
+            tried.add(repr(values))
+            problems += _refused(planned, values, task)
+    return list(dict.fromkeys(problems))
+
+
+def unread_problems(tensors: Iterable[tuple[WeightInfo, ExecuteMergeMethodTask]]) -> list[str]:
+    """Return a sentence where mergekit takes a tensor from fewer models than its slice has.
+
+    Of the tensors after the last layer it reads as many models as the first slice has sources.
+    """
+    for weight, task in tensors:
+        sources = gather_task(task).weight_info
+        unread = [str(model) for model in task.model_order if model not in sources]
+        if unread:
+            return [
+                f"slices: mergekit would make {weight.name} without {', '.join(unread)}, since the "
+                "first slice has fewer sources than the last: give it as many, for example a model "
+                "with `parameters: {weight: 0}`"
+            ]
+    return []
+
+
+def unused_filters(config: MergeConfiguration, planned: PlannedMerge) -> list[str]:
+    """Return a sentence for each value with a filter that counts for no tensor.
+
+    Args:
+        config: the recipe as it was given.
+        planned: its plan.
+    """
+    names = {weight.name for weight, _ in planned.tensors}
+    names |= {name for _, task in planned.tensors for name in source_names(task)}
+    problems = []
+    for place, settings, _ in parameter_blocks(config):
+        for key, value in settings.items():
+            problems += [f"{place}.{key}: {problem}" for problem in _unreached(value, names)]
+    return problems
+
+
+def _missing(values: dict[str, Any], models: list[Any]) -> Iterator[str]:
+    fusion = values["fusion"]
+    for spec in known_fusions()[fusion].spec.parameters:
+        if not spec.required:
+            continue
+        value = values.get(spec.name)
+        if spec.scope is ParameterScope.SHARED:
+            if value is None or value == {}:
+                yield (
+                    f"{spec.name} is missing: {fusion} needs `{spec.name}: ...` under the recipe's "
+                    "parameters"
+                )
+            continue
+        yield from (
+            f"{spec.name} is missing for {model}: {fusion} needs `parameters: {{{spec.name}: "
+            "...}` under the model, or one for all under the recipe's parameters"
+            for model in models
+            if (value or {}).get(model) is None
+        )
+
+
+def _refused(planned: PlannedMerge, values: dict[str, Any], task: Any) -> Iterator[str]:
+    if values["granularity"] == "tensor" and values["mask_rescale"] == "mean":
+        yield (
+            "parameters.granularity: a mask of one entry a tensor, divided by its mean, is always "
+            "1; set `mask_rescale: none` with `granularity: tensor`"
+        )
+    models = [model for model in task.model_order if model != task.base_model]
+    if models:
+        learning = not planned.settings.mask and planned.settings.max_steps != 0
+        problem = fusing_problem(values, models, learning)
+        if problem:
+            yield f"parameters.fusion: {problem}"
+
+
+def _unreached(value: Any, names: set[str]) -> Iterator[str]:
+    """Yield why values with filters count for no tensor: mergekit takes the first that matches."""
+    left, is_final = set(names), False
+    for item in value if isinstance(value, list) else [value]:
+        if not isinstance(item, ConditionalParameter):
+            continue
+        is_for_all = item.filter in (None, "*")
+        matching = names if is_for_all else {name for name in names if item.filter in name}
+        told = f"the value {item.value!r}" if is_for_all else f"the filter {item.filter!r}"
+        if not matching:
+            yield (
+                f"no tensor has {item.filter!r} in its name; a filter is a part of a name such as "
+                f"{min(names, key=len)!r}"
+            )
+        elif is_final or not (is_for_all or matching & left):
+            yield (
+                f"{told} is never reached: mergekit takes the first filter that a name matches, "
+                "and one above it has all of its tensors; move it up"
+            )
+        left -= matching
+        is_final |= is_for_all

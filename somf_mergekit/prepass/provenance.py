@@ -1,0 +1,251 @@
+"""What decides a learned mask, and what is told with it."""
+
+import json
+import math
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from mergekit.io.tasks import LoaderCache
+
+from ..common.digests import file_digest, json_digest
+from ..common.requirements import versions
+from ..data.held_out import KEY, HeldOut
+from ..learner.tensors import MaskedTensor
+from ..mask.artifact import MaskSet
+from ..plugin.method import MASK_TENSOR
+from ..recipe.blocks import plain
+from .data_fit import cut_counts
+from .learning_data import SafetyData
+from .plan import PlannedMerge, input_names
+from .task_vectors import content_fingerprint
+
+# Settings that choose how a learned mask is used, not which mask is learned.
+_USE_ONLY = (
+    "mask",
+    "mask_kind",
+    MASK_TENSOR,
+    *(f"{what}_eval" for what in ("safety", "harmless", "pairs", "skill")),
+)
+# Settings that only say where the data is, or stand for others: what decides a mask is what is read
+# there, and what they set.
+_STAND_INS = (
+    "preset",
+    "chat_template_kwargs",
+    *(f"safety_{what}" for what in ("dataset", "split", "config", "samples")),
+    *(f"utility_{what}" for what in ("dataset", "split", "config", "samples")),
+)
+# What a configuration tells of the file that it was read from.
+_CONFIGURATION_NOTES = ("_name_or_path", "transformers_version")
+# In the fingerprint: what the chat template wrote as today's date.
+DATE = "date in the chat template"
+_CURVE_STEPS = 10
+_CURVES = ("loss", "accuracy", "margin", "utility")
+
+
+def learning_fingerprint(planned: PlannedMerge, data: SafetyData) -> dict[str, Any]:
+    """Return everything that decides a learned mask, as JSON.
+
+    Names and places of models are not in it: what counts is what is in their files.
+
+    Raises:
+        RecipeError: a model's files or tokenizer can't be read.
+    """
+    settings = planned.settings.model_dump(exclude=set(_USE_ONLY))
+    return {
+        **content_of_models(planned),
+        "data": json_digest([[p.prompt, p.chosen, p.rejected] for p in data.pairs]),
+        "held-out data": json_digest([[p.prompt, p.chosen, p.rejected] for p in data.held_out]),
+        "utility data": json_digest([[e.prompt, e.answer] for e in data.utility]),
+        "settings": {k: v for k, v in settings.items() if k not in _STAND_INS},
+        "parameters of the tensors": json_digest([_resolved(planned, *t) for t in planned.tensors]),
+        "dtype": planned.config.dtype or "as stored",
+        DATE: data.date,
+        "versions": versions(),
+    }
+
+
+def told_date(fingerprint: Any) -> str | None:
+    """Return the date that a chat template wrote when a mask was learned, None where none is told.
+
+    Args:
+        fingerprint: as told with a mask or a checkpoint, perhaps by a stranger.
+    """
+    told = fingerprint.get(DATE) if isinstance(fingerprint, dict) else None
+    try:
+        return date.fromisoformat(str(told)).isoformat()
+    except ValueError:
+        return None
+
+
+def content_of_models(planned: PlannedMerge) -> dict[str, Any]:
+    """Return what is in the files of a merge's models, as JSON.
+
+    Raises:
+        RecipeError: a model's files or tokenizer can't be read.
+    """
+    return {
+        "models": [content_fingerprint(model) for model in planned.models],
+        "model configuration": json_digest(_configuration(planned)),
+        "tokenizer": json_digest(_tokens(planned)),
+        "chat template": json_digest(planned.tokenizer.chat_template),
+    }
+
+
+def resolved_learning(planned: PlannedMerge) -> list[Any]:
+    """Return what of a recipe decides its mask, as JSON, as far as the recipe itself tells."""
+    settings = planned.settings.model_dump(exclude={*_USE_ONLY, "preset"})
+    return [settings, [_resolved(planned, *tensor) for tensor in planned.tensors]]
+
+
+def _resolved(planned: PlannedMerge, weight: Any, task: Any) -> list[Any]:
+    """Return how mergekit makes a tensor: from which tensors, in which way."""
+    shared = {k: v for k, v in task.parameters.items() if k not in _USE_ONLY and v is not None}
+    per_model = [
+        sorted((k, v) for k, v in task.input_parameters.get(model, {}).items() if v is not None)
+        for model in task.model_order
+    ]
+    taken = _sources(planned, task)
+    return [weight.name, sorted(shared.items(), key=str), per_model, taken]
+
+
+def _sources(planned: PlannedMerge, task: Any) -> list[Any]:
+    """Return from which tensors of which models a tensor is made."""
+    numbers = [planned.models.index(model) for model in task.model_order]
+    return [numbers, input_names(task), type(task.gather_tensors).__name__]
+
+
+def _configuration(planned: PlannedMerge) -> list[Any]:
+    """Return what transformers makes the model that learns from."""
+    content = planned.out_config.to_dict()
+    told = {key: value for key, value in content.items() if key not in _CONFIGURATION_NOTES}
+    code = []
+    if planned.options.trust_remote_code:
+        folder = LoaderCache().get(planned.base_model).index.base_path
+        code = [file_digest(file) for file in sorted(Path(folder).glob("*.py"))]
+    return [told, code]
+
+
+def _tokens(planned: PlannedMerge) -> list[Any]:
+    """Return the tokenizer, and how each model's vocabulary is laid out for it."""
+    tokenizer, info = planned.tokenizer, planned.tokenizer_info
+    if tokenizer.is_fast:
+        own: Any = json.loads(tokenizer.backend_tokenizer.to_str())
+        # How texts were last cut and filled up is kept there too.
+        own |= dict.fromkeys(("padding", "truncation"))
+    else:
+        own = sorted(tokenizer.get_vocab().items())
+    laid_out = []
+    if info is not None:
+        laid_out = [sorted(info.permutations.get(model, {}).items()) for model in planned.models]
+    return [own, tokenizer.special_tokens_map, laid_out, plain(planned.config.tokenizer)]
+
+
+def provenance(
+    planned: PlannedMerge,
+    data: SafetyData,
+    fingerprint: dict[str, Any],
+    history: Sequence[dict[str, Any]],
+    tensors: Sequence[MaskedTensor],
+    compared: HeldOut | str,
+) -> dict[str, Any]:
+    """Return what is told with a mask, as JSON: no text of the data is in it.
+
+    Args:
+        planned: the merge.
+        data: what the mask was learned from.
+        fingerprint: see ``learning_fingerprint``.
+        history: a row per step of learning.
+        tensors: that have a mask.
+        compared: what the held-out pairs tell, or why they tell nothing.
+    """
+    settings = planned.settings
+    return {
+        "recipe": planned.recipe,
+        "base_model": str(planned.base_model),
+        "models": dict(zip(map(str, planned.models), fingerprint["models"], strict=True)),
+        "dataset": {
+            "source": settings.safety_dataset,
+            "split": settings.safety_split,
+            "config": settings.safety_config,
+            "pairs": len(data.pairs),
+            "held_out": len(data.held_out),
+            "left_out": data.dropped,
+            "cut": data.cut,
+            "fingerprint": fingerprint["data"],
+        },
+        "utility_dataset": {
+            "source": settings.utility_dataset,
+            "examples": len(data.utility),
+            "cut": cut_counts(data.utility),
+            "fingerprint": fingerprint["utility data"],
+        },
+        "settings": told_settings(planned),
+        "seed": settings.seed,
+        "steps": len(history),
+        "tensors": len(tensors),
+        "entries": sum(math.prod(tensor.layout.shape) for tensor in tensors),
+        "training": {
+            "first_steps": _curve_mean(history[:_CURVE_STEPS]),
+            "last_steps": _curve_mean(history[-_CURVE_STEPS:]),
+        },
+        KEY: {"pairs": 0, "why_none": compared} if isinstance(compared, str) else compared.told,
+        "versions": versions(),
+        "fingerprint": fingerprint,
+    }
+
+
+def provenance_of_use(planned: PlannedMerge, masks: MaskSet) -> dict[str, Any]:
+    """Return what is told with a mask that another recipe learned, as JSON."""
+    settings = planned.settings
+    return {
+        "recipe": planned.recipe,
+        "base_model": str(planned.base_model),
+        "models": [str(model) for model in planned.models],
+        "settings": told_settings(planned),
+        "mask": settings.mask,
+        "origin": masks.provenance,
+        "versions": versions(),
+    }
+
+
+def told_settings(planned: PlannedMerge) -> dict[str, Any]:
+    """Return all settings; those that differ between tensors as the recipe says them."""
+    told = planned.settings.model_dump()
+    content = plain(planned.config.parameters)
+    varied = {k: v for k, v in content.items() if k in told and isinstance(v, (dict, list))}
+    return told | varied
+
+
+def _curve_mean(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    if not rows:
+        return {}
+    found = {key: [row[key] for row in rows if row[key] is not None] for key in _CURVES}
+    return {key: sum(values) / len(values) for key, values in found.items() if values}
+
+
+def differences(
+    told: dict[str, Any], fingerprint: dict[str, Any], models: Sequence[str]
+) -> list[str]:
+    """Return in what a mask told with ``told`` differs from one with ``fingerprint``.
+
+    Args:
+        told: provenance, perhaps made by a stranger.
+        fingerprint: see ``learning_fingerprint``.
+        models: names of the models of ``fingerprint``, in its order.
+    """
+    before = told.get("fingerprint")
+    before = before if isinstance(before, dict) else {}
+    found = []
+    for key, value in fingerprint.items():
+        old = before.get(key)
+        if old == value:
+            continue
+        parts: list[str] = []
+        if key == "models" and isinstance(old, list) and len(old) == len(value):
+            parts = [name for name, a, b in zip(models, old, value, strict=True) if a != b]
+        elif isinstance(value, dict) and isinstance(old, dict):
+            parts = sorted(k for k in {*value, *old} if value.get(k) != old.get(k))
+        found.append(key + f" ({', '.join(parts)})" * bool(parts))
+    return found

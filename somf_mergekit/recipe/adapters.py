@@ -1,0 +1,140 @@
+"""Adapters that mergekit puts into their base before it merges: whether they fit, and the doing."""
+
+import logging
+import os
+import shutil
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from mergekit.common import ModelReference, get_auto_cls
+from mergekit.io.tasks import LoaderCache
+from mergekit.options import MergeOptions
+
+from ..common.errors import first_line
+from ..prepass.plan import few
+from .model_classes import empty_model
+
+LOG = logging.getLogger(__name__)
+
+
+def cached_folder(model: ModelReference, options: MergeOptions) -> str:
+    """Return where mergekit stores an adapter with its base once it has put them together."""
+    # As ModelReference.merged names it.
+    name = f"{model.model._unique_id()}_{model.lora._unique_id()}"
+    return os.path.join(options.lora_merge_cache, name)
+
+
+def is_cached(model: ModelReference, options: MergeOptions) -> bool:
+    """Return whether an adapter was put into its base before.
+
+    mergekit takes any folder for that; an empty one, left by an attempt that failed, is removed.
+    """
+    folder = cached_folder(model, options)
+    if os.path.isdir(folder) and not os.listdir(folder):
+        os.rmdir(folder)
+    return os.path.isdir(folder)
+
+
+def cache_problem(
+    model: ModelReference, files: Collection[str], options: MergeOptions
+) -> str | None:
+    """Return a sentence where an adapter or its base was changed after they were put together.
+
+    Args:
+        model: with an adapter.
+        files: the weights that they were put together to.
+        options: mergekit's.
+    """
+    if _changed(_files_in(model.lora.path, model.model.path)) <= _changed(files):
+        return None
+    return (
+        f"model {model}: the adapter or its base was changed after mergekit put them together "
+        f"in {cached_folder(model, options)}, which it would take: remove that folder"
+    )
+
+
+def adapter_problem(model: ModelReference, options: MergeOptions) -> str | None:
+    """Return a sentence where an adapter can't be put into its base: PEFT tries it without weights.
+
+    A base of another name than the adapter was trained on is logged.
+    """
+    import peft
+
+    path, revision = model.lora.path, model.lora.revision
+    config: Any = None
+    why: str | None = None
+    try:
+        config = peft.PeftConfig.from_pretrained(path, revision=revision)
+    except KeyError as error:
+        why = f"PEFT knows no adapter of the type {error}"
+    except Exception as error:  # as many as there are kinds of adapters
+        why = f"its adapter_config.json can't be used: {first_line(error)}"
+    if config is not None:
+        why = _misfit(model, config, options)
+        trained_on = config.base_model_name_or_path
+        if trained_on and os.path.basename(trained_on) != os.path.basename(model.model.path):
+            LOG.warning(
+                "%s: the adapter was trained on %s, and is put on %s", path, trained_on, model.model
+            )
+    return f"model {model}: the adapter {path} can't be put on its base: {why}" if why else None
+
+
+def _misfit(model: ModelReference, config: Any, options: MergeOptions) -> str | None:
+    """Return why an adapter does not fit the model that it is to be put on."""
+    import peft
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    if config.is_prompt_learning:
+        return f"{config.peft_type.value} adds to the prompt and can't be merged into weights"
+    path, revision = model.lora.path, model.lora.revision
+    of_base = model.config(trust_remote_code=options.trust_remote_code)
+    try:
+        auto_class = get_auto_cls(of_base.architectures[0])
+        made = empty_model(auto_class, of_base, options.trust_remote_code)
+        with torch.device("meta"):
+            adapted = peft.PeftModel(made, config)
+        given = peft.load_peft_weights(path, device="cpu", revision=revision)
+        found = peft.set_peft_model_state_dict(adapted, given, low_cpu_mem_usage=True)
+    except Exception as error:  # as many as there are kinds of adapters
+        return " ".join(str(error).split()[:40]) or type(error).__name__
+    if found.unexpected_keys:
+        return f"the base has no place for its {few(found.unexpected_keys)}"
+    own = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
+    lacking = [name for name in found.missing_keys if own in name]
+    return f"it has no {few(lacking)}, which its configuration asks for" if lacking else None
+
+
+def put_together(model: ModelReference, options: MergeOptions) -> str | None:
+    """Let mergekit put an adapter into its base; return a sentence where it fails.
+
+    Nothing is left of an attempt that fails: mergekit would take what is left for the result.
+    """
+    folder = cached_folder(model, options)
+    is_new = not os.path.exists(folder)
+    try:
+        LoaderCache().get(model)
+    except BaseException as error:
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
+        if not isinstance(error, Exception):
+            raise
+        return f"model {model}: mergekit can't put the adapter on its base: {first_line(error)}"
+    return None
+
+
+def _files_in(*folders: str) -> list[str]:
+    """Return the weight files in those of the folders that are on this machine."""
+    ends = (".safetensors", ".bin")
+    return [
+        os.path.join(folder, name)
+        for folder in folders
+        if os.path.isdir(folder)
+        for name in os.listdir(folder)
+        if name.endswith(ends)
+    ]
+
+
+def _changed(files: Collection[str]) -> float:
+    """Return when the last of the files was changed."""
+    return max((os.stat(file).st_mtime for file in files if os.path.exists(file)), default=0.0)

@@ -1,0 +1,355 @@
+"""What a somf recipe may say: every parameter with its type, range, default and help."""
+
+import fnmatch
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+
+from .schema import Parameter, parameters_of, pattern_text, table_rows
+
+METHOD_NAME = "somf"
+
+# Marks of a parameter, see ``declared.Parameter``.
+_MERGE: dict[str, Any] = {"merge": True}
+_PER_TENSOR: dict[str, Any] = {"merge": True, "per_tensor": True}
+# Of objectives that take sums over an answer's tokens, where ``dpo_norm`` has means: as published
+# (arXiv 2405.09055).
+_BETA_OF_SUMS = 0.1
+# What a rendering gives to every chat template itself.
+_GIVEN_TO_TEMPLATES = frozenset(
+    {
+        *("conversation", "messages", "tools", "documents", "chat_template", "strftime_now"),
+        *("add_generation_prompt", "continue_final_message", "tokenize", "return_dict"),
+    }
+)
+
+
+def _keyword_text(text: str) -> str:
+    """Return a mapping of a chat template's variables as it was given, in YAML.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError("not YAML") from error
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise ValueError("not a mapping of names")
+    if not _GIVEN_TO_TEMPLATES.isdisjoint(content):
+        raise ValueError("a name that is taken")
+    return text
+
+
+KeywordText = Annotated[
+    str, AfterValidator(_keyword_text), WithJsonSchema({"const": '"{enable_thinking: false}"'})
+]
+
+
+class Settings(BaseModel):
+    """The parameters of a somf recipe. mergekit passes them on from ``parameters:``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    safety_dataset: str | None = Field(
+        None,
+        min_length=1,
+        description="Preference pairs the mask is learned on: a hub id, a file (.jsonl, .json, "
+        ".csv, .parquet) or a folder. Required unless `mask` is given.",
+    )
+    safety_split: str = Field("train", min_length=1, description="Split of the dataset.")
+    safety_config: str | None = Field(None, description="Configuration (subset) of a hub dataset.")
+    safety_samples: int | None = Field(
+        None, ge=1, description="How many pairs to use, drawn with `seed`; all where not given."
+    )
+    held_out_share: float = Field(
+        0.1,
+        ge=0,
+        le=0.5,
+        description="Share of the pairs that is not learned from but compares the merge with the "
+        "plain fusion afterwards: at most 100 pairs, and none where it would be fewer than 5.",
+    )
+    mask: str | None = Field(
+        None,
+        min_length=1,
+        json_schema_extra=_MERGE,
+        description="Folder or file of a learned mask: nothing is learned.",
+    )
+    preset: Literal["paper"] | None = Field(
+        None,
+        description="`paper`: the published hyper-parameters where the recipe does not set them.",
+    )
+    fusion: str = Field(
+        "task_arithmetic",
+        min_length=1,
+        json_schema_extra=_MERGE,
+        description="The mergekit method that fuses the masked models, any that is registered; its "
+        "own parameters keep their meaning.",
+    )
+    granularity: Literal["weight", "row", "column", "head", "tensor"] = Field(
+        "row",
+        json_schema_extra=_PER_TENSOR,
+        description="What one entry of the mask covers: one weight, a row (output), a column "
+        "(input), an attention head (rows in other tensors), or the whole tensor.",
+    )
+    mask_kind: Literal["soft", "binary", "sampled", "bernoulli"] = Field(
+        "soft",
+        json_schema_extra=_PER_TENSOR,
+        description="`soft`: the probability; `binary`: probability > 0.5; `sampled`: one concrete "
+        "draw; `bernoulli`: 1 with the probability, else 0, one draw (the published binary mask). "
+        "Draws are functions of `seed` and the tensor's name.",
+    )
+    temperature: float = Field(
+        0.5,
+        gt=0,
+        le=10,
+        json_schema_extra=_PER_TENSOR,
+        description="Temperature of the concrete samples.",
+    )
+    init_logit: float = Field(
+        0.0,
+        ge=-20,
+        le=20,
+        json_schema_extra=_PER_TENSOR,
+        description="Where every logit of the mask starts.",
+    )
+    mask_rescale: Literal["mean", "none"] = Field(
+        "mean",
+        json_schema_extra=_PER_TENSOR,
+        description="`mean`: divide the mask by its mean, tensor by tensor; `none`: do not.",
+    )
+    objective: Literal["dpo", "dpo_norm", "ipo", "hinge", "sft"] = Field(
+        "dpo_norm",
+        description="What is learned from the pairs: a preference loss (`dpo_norm` is DPO per "
+        "token), or `sft`, the likelihood of the safe answers alone (needs no unsafe ones).",
+    )
+    sft_weight: float = Field(
+        0.0, ge=0, le=1000, description="Weight of an `sft` term beside a preference loss."
+    )
+    utility_dataset: str | None = Field(
+        None,
+        min_length=1,
+        description="Harmless prompts with answers, on which the masked merge is held close to "
+        "the unmasked one: a hub id, a file or a folder.",
+    )
+    utility_split: str = Field("train", min_length=1, description="Split of the utility dataset.")
+    utility_config: str | None = Field(None, description="Configuration of a hub utility dataset.")
+    utility_samples: int | None = Field(
+        None, ge=1, description="How many utility examples to use, drawn with `seed`."
+    )
+    utility_weight: float = Field(
+        1.0, ge=0, le=1000, description="Weight of the utility term, where there is one."
+    )
+    learning_rate: float = Field(
+        0.03,
+        gt=0,
+        le=100,
+        json_schema_extra=_PER_TENSOR,
+        description="How far a logit moves in a step, at the schedule's peak.",
+    )
+    optimizer: Literal["signsgd", "adamw"] = Field(
+        "signsgd",
+        description="`signsgd`: the learning rate against the gradient's sign; `adamw`: AdamW with "
+        "betas 0.9 and 0.999, eps 1e-8, no decay, the gradient's norm cut to 1; it keeps two more "
+        "numbers an entry.",
+    )
+    warmup: float = Field(
+        0.08,
+        ge=0,
+        le=1,
+        description="Share of the schedule's steps over which the learning rate rises.",
+    )
+    schedule_steps: int | None = Field(
+        None,
+        ge=1,
+        description="Steps in which the learning rate rises and falls to 0, where learning is to "
+        "end before; the steps that are taken where not given, or fewer.",
+    )
+    epochs: int = Field(4, ge=1, le=1000, description="Passes over the pairs, at most.")
+    max_steps: int | None = Field(
+        240, ge=0, description="Optimiser steps, at most; 0 leaves the mask untrained."
+    )
+    batch_size: int = Field(8, ge=1, description="Pairs an optimiser step.")
+    beta: float = Field(
+        5.0,
+        gt=0,
+        le=100,
+        description="Strength of the pull to the reference; 0.1 under another `objective` than "
+        "`dpo_norm` where not given.",
+    )
+    max_length: int = Field(
+        128, ge=8, description="Tokens of a prompt with an answer; longer ones are cut."
+    )
+    chat_template_kwargs: KeywordText | None = Field(
+        None,
+        description="Further variables of the chat template wherever it is rendered, a mapping in "
+        "quotes: mergekit takes no other mapping for a parameter.",
+    )
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**63,
+        json_schema_extra=_MERGE,
+        description="Decides the order of the pairs and every random draw.",
+    )
+    reference: Literal["base", "merged", "redrawn"] = Field(
+        "merged",
+        description="Whose log-probabilities a preference loss compares with: `base`, `merged` "
+        "(the merge under the untrained mask), or `redrawn` (the authors': the merge under an "
+        "untrained mask drawn anew for every batch).",
+    )
+    include: str = Field(
+        "*",
+        json_schema_extra=_MERGE,
+        description="Tensors that may get a mask: a name pattern or a list of them (`*` and `?` "
+        "match as in a shell; without those, any name that contains it).",
+    )
+    exclude: str = Field(
+        "",
+        json_schema_extra=_MERGE,
+        description="Tensors that get no mask although `include` matches.",
+    )
+    safety_eval: str | None = Field(
+        None,
+        min_length=1,
+        description="Harmful prompts, for the report: how many the aligned base, the plain fusion "
+        "and the merge refuse. A file, a folder or a hub id, behind which `,config=` and `,split=` "
+        "may stand. For this and the next three, the plain fusion is written beside the output and "
+        "deleted again: there must be room for one more model.",
+    )
+    harmless_eval: str | None = Field(
+        None,
+        min_length=1,
+        description="Harmless prompts, for the report: how many are refused.",
+    )
+    pairs_eval: str | None = Field(
+        None,
+        min_length=1,
+        description="Held-out safety pairs, for the report: how often the safe answer is likelier.",
+    )
+    skill_eval: str | None = Field(
+        None,
+        min_length=1,
+        description="Prompts with right answers, for the report, each set under a name: "
+        "`math=FILE,code=FILE`.",
+    )
+
+    @property
+    def template_keywords(self) -> dict[str, Any]:
+        """What ``chat_template_kwargs`` says, as a mapping."""
+        return dict(yaml.safe_load(self.chat_template_kwargs or "{}"))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_beta(cls, values: Any) -> Any:
+        if values.get("objective", "dpo_norm") != "dpo_norm":
+            return {"beta": _BETA_OF_SUMS, **values}
+        return values
+
+
+# The hyper-parameters of arXiv 2405.09055 and its authors' runs with LoRA: three passes over 5,135
+# pairs, 16 a step. Beta is the objective's own, and `preset_values` has what depends on the fusion.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "held_out_share": 0.0,
+        "granularity": "weight",
+        "mask_kind": "sampled",
+        "temperature": 0.5,
+        "init_logit": 0.0,
+        "mask_rescale": "mean",
+        "objective": "dpo",
+        "reference": "redrawn",
+        "optimizer": "adamw",
+        "learning_rate": 0.01,
+        "warmup": 0.0,
+        "schedule_steps": 963,
+        "batch_size": 16,
+        "epochs": 3,
+        "max_length": 1024,
+    }
+}
+# At which of the 963 steps the authors took the mask, by fusion: the sums of rates are 2.8, 1.9,
+# 1.0 and 2.9. Fusions that they do not have end with task arithmetic.
+PAPER_STEPS = {"task_arithmetic": 300, "ties": 200, "dare_linear": 100, "linear": 321}
+# With one fine-tuned model, whatever the fusion: theirs for math and code, a sum of 2.4. For other
+# tasks it was taken at 500 to 800 steps, once at a rate of 0.001.
+PAPER_SINGLE = {"learning_rate": 0.005, "max_steps": 900}
+
+
+def parameters() -> list[Parameter]:
+    """Return every parameter of a somf recipe, in the order of the documentation."""
+    return parameters_of(Settings)
+
+
+def parameter_table() -> str:
+    """Return the parameters as a markdown table, as docs/recipe.md shows it."""
+    head = ["| parameter | type | default | meaning |", "|---|---|---|---|"]
+    return "\n".join([*head, *table_rows(parameters())])
+
+
+def recipe_settings(config: Any) -> Settings:
+    """Return the settings of a checked recipe (``recipe_check.recipe_problems`` found none).
+
+    Args:
+        config: a mergekit MergeConfiguration.
+    """
+    given = dict(config.parameters or {})
+    values = {}
+    for parameter in parameters():
+        if parameter.name in given:
+            value = given[parameter.name]
+            values[parameter.name] = pattern_text(value) if parameter.is_pattern else value
+    # Values that vary per tensor are resolved by mergekit; here their defaults stand in.
+    fixed: dict[str, Any] = {
+        k: v for k, v in values.items() if isinstance(v, (bool, int, float, str))
+    }
+    return Settings(**fixed)
+
+
+def preset_values(config: Any) -> dict[str, Any]:
+    """Return what the preset that a checked recipe names sets for its fusion and models."""
+    given = config.parameters or {}
+    if given.get("preset") != "paper":
+        return {}
+    if len({*config.referenced_models(), config.base_model}) == 2:
+        return PRESETS["paper"] | PAPER_SINGLE
+    fusion = given.get("fusion", Settings.model_fields["fusion"].default)
+    steps = PAPER_STEPS.get(fusion, PAPER_STEPS["task_arithmetic"])
+    return {**PRESETS["paper"], "max_steps": steps}
+
+
+def apply_preset(config: Any) -> None:
+    """Write a preset's values into a checked recipe, in place, where it does not set its own."""
+    given = config.parameters or {}
+    for name, value in preset_values(config).items():
+        own = given.setdefault(name, value)
+        items = own if isinstance(own, list) else [own]
+        if items and hasattr(items[-1], "filter"):
+            # A tensor that matches no filter is not set by the recipe: it gets the preset's value.
+            given[name] = [*items, type(items[-1])(value=value)]
+
+
+def may_get_mask(name: str, include: str, exclude: str) -> bool:
+    """Return whether the patterns let the tensor ``name`` have a mask."""
+    return _matches(name, include) and not _matches(name, exclude)
+
+
+def join_patterns(config: Any) -> None:
+    """Write lists of name patterns as one text, in place: mergekit reads lists as gradients."""
+    for parameter in parameters():
+        if parameter.is_pattern and parameter.name in (config.parameters or {}):
+            value = config.parameters[parameter.name]
+            config.parameters[parameter.name] = pattern_text(value)
+
+
+def _matches(name: str, patterns: str) -> bool:
+    for pattern in (part.strip() for part in patterns.split(",")):
+        if not pattern:
+            continue
+        if any(sign in pattern for sign in "*?["):
+            if fnmatch.fnmatchcase(name, pattern):
+                return True
+        elif pattern in name:
+            return True
+    return False
