@@ -5,7 +5,6 @@ from collections.abc import Iterable
 
 _LAYER = re.compile(r"\.(\d+)\.")
 NO_LAYER = "other"
-GROUPS = ("layer", "kind")
 
 
 def layer_of(name: str) -> str:
