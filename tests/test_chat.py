@@ -12,10 +12,10 @@ from mergekit.options import MergeOptions
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from somf_mergekit.data.chat import user_prompt
+from somf_mergekit.evaluate.evaluation_sets import EvaluationSets
+from somf_mergekit.evaluate.evaluation_settings import EvaluationSettings, NamedModel
 from somf_mergekit.evaluate.generation import greedy_answers, greedy_batches
-from somf_mergekit.evaluate.measuring import EvaluationSettings, NamedModel
 from somf_mergekit.evaluate.runner import evaluated
-from somf_mergekit.evaluate.sets import EvaluationSets
 from somf_mergekit.plugin.planner import planned_merge
 from somf_mergekit.prepass import learning_data as inputs
 from somf_mergekit.prepass.learning_data import checked_data

@@ -14,11 +14,9 @@ from somf_mergekit.data.chat import user_prompt
 from somf_mergekit.data.prompts import prompts_alone
 from somf_mergekit.demo.finetune import finetune
 from somf_mergekit.evaluate import EvaluationSets, EvaluationSettings, NamedModel, Skill, evaluated
-from somf_mergekit.evaluate.coherence import repeated_share
-from somf_mergekit.evaluate.extract import extractor
+from somf_mergekit.evaluate.answer_text import extractor, is_refusal, repeated_share
 from somf_mergekit.evaluate.judges import found_judge, guard_verdict, verdicts
 from somf_mergekit.evaluate.measured_models import ModelsInMemory, named_model
-from somf_mergekit.evaluate.refusals import is_refusal
 
 
 @pytest.mark.parametrize(
@@ -123,8 +121,8 @@ def test_a_classifier_judges_as_its_plain_forward_pass(tmp_path, labels, chosen,
     folder = saved_classifier(tmp_path / "judge", labels)
     with_judge = settings(judge=str(folder), judge_label=chosen)
     judge = found_judge(with_judge)
-    memory = ModelsInMemory(with_judge)
-    found = verdicts(judge, memory, PROMPTS, ANSWERS, with_judge)
+    ((model, tokenizer),) = ModelsInMemory(with_judge).take(judge.subject)
+    found = verdicts(judge, model, tokenizer, PROMPTS, ANSWERS, with_judge)
     model = LlamaForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     expected = []
@@ -170,9 +168,10 @@ def test_a_guard_reads_the_whole_dialogue(guard):
     with_judge = settings(judge=str(guard))
     answers = ["mix flour", "sorry i can not", "powder with sugar", "sorry i can not", "mix flour"]
     counted = []
+    judge = found_judge(with_judge)
     found = verdicts(
-        found_judge(with_judge),
-        ModelsInMemory(with_judge),
+        judge,
+        *ModelsInMemory(with_judge).take(judge.subject)[0],
         PROMPTS,
         answers,
         with_judge,
@@ -190,8 +189,9 @@ def test_two_judges_stand_side_by_side(family, guard, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "out/answers.jsonl").read_text().splitlines()]
     rows.sort(key=lambda row: row["number"])
     answers = [row["answer"] for row in rows if row["set"] == "harmful"]
-    memory = ModelsInMemory(with_judge)
-    safe = verdicts(found_judge(with_judge), memory, PROMPTS, answers, with_judge)["safe"]
+    judge = found_judge(with_judge)
+    (taken,) = ModelsInMemory(with_judge).take(judge.subject)
+    safe = verdicts(judge, *taken, PROMPTS, answers, with_judge)["safe"]
     known = [verdict is not None for verdict in safe]
     assert any(known)
     row = found.row("harmful", "safe (guard)")
@@ -348,8 +348,8 @@ def test_all_problems_are_told_together(family, tmp_path):
         f"dataset {odd}: prompts with answers not found. Found: colour.",
         "skill one: two skills have this name",
         "skill 'harmful': this name is taken",
-        "skill one: 'regex:(' is no regular expression: missing ), unterminated subpattern",
-        "skill far: unknown extractor 'gsm8' (did you mean 'gsm8k'?)",
+        "skill one: 'regex:(' isn't a regular expression: missing ), unterminated subpattern",
+        "skill far: unknown extractor 'gsm8'; known are gsm8k, choice and regex:PATTERN",
         "device 'abacus' can't be used",
         f"output folder {tmp_path / 'file'} can't be written",
         "models: two are called base; call one NAME=MODEL",
@@ -390,7 +390,7 @@ def test_models_of_the_wrong_kind_are_told(family, tmp_path):
     told = refused(family / "base", *pairs, "--judge", plain, "--judge-label", "NO")
     assert "it has no label NO; it has LABEL_0, LABEL_1" in told
     told = refused(family / "base", *pairs, "--judge", family / "math", "--judge-label", "NO")
-    assert "a label is given (NO), but it is no text classifier" in told
+    assert "a label is given (NO), but it isn't a text classifier" in told
     tokenizer = tiny.tiny_tokenizer(chat_template=None)
     tiny.save_model(tiny.tiny_llama(0, len(tokenizer)), tokenizer, tmp_path / "bare")
     told = refused(family / "base", *pairs, "--judge", tmp_path / "bare")

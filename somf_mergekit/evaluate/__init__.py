@@ -1,16 +1,15 @@
 """What a model refuses, prefers and can still do."""
 
+from .answer_text import is_refusal
 from .evaluation import Evaluation
+from .evaluation_sets import EvaluationSets, Skill, read_sets
+from .evaluation_settings import EvaluationSettings, HarnessSettings, NamedModel
 from .evaluation_table import write_evaluation
 from .generation import greedy_answers
 from .likelihood import answer_loss, preference_accuracy
-from .measuring import EvaluationSettings, HarnessSettings, NamedModel
-from .refusals import REFUSAL_PHRASES, is_refusal
 from .runner import evaluated
-from .sets import EvaluationSets, Skill, read_sets
 
 __all__ = [
-    "REFUSAL_PHRASES",
     "Evaluation",
     "EvaluationSets",
     "EvaluationSettings",

@@ -1,16 +1,49 @@
 """What an evaluation found: measures with their intervals, and differences to the first model."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from .bootstrap import interval, resampled_sums
-from .measures import Measure
-from .measuring import EvaluationSettings
+from .evaluation_settings import EvaluationSettings
 
+SHARE, NUMBER = "share", "number"
+_COVERED = 0.95
+# Value and standard error by metric, by task of lm-evaluation-harness.
 HarnessResults = dict[str, dict[str, list[float | None]]]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One measure of one model: sum(totals) / sum(weights), an entry per example.
+
+    An example that says nothing of the measure has weight 0.
+    """
+
+    totals: list[float]
+    weights: list[float]
+
+
+@dataclass
+class Measure:
+    """What one row of the table is computed from.
+
+    Attributes:
+        set: what it is measured on.
+        name: of the measure.
+        unit: ``share`` (0 to 1) or ``number``.
+        exponential: whether the measure is exp of its ratio (a perplexity).
+        groups: which examples belong together in the bootstrap.
+        models: by model name; a model is missing where the measure can't be taken.
+    """
+
+    set: str
+    name: str
+    unit: str
+    exponential: bool = False
+    groups: Sequence[Hashable] = ()
+    models: dict[str, Ratio] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -48,7 +81,7 @@ class Evaluation:
         models: their names, with where each is from and a digest of its content.
         base: the name of the model that perplexity and distance are measured with.
         rows: the measures, in the table's order.
-        harness: metric values with standard errors of lm-evaluation-harness, by model and task.
+        harness: what lm-evaluation-harness found, by model.
         sets: where each set is from, in words, and how many examples of it were used.
         notes: what could not be measured, and why.
         settings: of the evaluation.
@@ -75,31 +108,49 @@ class Evaluation:
 
 
 def row_of(measure: Measure, models: Sequence[str], resamples: int, seed: int) -> Row:
-    """Return a measure's row; differences are to the first of ``models``, where that has one."""
+    """Return a measure's row, its intervals by a percentile bootstrap.
+
+    Every model is resampled by the same examples, so that differences are paired.
+
+    Args:
+        measure: of some of the models.
+        models: their names; differences are to the first, where the measure has that.
+        resamples: how many.
+        seed: of the draws.
+    """
     names = [name for name in models if name in measure.models]
-    columns = [
-        column
-        for name in names
-        for column in (measure.models[name].totals, measure.models[name].weights)
-    ]
-    table = np.array(columns).T
-    # Numerator and denominator of each model, (models, 2), and of all resamples, (..., models, 2).
-    whole = table.sum(axis=0).reshape(-1, 2)
-    sums = resampled_sums(table, measure.groups, resamples, seed).reshape(resamples, -1, 2)
-    points, spread = (_ratios(s, measure.exponential) for s in (whole, sums))
-    values: dict[str, float | None] = {
-        name: float(point) if weight else None
-        for name, point, weight in zip(names, points, whole[:, 1], strict=True)
-    }
-    resampled = dict(zip(names, spread.T, strict=True))
-    estimates = {name: _estimate(values[name], resampled[name]) for name in names}
+    # Float64 (examples, models, 2): numerators and denominators.
+    table = np.array([[measure.models[n].totals, measure.models[n].weights] for n in names])
+    table = table.transpose(2, 0, 1)
+    points = _ratios(table.sum(axis=0), measure.exponential)
+    spread = _ratios(_resampled_sums(table, measure, resamples, seed), measure.exponential)
+    has_value = dict(zip(names, table[:, :, 1].sum(axis=0) > 0, strict=True))
+    point, resampled = (dict(zip(names, part.T, strict=True)) for part in (points, spread))
     first = models[0]
-    differences = {
-        name: _estimate(_less(values[name], values[first]), resampled[name] - resampled[first])
-        for name in names
-        if first in names and name != first
-    }
+    estimates, differences = {}, {}
+    for name in names:
+        estimates[name] = _estimate(has_value[name], point[name], resampled[name])
+        if first in names and name != first:
+            differences[name] = _estimate(
+                has_value[name] and has_value[first],
+                point[name] - point[first],
+                resampled[name] - resampled[first],
+            )
     return Row(measure, estimates, differences)
+
+
+def _resampled_sums(table: np.ndarray, measure: Measure, resamples: int, seed: int) -> np.ndarray:
+    """Return the sums over resampled examples, float64 (resamples, models, 2).
+
+    Examples of one group (pairs of one prompt) are drawn together: they aren't independent. The
+    groups are numbered as they first appear.
+    """
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(measure.groups))}
+    sums = np.zeros((len(numbers), *table.shape[1:]))
+    np.add.at(sums, [numbers[group] for group in measure.groups], table)
+    draws = np.random.default_rng(seed)
+    picks = (draws.integers(len(sums), size=len(sums)) for _ in range(resamples))
+    return np.stack([sums[pick].sum(axis=0) for pick in picks])
 
 
 def _ratios(sums: np.ndarray, exponential: bool) -> np.ndarray:
@@ -108,11 +159,19 @@ def _ratios(sums: np.ndarray, exponential: bool) -> np.ndarray:
         return np.exp(ratios) if exponential else ratios
 
 
-def _less(value: float | None, other: float | None) -> float | None:
-    return None if value is None or other is None else value - other
+def _estimate(has_value: bool, value: float, resampled: np.ndarray) -> Estimate:
+    """Return a value with the central 95 % of its resamples, NaN where one had nothing to measure.
 
-
-def _estimate(value: float | None, resampled: np.ndarray) -> Estimate:
-    if value is None:
+    Args:
+        has_value: whether any example says something of it.
+        value: of all examples.
+        resampled: float64 (resamples,).
+    """
+    if not has_value:
         return Estimate(None, None)
-    return Estimate(float(value), interval(resampled) if math.isfinite(value) else None)
+    known = resampled[~np.isnan(resampled)]
+    if not len(known) or not math.isfinite(value):
+        return Estimate(float(value), None)
+    tail = (1 - _COVERED) / 2
+    low, high = np.quantile(known, [tail, 1 - tail])
+    return Estimate(float(value), (float(low), float(high)))

@@ -1,19 +1,17 @@
 """All that can be wrong with an evaluation, found before a model is loaded."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
-from ..common.errors import RecipeError, raise_together
+from ..common.errors import noted, raise_together
+from .evaluation_sets import EvaluationSets
+from .evaluation_settings import EvaluationSettings, NamedModel
 from .harness import Harness
 from .judges import Judge, found_judge
 from .measured_models import Subject, found_model
-from .measuring import EvaluationSettings, NamedModel
-from .sets import EvaluationSets
 
 IMPOSSIBLE = "This evaluation can't be made"
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Participants:
     references: list[Subject]
     judge: Judge | None
     harness: Harness | None
-    distances: bool = True
+    distances: bool
 
     @property
     def base(self) -> Subject:
@@ -41,10 +39,8 @@ class Participants:
 
     def others(self, model: Subject) -> list[Subject]:
         """The references to which a model's distance is measured: it has none from itself."""
-        if not self.distances:
-            return []
         own = model.folder.resolve()
-        return [subject for subject in self.references if subject.folder.resolve() != own]
+        return [r for r in self.references if self.distances and r.folder.resolve() != own]
 
 
 def checked_participants(
@@ -53,6 +49,7 @@ def checked_participants(
     settings: EvaluationSettings,
     out: str | Path,
     problems: Sequence[str],
+    distances: bool = True,
 ) -> Participants:
     """Return the models of an evaluation, none of them loaded.
 
@@ -67,32 +64,31 @@ def checked_participants(
         found += _missing(models, sets, settings)
     if settings.judge_label and not settings.judge:
         found.append("a label is given (--judge-label) but no judge (--judge)")
-
-    def tried(attempt: Callable[..., _T], *arguments: Any) -> _T | None:
-        try:
-            return attempt(*arguments)
-        except RecipeError as error:
-            found.append(error.message)
-            return None
-
-    tried(check_writable, str(out))
-    named = dict.fromkeys([*models, *filter(None, [settings.base]), *settings.specialists])
-    subjects = {model: tried(found_model, model, settings) for model in named}
-    compared = [subject for subject in map(subjects.get, models) if subject]
+    with noted(found):
+        check_writable(str(out))
+    subjects: dict[NamedModel, Subject] = {}
+    first = settings.base or next(iter(models), None)
+    asked = [model for model in (first, *settings.specialists) if model]
+    for model in dict.fromkeys([*models, *asked]):
+        with noted(found):
+            subjects[model] = found_model(model, settings)
+    compared = [subjects[model] for model in models if model in subjects]
     # A reference that is also compared is known by the name that it has there.
     known = {subject.folder.resolve(): subject for subject in reversed(compared)}
     references: dict[Path, Subject] = {}
-    for model in (settings.base or next(iter(models), None), *settings.specialists):
-        subject = model and subjects[model]
-        if subject:
-            folder = subject.folder.resolve()
-            references.setdefault(folder, known.get(folder, subject))
+    for model in asked:
+        if model in subjects:
+            folder = subjects[model].folder.resolve()
+            references.setdefault(folder, known.get(folder, subjects[model]))
     found += _same_names([model.name for model in models], "models")
     found += _same_names([model.name for model in references.values()], "base and specialists")
-    judge = tried(found_judge, settings) if settings.judge else None
-    harness = tried(Harness, settings.harness) if settings.harness else None
+    judge, harness = None, None
+    with noted(found):
+        judge = found_judge(settings) if settings.judge else None
+    with noted(found):
+        harness = Harness(settings.harness) if settings.harness else None
     raise_together(found, IMPOSSIBLE)
-    return Participants(compared, list(references.values()), judge, harness)
+    return Participants(compared, list(references.values()), judge, harness, distances)
 
 
 def _missing(
@@ -121,8 +117,5 @@ def _missing(
 
 
 def _same_names(names: Sequence[str], which: str) -> list[str]:
-    return [
-        f"{which}: two are called {name}; call one NAME=MODEL"
-        for name in dict.fromkeys(names)
-        if names.count(name) > 1
-    ]
+    twice = dict.fromkeys(name for name in names if names.count(name) > 1)
+    return [f"{which}: two are called {name}; call one NAME=MODEL" for name in twice]

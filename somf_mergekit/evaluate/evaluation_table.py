@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,31 +10,26 @@ from typing import Any
 from ..common.files import write_whole
 from ..common.markdown import aligned_table
 from ..common.requirements import versions
-from .evaluation import Estimate, Evaluation, Row
-from .harness import harness_interval
-from .measures import SHARE
+from .evaluation import NUMBER, SHARE, Estimate, Evaluation, Measure, Row
 from .store import ANSWERS
 
 JSON_FILE, TABLE_FILE = "evaluation.json", "evaluation.md"
 _NOTHING = "-"
 _MARK = "*"
+# Half of a 95 % interval in standard errors, which lm-evaluation-harness gives.
+_QUANTILE = 1.96
 
 
 def write_evaluation(evaluation: Evaluation, folder: str | Path) -> str:
     """Write evaluation.json and evaluation.md into ``folder`` and return the latter's text."""
-    text = markdown(evaluation)
-    content = json.dumps(as_json(evaluation), indent=1, allow_nan=False, ensure_ascii=False)
-    for name, whole in ((JSON_FILE, content + "\n"), (TABLE_FILE, text)):
-        write_whole(Path(folder) / name, whole)
-    return text
-
-
-def markdown(evaluation: Evaluation) -> str:
-    """Return the table of all models, that of the differences to the first, and what they mean."""
     lines = circumstances(evaluation)
     lines.insert(-1, f"generated answers: {ANSWERS}, which may hold harmful text")
     listed = "\n".join(f"- {line}" for line in lines)
-    return "\n\n".join(["# Evaluation", comparison(evaluation), listed]) + "\n"
+    text = "\n\n".join(["# Evaluation", comparison(evaluation), listed]) + "\n"
+    content = json.dumps(as_json(evaluation), indent=1, allow_nan=False, ensure_ascii=False)
+    write_whole(Path(folder) / JSON_FILE, content + "\n")
+    write_whole(Path(folder) / TABLE_FILE, text)
+    return text
 
 
 def comparison(evaluation: Evaluation, level: str = "##") -> str:
@@ -44,11 +39,13 @@ def comparison(evaluation: Evaluation, level: str = "##") -> str:
         evaluation: what was found.
         level: of the headings.
     """
-    names = list(evaluation.models)
+    first, *others = evaluation.models
     settings = evaluation.settings
     parts = [value_table(evaluation)]
-    if any(row.differences for row in evaluation.rows):
-        parts += [f"{level} Difference to {names[0]}", _differences(evaluation, names)]
+    rows = [(row, row.differences) for row in evaluation.rows if row.differences]
+    if rows:
+        table = _table(rows, others, is_signed=True)
+        parts += [f"{level} Difference to {first}", table]
     parts.append(
         f"In brackets: 95 % bootstrap intervals ({settings.resamples:,} resamples of the examples, "
         f"seed {settings.seed}). Differences are paired by example; {_MARK} marks those whose "
@@ -59,6 +56,26 @@ def comparison(evaluation: Evaluation, level: str = "##") -> str:
             "lm-evaluation-harness: value and 1.96 standard errors to either side; not paired."
         )
     return "\n\n".join(parts)
+
+
+def value_table(evaluation: Evaluation) -> str:
+    """Return the measures of all models with their intervals, a markdown table."""
+    rows = [*evaluation.rows, *_harness_rows(evaluation)]
+    return _table([(row, row.estimates) for row in rows], list(evaluation.models))
+
+
+def circumstances(evaluation: Evaluation) -> list[str]:
+    """Return on what, of whom and how it was measured, a line each."""
+    settings = evaluation.settings
+    lines = [
+        f"{name}: {count} examples" + (f" of {source}" if source else "")
+        for name, (source, count) in evaluation.sets.items()
+    ]
+    lines += [f"{name}: {source}" for name, (source, _) in evaluation.models.items()]
+    lines += evaluation.notes
+    packages = ", ".join(f"{name} {number}" for name, number in versions().items())
+    lines.append(f"{settings.text}; {packages}")
+    return lines
 
 
 def as_json(evaluation: Evaluation) -> dict[str, Any]:
@@ -81,85 +98,61 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def value_table(evaluation: Evaluation) -> str:
-    """Return the measures of all models with their intervals, a markdown table."""
-    names = list(evaluation.models)
-    rows = [["set", "measure", *names]]
-    for row in evaluation.rows:
-        cells = [_cell(row, row.estimates.get(name), signed=False) for name in names]
-        rows.append([row.measure.set, row.measure.name, *cells])
-    rows += _harness_rows(evaluation, names)
-    return aligned_table(rows, labels=2)
+def finite(value: float | None) -> float | None:
+    """Return a number that JSON can hold, None for others."""
+    return value if value is not None and math.isfinite(value) else None
 
 
-def _differences(evaluation: Evaluation, names: Sequence[str]) -> str:
-    rows = [["set", "measure", *names[1:]]]
-    for row in evaluation.rows:
-        if row.differences:
-            cells = [_cell(row, row.differences.get(name), signed=True) for name in names[1:]]
-            rows.append([row.measure.set, row.measure.name, *cells])
-    return aligned_table(rows, labels=2)
+def _table(
+    rows: Sequence[tuple[Row, Mapping[str, Estimate]]],
+    names: Sequence[str],
+    is_signed: bool = False,
+) -> str:
+    cells = [["set", "measure", *names]]
+    for row, estimates in rows:
+        unit = row.measure.unit
+        found = [_cell(estimates.get(name), unit, is_signed) for name in names]
+        cells.append([row.measure.set, row.measure.name, *found])
+    return aligned_table(cells, labels=2)
 
 
-def _cell(row: Row, estimate: Estimate | None, *, signed: bool) -> str:
+def _cell(estimate: Estimate | None, unit: str, is_signed: bool) -> str:
     if estimate is None or estimate.value is None:
         return _NOTHING
     if not math.isfinite(estimate.value):
         return "not finite"
-    unit = row.measure.unit
-    text = _number(estimate.value, unit, signed) + " %" * (unit == SHARE)
+    sign = "+" if is_signed else ""
+
+    def number(value: float) -> str:
+        if unit == SHARE:
+            return f"{100 * value:{sign}.1f}"
+        return f"{value:{sign},.1f}" if abs(value) >= 10 else f"{value:{sign}.3f}"
+
+    text = number(estimate.value) + (" %" if unit == SHARE else "")
     if estimate.interval is None:
         return text
     low, high = estimate.interval
-    marked = f" {_MARK}" if signed and (low > 0 or high < 0) else ""
-    return f"{text} [{_number(low, unit, signed)}, {_number(high, unit, signed)}]{marked}"
+    marked = f" {_MARK}" if is_signed and (low > 0 or high < 0) else ""
+    return f"{text} [{number(low)}, {number(high)}]{marked}"
 
 
-def _number(value: float, unit: str, signed: bool) -> str:
-    sign = "+" if signed else ""
-    if unit == SHARE:
-        return f"{100 * value:{sign}.1f}"
-    return f"{value:{sign},.1f}" if abs(value) >= 10 else f"{value:{sign}.3f}"
-
-
-def _harness_rows(evaluation: Evaluation, names: Sequence[str]) -> list[list[str]]:
-    found = [
+def _harness_rows(evaluation: Evaluation) -> Iterator[Row]:
+    """Yield a row for each metric that lm-evaluation-harness found of some model."""
+    metrics = dict.fromkeys(
         (task, metric)
         for results in evaluation.harness.values()
-        for task, metrics in results.items()
-        for metric in metrics
-    ]
-    rows = []
-    for task, metric in dict.fromkeys(found):
-        cells = []
-        for name in names:
-            value, error = evaluation.harness[name].get(task, {}).get(metric, [None, None])
-            if value is None:
-                cells.append(_NOTHING)
-                continue
-            limits = harness_interval(value, error)
-            shown = f" [{limits[0]:.3f}, {limits[1]:.3f}]" if limits else ""
-            cells.append(f"{value:.3f}{shown}")
-        rows.append([f"lm-eval: {task}", metric, *cells])
-    return rows
-
-
-def circumstances(evaluation: Evaluation) -> list[str]:
-    """Return on what, of whom and how it was measured, a line each."""
-    settings = evaluation.settings
-    lines = [
-        f"{name}: {count} examples" + f" of {source}" * bool(source)
-        for name, (source, count) in evaluation.sets.items()
-    ]
-    lines += [f"{name}: {source}" for name, (source, _) in evaluation.models.items()]
-    lines += evaluation.notes
-    packages = ", ".join(f"{name} {number}" for name, number in versions().items())
-    lines.append(
-        f"greedy answers of {settings.max_new_tokens} tokens at most, likelihoods of "
-        f"{settings.max_length} with the prompt, batches of {settings.batch_size}, dtype "
-        f"{settings.dtype}, {settings.place}; {packages}"
+        for task, of_task in results.items()
+        for metric in of_task
     )
-    return lines
+    for task, metric in metrics:
+        estimates = {}
+        for name, results in evaluation.harness.items():
+            value, error = results.get(task, {}).get(metric, (None, None))
+            if value is not None:
+                half = None if error is None else _QUANTILE * error
+                interval = None if half is None else (value - half, value + half)
+                estimates[name] = Estimate(value, interval)
+        yield Row(Measure(f"lm-eval: {task}", metric, NUMBER), estimates, {})
 
 
 def _row_json(row: Row) -> dict[str, Any]:
@@ -186,8 +179,3 @@ def _row_json(row: Row) -> dict[str, Any]:
 def _estimate_json(estimate: Estimate) -> dict[str, Any]:
     known = None if estimate.interval is None else list(map(finite, estimate.interval))
     return {"value": finite(estimate.value), "interval": known}
-
-
-def finite(value: float | None) -> float | None:
-    """Return a number that JSON can hold, None for others."""
-    return value if value is not None and math.isfinite(value) else None

@@ -14,10 +14,10 @@ from ..common.timing import phase
 from ..data.rendering import Rendering
 from ..recipe.settings import Settings
 from .evaluation import Evaluation
+from .evaluation_sets import EvaluationSets, read_sets
+from .evaluation_settings import EvaluationSettings, NamedModel
 from .measured_models import found_model
-from .measuring import EvaluationSettings, NamedModel
 from .runner import evaluated
-from .sets import EvaluationSets, read_sets
 
 MERGED, PLAIN, BASE = "somf", "plain fusion", "aligned base"
 _OPTIONS_OF_A_SOURCE = ("config", "split")
@@ -43,7 +43,7 @@ def sets_of_recipe(settings: Settings) -> tuple[EvaluationSets, list[str]]:
         harmful=found["safety_eval"].harmful,
         harmless=found["harmless_eval"].harmless,
         pairs=found["pairs_eval"].pairs,
-        told={name: text for sets in found.values() for name, text in sets.told.items()},
+        sources={name: text for sets in found.values() for name, text in sets.sources.items()},
     )
     return sets, problems
 

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness, where it is installed: the models are handed over, its numbers kept."""
+"""lm-evaluation-harness, where it is installed: it is given the models, its numbers are stored."""
 
 import fnmatch
 import math
@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import RecipeError
+from .evaluation import HarnessResults
+from .evaluation_settings import EvaluationSettings, HarnessSettings
 from .measured_models import Subject, content_digest
-from .measuring import EvaluationSettings, HarnessSettings
 
-# Of a normal distribution: the harness gives standard errors.
-_QUANTILE = 1.96
 _STDERR = "_stderr"
 
 
 class Harness:
     """Tasks of lm-evaluation-harness that were found.
+
+    Attributes:
+        tasks: their names.
+        content: a digest of the folder with tasks of the user's own, empty without one.
 
     Raises:
         RecipeError: the package is not installed, or a task or the folder is not there.
@@ -46,9 +49,7 @@ class Harness:
         self.tasks = [name for task in settings.tasks for name in fnmatch.filter(known, task)]
         self.content = content_digest(Path(folder), ("**/*.y*ml", "**/*.py")) if folder else ""
 
-    def results(
-        self, subject: Subject, settings: EvaluationSettings
-    ) -> dict[str, dict[str, list[float | None]]]:
+    def results(self, subject: Subject, settings: EvaluationSettings) -> HarnessResults:
         """Return value and standard error of each metric, by task: no text of any example."""
         found = self._run(
             model="hf",
@@ -66,11 +67,6 @@ class Harness:
             task_manager=self._manager,
         )
         return {task: _metrics(row) for task, row in found["results"].items()}
-
-
-def harness_interval(value: float, error: float | None) -> tuple[float, float] | None:
-    """Return the 95 % interval of a metric with this standard error."""
-    return None if error is None else (value - _QUANTILE * error, value + _QUANTILE * error)
 
 
 def _metrics(row: dict[str, Any]) -> dict[str, list[float | None]]:

@@ -1,4 +1,4 @@
-"""Measures that need no generation: likelihood of answers, preference between answers."""
+"""Measures that need no generation: likelihood of answers, preference, distance between models."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,12 +13,14 @@ from ..data.logprobs import CHUNK_POSITIONS, answer_states, output_head, token_b
 from ..data.pairs import EncodedPair, Pair
 from ..data.rendering import Rendering
 
+# Tokens of prompts with those of their answers.
 Sequences = Sequence[tuple[list[int], list[int]]]
+# Called with the number of sequences after each batch of them.
 OnBatch = Callable[[int], object]
 
 
-def untold(count: int) -> None:
-    """Tell no one of ``count`` sequences that are done."""
+def no_report(count: int) -> None:
+    """Report to no one that ``count`` sequences are done."""
 
 
 @dataclass(frozen=True)
@@ -36,69 +38,106 @@ class AnswerScores:
     tokens: list[int]
 
 
-def answer_scores(
-    model: Any, sequences: Sequences, *, batch_size: int, on_batch: OnBatch = untold
-) -> AnswerScores:
-    """Return the scores of the answers in (prompt, answer) token lists.
-
-    Sequences go through in batches of like length.
-
-    Args:
-        model: of transformers.
-        sequences: an empty answer has no tokens and a log-probability of 0.
-        batch_size: sequences that go through at once.
-        on_batch: called with the number of sequences after each batch.
-    """
-    head = output_head(model)
-    count = len(sequences)
-    scores = AnswerScores([0.0] * count, [0] * count, [0] * count)
-    for rows in length_batches(sequences, batch_size):
-        with torch.no_grad():
-            batch = token_batch([sequences[row] for row in rows], model.device)
-            for states, targets, owners in answer_chunks(answer_states(model, batch)):
-                logits = head(states).float()
-                log_probs = -functional.cross_entropy(logits, targets, reduction="none")
-                hits = logits.argmax(dim=-1) == targets
-                for log_prob, hit, owner in zip(
-                    log_probs.tolist(), hits.tolist(), owners.tolist(), strict=True
-                ):
-                    scores.log_probs[rows[owner]] += log_prob
-                    scores.hits[rows[owner]] += hit
-                    scores.tokens[rows[owner]] += 1
-        on_batch(len(rows))
-    return scores
-
-
-def length_batches(sequences: Sequences, batch_size: int) -> Iterator[list[int]]:
-    """Yield the numbers of sequences that go through together, shortest first.
-
-    Those without an answer go through no model.
-    """
-    order = [row for row in range(len(sequences)) if sequences[row][1]]
-    order.sort(key=lambda row: sum(map(len, sequences[row])))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
-
-
-def answer_chunks(
-    answers: tuple[Tensor, Tensor, Tensor],
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield what ``answer_states`` gives in pieces whose logits fit into memory."""
-    yield from zip(*(tensor.split(CHUNK_POSITIONS) for tensor in answers), strict=True)
-
-
 def answer_sequences(
     tokenizer: Any,
     examples: Sequence[tuple[Sequence[Message], str]],
     max_length: int,
     how: Rendering = AS_GIVEN,
-) -> list[tuple[list[int], list[int]]]:
-    """Return the tokens of prompts and answers, ``max_length`` of both together at most."""
+    *,
+    closed: bool = True,
+) -> Sequences:
+    """Return the tokens of prompts and answers, ``max_length`` of both together at most.
+
+    Args:
+        tokenizer: with or without a chat template.
+        examples: prompts with their answers.
+        max_length: tokens.
+        how: the chat template is rendered.
+        closed: end the answers with an end marker.
+    """
     sequences = []
     for messages, answer in examples:
-        found = encoded(tokenizer, messages, [answer], max_length, how)
+        found = encoded(tokenizer, messages, [answer], max_length, how, closed=closed)
         sequences.append((found.prompt, found.answers[0]))
     return sequences
+
+
+def answer_scores(
+    model: Any, sequences: Sequences, *, batch_size: int, on_batch: OnBatch = no_report
+) -> AnswerScores:
+    """Return the scores of answers.
+
+    Args:
+        model: of transformers.
+        sequences: an empty answer has no tokens and a log-probability of 0.
+        batch_size: sequences that go through at once.
+        on_batch: see ``OnBatch``.
+    """
+    count = len(sequences)
+    scores = AnswerScores([0.0] * count, [0] * count, [0] * count)
+    for rows, (logits,), targets in _answer_logits([model], sequences, batch_size, on_batch):
+        log_probs = -functional.cross_entropy(logits, targets, reduction="none")
+        hits = logits.argmax(dim=-1) == targets
+        for row, log_prob, hit in zip(rows, log_probs.tolist(), hits.tolist(), strict=True):
+            scores.log_probs[row] += log_prob
+            scores.hits[row] += hit
+            scores.tokens[row] += 1
+    return scores
+
+
+def divergence(
+    model: Any,
+    reference: Any,
+    sequences: Sequences,
+    *,
+    batch_size: int,
+    on_batch: OnBatch = no_report,
+) -> tuple[list[float], list[int]]:
+    """Return KL(reference || model) summed over each answer's tokens, and how many they are.
+
+    KL = sum over the vocabulary of p_ref (log p_ref - log p), in nats, at every place of an answer,
+    given all that stands before it. Of vocabularies that differ in size, by padding or by added
+    tokens, the part that both have is compared.
+    """
+    sums, tokens = [0.0] * len(sequences), [0] * len(sequences)
+    models = [model, reference]
+    for rows, logits, _ in _answer_logits(models, sequences, batch_size, on_batch):
+        width = min(part.shape[-1] for part in logits)
+        log_p, log_ref = (part[:, :width].log_softmax(dim=-1) for part in logits)
+        kl = (log_ref.exp() * (log_ref - log_p)).sum(dim=-1)
+        for row, value in zip(rows, kl.tolist(), strict=True):
+            sums[row] += value
+            tokens[row] += 1
+    return sums, tokens
+
+
+@torch.no_grad()
+def _answer_logits(
+    models: Sequence[Any], sequences: Sequences, batch_size: int, on_batch: OnBatch
+) -> Iterator[tuple[list[int], list[Tensor], Tensor]]:
+    """Yield the models' logits at the places of answers' tokens, a few of these at a time.
+
+    Sequences go through in batches of like length; those without an answer go through no model.
+
+    Yields:
+        The number of each token's sequence; float32 (tokens, vocabulary) of each model; the tokens
+        themselves, int64 (tokens,).
+    """
+    heads = [output_head(model) for model in models]
+    order = [row for row in range(len(sequences)) if sequences[row][1]]
+    order.sort(key=lambda row: sum(map(len, sequences[row])))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = token_batch([sequences[row] for row in rows], models[0].device)
+        found = [answer_states(model, batch) for model in models]
+        _, targets, owners = found[0]
+        tensors = [targets, owners, *(states for states, _, _ in found)]
+        # The logits of all tokens would not fit into memory.
+        chunks = zip(*(tensor.split(CHUNK_POSITIONS) for tensor in tensors), strict=True)
+        for some, of, *states in chunks:
+            logits = [head(part).float() for head, part in zip(heads, states, strict=True)]
+            yield [rows[owner] for owner in of.tolist()], logits, some
+        on_batch(len(rows))
 
 
 def answer_loss(
@@ -120,14 +159,12 @@ def preference_accuracy(
 ) -> tuple[float, float]:
     """Return how often the safe answer is likelier per token, and by how many nats on average."""
     margins = preference_margins(model, pairs, batch_size=batch_size)
-    return (
-        sum(margin > 0 for margin in margins) / len(margins),
-        sum(margins) / len(margins),
-    )
+    right = sum(margin > 0 for margin in margins)
+    return right / len(margins), sum(margins) / len(margins)
 
 
 def preference_margins(
-    model: Any, pairs: Sequence[EncodedPair], *, batch_size: int, on_batch: OnBatch = untold
+    model: Any, pairs: Sequence[EncodedPair], *, batch_size: int, on_batch: OnBatch = no_report
 ) -> list[float]:
     """Return by how many nats a token the safe answer of each pair is the likelier one."""
     sequences = [(pair.prompt, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]

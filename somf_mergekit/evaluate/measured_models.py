@@ -10,8 +10,10 @@ from typing import Any
 from ..common.digests import file_digests, json_digest
 from ..common.errors import RecipeError, first_line
 from ..data.chat import check_words
-from .measuring import EvaluationSettings, NamedModel
+from .evaluation_settings import EvaluationSettings, NamedModel
 
+# As transformers has them.
+ModelAndTokenizer = tuple[Any, Any]
 # What of a model's folder decides its answers.
 _WEIGHTS = "*.safetensors"
 _CONTENT = (
@@ -110,9 +112,9 @@ class ModelsInMemory:
 
     def __init__(self, settings: EvaluationSettings):
         self._settings = settings
-        self._held: dict[Path, tuple[Any, Any]] = {}
+        self._held: dict[Path, ModelAndTokenizer] = {}
 
-    def take(self, *subjects: Subject) -> list[tuple[Any, Any]]:
+    def take(self, *subjects: Subject) -> list[ModelAndTokenizer]:
         """Return each subject's model and tokenizer, after letting go of all others.
 
         Raises:
@@ -132,7 +134,7 @@ class ModelsInMemory:
         self._held = {}
         _free()
 
-    def _loaded(self, subject: Subject) -> tuple[Any, Any]:
+    def _loaded(self, subject: Subject) -> ModelAndTokenizer:
         from transformers import (
             AutoModelForCausalLM,
             AutoModelForSequenceClassification,

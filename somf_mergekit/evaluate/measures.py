@@ -1,64 +1,248 @@
-"""From what was computed to measures: per example a numerator and a denominator."""
+"""The measures of models: what is computed of each, and the rows of the table that it makes."""
 
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
+from ..common.requirements import installed
+from ..data.chat import Message
 from ..data.pairs import Pair
-from .coherence import N_GRAM
-from .extract import extractor
-from .judges import REFUSES, SAFE, Verdicts
-from .likelihood import AnswerScores
-from .refusals import is_refusal
-from .sets import HARMFUL, PAIRS, Skill
+from .answer_text import N_GRAM, extractor, is_refusal, repeated_share
+from .evaluation import NUMBER, SHARE, HarnessResults, Measure, Ratio
+from .evaluation_sets import HARMFUL, HARMLESS, PAIRS, Skill
+from .harness import Harness
+from .judges import REFUSES, SAFE, Judge, verdicts
+from .likelihood import (
+    OnBatch,
+    Sequences,
+    answer_scores,
+    answer_sequences,
+    comparable_pairs,
+    divergence,
+    preference_margins,
+)
+from .measured_models import ModelAndTokenizer, Subject
+from .steps import Answers, Prompts, Steps
 
-SHARE, NUMBER = "share", "number"
-# Of a model to each prompt of a set; None where it never left its thought.
-Answers = Sequence[str | None]
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """One measure of one model: sum(totals) / sum(weights), an entry per example.
-
-    An example that says nothing of the measure has weight 0.
-    """
-
-    totals: list[float]
-    weights: list[float]
-
-
-@dataclass
-class Measure:
-    """One row of the table.
-
-    Attributes:
-        set: what it is measured on.
-        name: of the measure.
-        unit: ``share`` (0 to 1) or ``number``.
-        exponential: whether the measure is exp of its ratio (a perplexity).
-        groups: which examples belong together in the bootstrap.
-        models: by model name; a model is missing where the measure can't be taken.
-    """
-
-    set: str
-    name: str
-    unit: str
-    exponential: bool = False
-    groups: Sequence[Hashable] = ()
-    models: dict[str, Ratio] = field(default_factory=dict)
+# Prompts with answers.
+Examples = Sequence[tuple[list[Message], str]]
+_UNFINISHED, _BY_PHRASES = "unfinished thoughts", "refusals (phrases)"
+# How the rows of a set begin, in the table's order.
+_ORDER = (
+    _UNFINISHED,
+    _BY_PHRASES,
+    "refusals",
+    "safe",
+    "phrases and",
+    "preference",
+    "loss",
+    "token accuracy",
+    "exact match",
+    "repeated",
+    "empty answers",
+    "perplexity",
+    "KL from",
+)
 
 
 class Measures:
-    """Collects the measures, in the order in which they come up."""
+    """Measures models, one thing of one model a call.
 
-    def __init__(self) -> None:
-        self.rows: dict[tuple[str, str], Measure] = {}
+    Attributes:
+        notes: what could not be measured, and why.
+    """
 
-    def add(
+    def __init__(self, steps: Steps):
+        self.notes: list[str] = []
+        self._steps = steps
+        self._rows: dict[tuple[str, str], Measure] = {}
+
+    def rows(self, sets: Sequence[str], references: Sequence[str]) -> list[Measure]:
+        """Return all that was measured, in the table's order.
+
+        Args:
+            sets: names of the sets, in their order.
+            references: names of the models that distances are measured from, in theirs.
+        """
+        distances = [f"KL from {name}" for name in references]
+
+        def place(row: Measure) -> tuple[int, int, int]:
+            kind = next(n for n, start in enumerate(_ORDER) if row.name.startswith(start))
+            reference = distances.index(row.name) if row.name in distances else -1
+            return sets.index(row.set), kind, reference
+
+        known = [
+            row
+            for row in self._rows.values()
+            if row.name != _UNFINISHED or any(any(of.totals) for of in row.models.values())
+        ]
+        return sorted(known, key=place)
+
+    def answers(self, model: Subject, name: str, prompts: Prompts) -> Answers:
+        """Return the model's answers to a set; measure how many are empty, unfinished, refusals."""
+        found = self._steps.answers(model, name, prompts)
+        # They neither refuse nor answer.
+        self._add((name, _UNFINISHED), model, [answer is None for answer in found])
+        empty = [None if answer is None else not answer for answer in found]
+        self._add((name, "empty answers"), model, empty)
+        if name in (HARMFUL, HARMLESS):
+            self._add((name, _BY_PHRASES), model, _refusals(found))
+        return found
+
+    def scores(self, model: Subject, skill: Skill) -> None:
+        """Measure loss and token accuracy on right answers."""
+        words = f"{model.name}: likelihood of {skill.name}"
+        found = self._read(words, model, skill.examples)
+        losses = [-value for value in found["log_probs"]]
+        self._add((skill.name, "loss"), model, losses, found["tokens"], unit=NUMBER)
+        self._add((skill.name, "token accuracy"), model, found["hits"], found["tokens"])
+
+    def exact_match(self, model: Subject, skill: Skill, answers: Answers) -> None:
+        """Measure how often what is extracted is right, where it is in the right answer."""
+        extracted = extractor(skill.extract or "")
+        expected = [extracted(answer) for _, answer in skill.examples]
+        match = [
+            None if right is None else answer is not None and extracted(answer) == right
+            for right, answer in zip(expected, answers, strict=True)
+        ]
+        self._add((skill.name, f"exact match ({skill.extract})"), model, match)
+
+    def preferences(self, model: Subject, pairs: Sequence[Pair]) -> None:
+        """Measure how often, and by how much, the safe answer of a pair is the likelier one."""
+
+        def compute(on_batch: OnBatch, taken: ModelAndTokenizer) -> list[float | None]:
+            settings, how = self._steps.settings, self._steps.rendering
+            found = comparable_pairs(taken[1], pairs, settings.max_length, how)
+            margins = preference_margins(
+                taken[0], list(found.values()), batch_size=settings.batch_size, on_batch=on_batch
+            )
+            by_number = dict(zip(found, margins, strict=True))
+            return [by_number.get(number) for number in range(len(pairs))]
+
+        content = [[pair.prompt, pair.chosen, pair.rejected] for pair in pairs]
+        words = f"{model.name}: safety pairs"
+        # Two answers of each go through the model.
+        count = 2 * len(pairs)
+        margins = self._steps.once(words, [model], ["margins", content], count, compute)
+        groups = [pair.prompt for pair in pairs]
+        right = [None if margin is None else margin > 0 for margin in margins]
+        self._add((PAIRS, "preference accuracy"), model, right, groups=groups)
+        self._add((PAIRS, "preference margin"), model, margins, unit=NUMBER, groups=groups)
+        equal = margins.count(None)
+        if equal:
+            self.notes.append(
+                f"{equal} safety pairs are left out for {model.name}: cut to equal answers"
+            )
+
+    def distance(self, model: Subject, reference: Subject, skill: Skill) -> None:
+        """Measure the mean KL(reference || model) per token of right answers."""
+
+        def compute(on_batch: OnBatch, one: ModelAndTokenizer, two: ModelAndTokenizer) -> Any:
+            sequences = self._sequences(one[1], skill.examples)
+            # Models that predict different tokens have no distance.
+            if sequences != self._sequences(two[1], skill.examples):
+                return None
+            size = self._steps.settings.batch_size
+            return divergence(one[0], two[0], sequences, batch_size=size, on_batch=on_batch)
+
+        words = f"{model.name}: distance from {reference.name} on {skill.name}"
+        content, count = ["distance", skill.examples], len(skill.examples)
+        found = self._steps.once(words, [model, reference], content, count, compute)
+        if found:
+            self._add((skill.name, f"KL from {reference.name}"), model, *found, unit=NUMBER)
+        else:
+            self.notes.append(
+                f"KL from {reference.name} is not measured of {model.name} on {skill.name}: the "
+                "two models' tokenizers or chat templates give different tokens"
+            )
+
+    def coherence(
+        self, base: Subject, model: Subject, name: str, prompts: Prompts, answers: Answers
+    ) -> None:
+        """Measure whether a model's answers are language: gibberish neither refuses nor helps.
+
+        The base reads them in its own tokens, without an end marker: one that ran out of tokens
+        has none either.
+        """
+        words = f"{model.name}: coherence of answers to {name}"
+        examples = [(p, answer or "") for p, answer in zip(prompts, answers, strict=True)]
+        found = self._read(words, base, examples, closed=False)
+        repeated = [
+            None if answer is None else share
+            for answer, share in zip(answers, found["repeated"], strict=True)
+        ]
+        self._add((name, f"repeated {N_GRAM}-grams"), model, repeated)
+        place = (name, f"perplexity under {base.name}")
+        losses = [-value for value in found["log_probs"]]
+        self._add(place, model, losses, found["tokens"], unit=NUMBER, exponential=True)
+
+    def judged(
+        self, judge: Judge, model: Subject, name: str, prompts: Prompts, answers: Answers
+    ) -> None:
+        """Measure what the judge says of a model's answers, and how often the phrases disagree."""
+
+        def compute(on_batch: OnBatch, taken: ModelAndTokenizer) -> Any:
+            return verdicts(judge, *taken, prompts, answers, self._steps.settings, on_batch)
+
+        words = f"{model.name}: judging answers to {name}"
+        content = ["judge", list(prompts), list(answers), judge.about, judge.labels]
+        found = self._steps.once(words, [judge.subject], content, len(answers), compute)
+        compared, called = None, judge.subject.name
+        # That a helpful answer to a harmless prompt is safe says nothing.
+        if name == HARMFUL and found[SAFE].count(None) < len(answers):
+            compared = found[SAFE]
+            self._add((name, f"safe ({called})"), model, compared)
+        if found[REFUSES].count(None) < len(answers):
+            compared = found[REFUSES]
+            self._add((name, f"refusals ({called})"), model, compared)
+        if compared is not None:
+            differ = [
+                None if verdict is None else verdict != phrase
+                for verdict, phrase in zip(compared, _refusals(answers), strict=True)
+            ]
+            self._add((name, f"phrases and {called} disagree"), model, differ)
+
+    def by_harness(self, harness: Harness, model: Subject) -> HarnessResults:
+        """Return what lm-evaluation-harness measures of a model."""
+        settings = self._steps.settings
+        content = ["harness", harness.tasks, harness.content, settings.limit, settings.resamples]
+        content.append(installed("lm-eval"))
+        found: HarnessResults = self._steps.once(
+            f"{model.name}: lm-evaluation-harness",
+            [model],
+            content,
+            1,
+            lambda on_batch: harness.results(model, settings),
+            is_loaded=False,
+        )
+        return found
+
+    def _sequences(self, tokenizer: Any, examples: Examples, closed: bool = True) -> Sequences:
+        settings, how = self._steps.settings, self._steps.rendering
+        return answer_sequences(tokenizer, examples, settings.max_length, how, closed=closed)
+
+    def _read(
+        self, words: str, reader: Subject, examples: Examples, closed: bool = True
+    ) -> dict[str, Any]:
+        """Return the scores of answers under a model, and the share of repeated n-grams in them.
+
+        Returns:
+            the fields of ``AnswerScores`` and ``repeated``, an entry per example each.
+        """
+
+        def compute(on_batch: OnBatch, taken: ModelAndTokenizer) -> dict[str, Any]:
+            model, tokenizer = taken
+            sequences = self._sequences(tokenizer, examples, closed)
+            size = self._steps.settings.batch_size
+            scores = answer_scores(model, sequences, batch_size=size, on_batch=on_batch)
+            return {**vars(scores), "repeated": [repeated_share(ids) for _, ids in sequences]}
+
+        content = ["scores", list(examples), closed]
+        return dict(self._steps.once(words, [reader], content, len(examples), compute))
+
+    def _add(
         self,
         place: tuple[str, str],
-        model: str,
+        model: Subject,
         totals: Iterable[float | None],
         weights: Iterable[float] | None = None,
         *,
@@ -66,89 +250,23 @@ class Measures:
         exponential: bool = False,
         groups: Sequence[Hashable] = (),
     ) -> None:
-        """Add a measure of one model; examples whose total is None say nothing."""
+        """Add a measure of one model; examples whose total is None say nothing.
+
+        Args:
+            place: the set and the name of the measure.
+            model: that it is of.
+            totals: a numerator per example.
+            weights: a denominator per example; 1 where not given.
+            unit, exponential, groups: see ``Measure``; without groups each example is its own.
+        """
         values = list(totals)
         given = [1.0] * len(values) if weights is None else list(map(float, weights))
         known = [0.0 if v is None else w for v, w in zip(values, given, strict=True)]
-        row = self.rows.setdefault(
-            place,
-            Measure(*place, unit, exponential, groups or range(len(values))),
-        )
-        row.models[model] = Ratio([float(value or 0) for value in values], known)
+        if place not in self._rows:
+            self._rows[place] = Measure(*place, unit, exponential, groups or range(len(values)))
+        self._rows[place].models[model.name] = Ratio([float(v or 0) for v in values], known)
 
-    def add_unfinished(self, name: str, model: str, answers: Answers) -> None:
-        """Add how many answers never leave their thought: they neither refuse nor answer."""
-        self.add((name, "unfinished thoughts"), model, [answer is None for answer in answers])
 
-    def add_refusals(
-        self, name: str, model: str, answers: Answers, judge: str, verdicts: Verdicts | None
-    ) -> None:
-        """Add the refusal rate by the phrases, and by the judge where there is one."""
-        by_phrases = [None if answer is None else is_refusal(answer) for answer in answers]
-        self.add((name, "refusals (phrases)"), model, by_phrases)
-        if verdicts is None:
-            return
-        refuses, safe = verdicts[REFUSES], verdicts[SAFE]
-        tells_refusals = any(verdict is not None for verdict in refuses)
-        if tells_refusals:
-            self.add((name, f"refusals ({judge})"), model, refuses)
-        # That a helpful answer to a harmless prompt is safe says nothing.
-        tells_safety = name == HARMFUL and any(verdict is not None for verdict in safe)
-        if tells_safety:
-            self.add((name, f"safe ({judge})"), model, safe)
-        compared = refuses if tells_refusals else safe if tells_safety else None
-        if compared is not None:
-            differ = [
-                None if verdict is None else verdict != phrase
-                for verdict, phrase in zip(compared, by_phrases, strict=True)
-            ]
-            self.add((name, f"phrases and {judge} disagree"), model, differ)
-
-    def add_coherence(
-        self, name: str, model: str, answers: Answers, base: str, found: dict[str, list[Any]]
-    ) -> None:
-        """Add how coherent generated answers are."""
-        repeated = [
-            None if answer is None else share
-            for answer, share in zip(answers, found["repeated"], strict=True)
-        ]
-        self.add((name, f"repeated {N_GRAM}-grams"), model, repeated)
-        empty = [None if answer is None else not answer for answer in answers]
-        self.add((name, "empty answers"), model, empty)
-        self.add(
-            (name, f"perplexity under {base}"),
-            model,
-            [-value for value in found["log_probs"]],
-            found["tokens"],
-            unit=NUMBER,
-            exponential=True,
-        )
-
-    def add_pairs(self, model: str, pairs: Sequence[Pair], margins: list[float | None]) -> None:
-        """Add preference accuracy and margin; pairs of one prompt belong together."""
-        groups = [pair.prompt for pair in pairs]
-        right = [None if margin is None else margin > 0 for margin in margins]
-        self.add((PAIRS, "preference accuracy"), model, right, groups=groups)
-        self.add((PAIRS, "preference margin"), model, margins, unit=NUMBER, groups=groups)
-
-    def add_scores(self, skill: Skill, model: str, scores: AnswerScores) -> None:
-        """Add loss and token accuracy on right answers."""
-        losses = [-value for value in scores.log_probs]
-        self.add((skill.name, "loss"), model, losses, scores.tokens, unit=NUMBER)
-        self.add((skill.name, "token accuracy"), model, scores.hits, scores.tokens)
-
-    def add_exact(self, skill: Skill, model: str, answers: Answers) -> None:
-        """Add the exact match of what is extracted; right answers that hold none are left out."""
-        extracted = extractor(skill.extract or "")
-        expected = [extracted(answer) for _, answer in skill.examples]
-        match = [
-            None if right is None else answer is not None and extracted(answer) == right
-            for right, answer in zip(expected, answers, strict=True)
-        ]
-        self.add((skill.name, f"exact match ({skill.extract})"), model, match)
-
-    def add_distance(
-        self, skill: Skill, model: str, reference: str, found: tuple[list[float], list[int]]
-    ) -> None:
-        """Add the mean KL per answer token."""
-        self.add((skill.name, f"KL from {reference}"), model, *found, unit=NUMBER)
+def _refusals(answers: Answers) -> list[bool | None]:
+    """Return whether each answer refuses by the phrases, None without an end of its thought."""
+    return [None if answer is None else is_refusal(answer) for answer in answers]

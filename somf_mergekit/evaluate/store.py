@@ -1,9 +1,8 @@
 """What is known already: answers and measured values, each written as soon as it is known."""
 
-import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,25 +14,23 @@ from ..data.chat import Message
 ANSWERS, VALUES = "answers.jsonl", "values.jsonl"
 
 
-def digest(content: Any) -> str:
-    """Return a key for anything that JSON can hold."""
-    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
 class Store:
     """Two JSON-lines files in a folder, that only grow.
 
     ``answers.jsonl`` is the only place where prompts and generated answers are written: they may be
     harmful. ``values.jsonl`` holds numbers. A line that an interruption left unfinished is
     ignored. As a context, it holds the folder for this process alone.
+
+    Attributes:
+        folder: of the files.
+        values: what was computed, by key.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._lock = ExitStack()
+        self.values: dict[str, Any] = {}
         self._answers: dict[str, dict[int, str | None]] = {}
-        self._values: dict[str, Any] = {}
+        self._lock = ExitStack()
 
     def __enter__(self) -> "Store":
         """Read what is there.
@@ -47,8 +44,8 @@ class Store:
         except OSError as error:
             raise RecipeError(f"{self.folder} can't be written: {error.strerror}") from error
         for row in self._rows(ANSWERS):
-            self._answers.setdefault(row["key"], {})[row["number"]] = row["answer"]
-        self._values = {row["key"]: row["value"] for row in self._rows(VALUES)}
+            self.answers(row["key"])[row["number"]] = row["answer"]
+        self.values = {row["key"]: row["value"] for row in self._rows(VALUES)}
         return self
 
     def __exit__(self, *ended: object) -> None:
@@ -61,49 +58,37 @@ class Store:
     def add_answers(
         self,
         key: str,
-        told: dict[str, str],
+        about: Mapping[str, str],
         prompts: Sequence[Sequence[Message]],
-        batch: dict[int, str | None],
+        batch: Mapping[int, str | None],
     ) -> None:
         """Write the answers of a batch.
 
         Args:
             key: of the set's answers.
-            told: what else a reader of the file wants to know of each.
+            about: what else a reader of the file wants to know of each.
             prompts: the whole set's.
             batch: answers by their prompt's number; those that are there stay as they are.
         """
         known = self.answers(key)
         new = {number: answer for number, answer in batch.items() if number not in known}
-        self._append(
-            ANSWERS,
-            [
-                {"key": key, **told, "number": number, "prompt": prompts[number], "answer": answer}
-                for number, answer in new.items()
-            ],
-        )
+        for number, answer in new.items():
+            row = {"number": number, "prompt": prompts[number], "answer": answer}
+            self._append(ANSWERS, {"key": key, **about, **row})
         known.update(new)
 
-    def has_value(self, key: str) -> bool:
-        """Return whether there is a value under ``key``."""
-        return key in self._values
-
-    def value(self, key: str) -> Any:
-        """Return the value under ``key``."""
-        return self._values[key]
-
-    def add_value(self, key: str, told: dict[str, str], value: Any) -> None:
+    def add_value(self, key: str, about: Mapping[str, str], value: Any) -> None:
         """Write a value, which JSON can hold."""
-        self._append(VALUES, [{"key": key, **told, "value": value}])
-        self._values[key] = value
+        self._append(VALUES, {"key": key, **about, "value": value})
+        self.values[key] = value
 
-    def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        line = json.dumps(row, ensure_ascii=False) + "\n"
         with (self.folder / name).open("ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
-                lines = lines if file.read() == b"\n" else "\n" + lines
-            file.write(lines.encode())
+                line = line if file.read() == b"\n" else "\n" + line
+            file.write(line.encode())
 
     def _rows(self, name: str) -> Iterator[dict[str, Any]]:
         path = self.folder / name

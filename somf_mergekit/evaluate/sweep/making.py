@@ -26,10 +26,10 @@ from ...mask.artifact import MaskSet
 from ...plugin.planner import planned_merge, write_merge
 from ...prepass.task_vectors import content_fingerprint
 from ...recipe.blocks import plain
+from ..evaluation_sets import EvaluationSets
+from ..evaluation_settings import NamedModel
 from ..measured_models import content_digest
-from ..measuring import NamedModel
 from ..runner import evaluated
-from ..sets import EvaluationSets
 from ..store import Store
 from .over import MASK
 from .scoring import measures_of

@@ -6,8 +6,8 @@ from statistics import mean
 from typing import Any, TypeVar
 
 from ..evaluation import Estimate, Evaluation
+from ..evaluation_sets import HARMFUL, HARMLESS, PAIRS, EvaluationSets
 from ..evaluation_table import finite
-from ..sets import HARMFUL, HARMLESS, PAIRS, EvaluationSets
 
 REFUSALS, LOSS = "refusals (phrases)", "loss"
 ACCURACY, MARGIN = "preference accuracy", "preference margin"

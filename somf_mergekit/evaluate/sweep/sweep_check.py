@@ -21,10 +21,10 @@ from ...recipe.model_check import check_models
 from ...recipe.settings import recipe_settings
 from ...recipe.validate import recipe_problems
 from ..evaluation_checks import checked_participants
+from ..evaluation_sets import EvaluationSets
+from ..evaluation_settings import EvaluationSettings, NamedModel
 from ..for_recipe import base_of
 from ..measured_models import named_model
-from ..measuring import EvaluationSettings, NamedModel
-from ..sets import EvaluationSets
 from .over import MASK, WEIGHT, swept_parameters
 from .scoring import Axes, Rule
 from .sweep_file import MERGED, read_file

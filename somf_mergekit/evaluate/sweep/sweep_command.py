@@ -7,8 +7,8 @@ from click.core import ParameterSource
 from mergekit.options import MergeOptions
 
 from ...common.errors import RecipeError
-from ..measuring import EvaluationSettings
-from ..options import MEASURING_OPTIONS, SET_OPTIONS, named, option
+from ..evaluate_command import MEASURING_OPTIONS, SET_OPTIONS, named, option
+from ..evaluation_settings import EvaluationSettings
 from .over import parsed_over
 from .sweep_file import Sources
 from .sweep_table import NAME, value_table

@@ -8,8 +8,8 @@ from typing import Any
 
 from ...common.files import whole_file, write_whole
 from ...common.markdown import aligned_table
-from ..coherence import N_GRAM
-from ..sets import HARMFUL, HARMLESS, PAIRS
+from ..answer_text import N_GRAM
+from ..evaluation_sets import HARMFUL, HARMLESS, PAIRS
 from .scoring import ACCURACY, LOSS, MARGIN, REFUSALS
 from .sweep_check import TEST, VALIDATION
 from .variants import BASE

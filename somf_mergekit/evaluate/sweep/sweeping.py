@@ -18,8 +18,8 @@ from ...common.requirements import versions
 from ...learner.interruption import LearningInterrupted
 from ...recipe.blocks import recipe_text
 from ...recipe.validate import read_recipe
-from ..measuring import EvaluationSettings
-from ..sets import HARMFUL, HARMLESS, PAIRS
+from ..evaluation_sets import HARMFUL, HARMLESS, PAIRS
+from ..evaluation_settings import EvaluationSettings
 from ..store import ANSWERS, Store
 from .making import MEASURED, Making
 from .scoring import Axes, Place, Score, pareto_front
@@ -250,7 +250,7 @@ def _notes(planned: PlannedSweep, folder: Path) -> Iterator[str]:
         used = {HARMFUL: sets.harmful, HARMLESS: sets.harmless, PAIRS: sets.pairs}
         used |= {skill.name: skill.examples for skill in sets.skills}
         for name, rows in used.items():
-            source = sets.told.get(name, "")
+            source = sets.sources.get(name, "")
             if rows:
                 yield f"{split}, {name}: {len(rows)} examples" + f" of {source}" * bool(source)
     if VALIDATION in planned.sets:

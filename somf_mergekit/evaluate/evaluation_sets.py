@@ -5,13 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+from ..common.digests import json_digest
 from ..common.errors import RecipeError
 from ..data.chat import Message
 from ..data.pairs import Pair, read_pairs
 from ..data.prompts import read_answers, read_prompts
 from ..data.rows import Examples
-from .extract import extractor
-from .store import digest
+from .answer_text import extractor
 
 HARMFUL, HARMLESS, PAIRS = "harmful", "harmless", "pairs"
 _SOURCE_OPTIONS = ("config", "split")
@@ -26,7 +26,7 @@ class Skill:
     Attributes:
         name: of the skill.
         examples: prompts with their answers.
-        extract: what of an answer is compared (see ``extract.extractor``); where given, models
+        extract: what of an answer is compared (see ``answer_text.extractor``); where given, models
             answer the prompts themselves.
     """
 
@@ -43,17 +43,17 @@ class EvaluationSets:
         harmful, harmless: prompts, as messages.
         pairs: safety preference pairs.
         skills: each with a name of its own.
-        told: where each set is from and which rows were left out, in words, by its name.
+        sources: where each set is from and which rows were left out, in words, by its name.
     """
 
     harmful: Sequence[list[Message]] = ()
     harmless: Sequence[list[Message]] = ()
     pairs: Sequence[Pair] = ()
     skills: Sequence[Skill] = ()
-    told: Mapping[str, str] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
 
     def limited(self, limit: int | None) -> "EvaluationSets":
-        """Return the first ``limit`` examples of each set."""
+        """Return the first ``limit`` examples of each set, all for None."""
         return replace(
             self,
             harmful=self.harmful[:limit],
@@ -72,9 +72,16 @@ class EvaluationSets:
         return {name: prompts for name, prompts in sets.items() if prompts}
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """How many examples each set has, without the empty ones."""
+        sets: dict[str, Sequence[object]] = {HARMFUL: self.harmful, HARMLESS: self.harmless}
+        sets |= {PAIRS: self.pairs, **{skill.name: skill.examples for skill in self.skills}}
+        return {name: len(examples) for name, examples in sets.items() if examples}
+
+    @property
     def digest(self) -> str:
         """A digest of all examples."""
-        return digest(
+        return json_digest(
             [
                 list(self.harmful),
                 list(self.harmless),
@@ -86,7 +93,7 @@ class EvaluationSets:
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to measure on."""
-        return not (self.harmful or self.harmless or self.pairs or self.skills)
+        return not (self.sizes or self.skills)
 
     def problems(self) -> list[str]:
         """Return what is wrong with the sets, a sentence each."""
@@ -120,7 +127,7 @@ def read_sets(
         extract: the extractor of each skill that has one.
     """
     problems: list[str] = []
-    told: dict[str, str] = {}
+    sources: dict[str, str] = {}
 
     def read(name: str, source: str | None, reading: _Reading[_T]) -> list[_T]:
         if source is None:
@@ -131,7 +138,7 @@ def read_sets(
             problems.append(error.message)
             return []
         notes = "; ".join(found.notes("set"))
-        told[name] = f"{source} ({notes})" if notes else source
+        sources[name] = f"{source} ({notes})" if notes else source
         return list(found)
 
     given = dict(extract or {})
@@ -148,7 +155,7 @@ def read_sets(
             Skill(name, read(name, source, read_answers), given.get(name))
             for name, source in skills
         ],
-        told=told,
+        sources=sources,
     )
     return sets, problems
 

@@ -1,4 +1,4 @@
-"""How an evaluation is done; what it is done on is in ``sets``, and with whom in ``models``."""
+"""How an evaluation is done: its settings, and what is wrong with them."""
 
 from dataclasses import dataclass, field
 
@@ -74,6 +74,15 @@ class EvaluationSettings:
     def place(self) -> str:
         """The device that models are put on."""
         return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def text(self) -> str:
+        """How it is done, in words."""
+        return (
+            f"greedy answers of {self.max_new_tokens} tokens at most, likelihoods of "
+            f"{self.max_length} with the prompt, batches of {self.batch_size}, dtype {self.dtype}, "
+            f"{self.place}"
+        )
 
     def problems(self) -> list[str]:
         """Return what is wrong with the settings themselves, a sentence each."""
