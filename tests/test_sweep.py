@@ -27,9 +27,9 @@ from somf_mergekit.evaluate import (
     preference_accuracy,
 )
 from somf_mergekit.evaluate.sweep import making, pareto_front, pareto_plot, sweep, wanted_masks
-from somf_mergekit.evaluate.sweep.over import swept_parameters
 from somf_mergekit.evaluate.sweep.scoring import Axes, Rule, Score
 from somf_mergekit.evaluate.sweep.sweep_file import Sources
+from somf_mergekit.evaluate.sweep.swept import swept_parameters
 from somf_mergekit.evaluate.sweep.variants import variants_of
 from somf_mergekit.recipe.validate import read_recipe
 
@@ -215,7 +215,7 @@ def test_models_are_what_merges_made_and_measured_one_by_one_are(chat, whole, tm
 
 def test_files_of_a_sweep(chat, whole, tmp_path):
     out, output, written = whole
-    names = ["mask", "measured", "records", "sweep.json", "sweep.md", "sweep.png"]
+    names = ["mask", "measured", "sweep.json", "sweep.md", "sweep.png"]
     assert sorted(path.name for path in out.iterdir()) == names
     text = (out / "sweep.md").read_text()
     rows = [line for line in text.splitlines() if re.match(r"\| \*? +\| \d", line)]
@@ -711,7 +711,7 @@ def test_a_sweep_file_tunes_on_validation_and_tests_over_seeds(chat, filed, tmp_
 
 def test_a_sweep_file_is_not_made_again(chat, filed, monkeypatch):
     out, _, written = filed
-    monkeypatch.setattr(making.Making, "_made", None)
+    monkeypatch.setattr(making.Making, "_make", None)
     _, found = made(sweep_file(chat), out, "--quiet")
     assert found == written
 

@@ -98,7 +98,7 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def finite(value: float | None) -> float | None:
+def _finite(value: float | None) -> float | None:
     """Return a number that JSON can hold, None for others."""
     return value if value is not None and math.isfinite(value) else None
 
@@ -160,13 +160,13 @@ def _row_json(row: Row) -> dict[str, Any]:
     models = {}
     for name, ratio in measure.models.items():
         models[name] = {
-            **_estimate_json(row.estimates[name]),
+            **estimate_json(row.estimates[name]),
             "examples": row.examples(name),
-            "totals": list(map(finite, ratio.totals)),
+            "totals": list(map(_finite, ratio.totals)),
             "weights": ratio.weights,
         }
         if name in row.differences:
-            models[name]["difference"] = _estimate_json(row.differences[name])
+            models[name]["difference"] = estimate_json(row.differences[name])
     return {
         "set": measure.set,
         "measure": measure.name,
@@ -176,6 +176,7 @@ def _row_json(row: Row) -> dict[str, Any]:
     }
 
 
-def _estimate_json(estimate: Estimate) -> dict[str, Any]:
-    known = None if estimate.interval is None else list(map(finite, estimate.interval))
-    return {"value": finite(estimate.value), "interval": known}
+def estimate_json(estimate: Estimate) -> dict[str, Any]:
+    """Return an estimate as JSON holds it: numbers that are not finite are None."""
+    known = None if estimate.interval is None else list(map(_finite, estimate.interval))
+    return {"value": _finite(estimate.value), "interval": known}

@@ -1,6 +1,5 @@
 """One model after the other: made, measured, deleted; what is known isn't made again."""
 
-import json
 import shlex
 import shutil
 import subprocess
@@ -18,7 +17,6 @@ from mergekit.options import MergeOptions
 
 from ...common.digests import file_digests, json_digest
 from ...common.errors import RecipeError, first_line
-from ...common.files import write_whole
 from ...common.progress import no_model_bars
 from ...common.requirements import versions
 from ...learner.interruption import LearningInterrupted
@@ -31,13 +29,12 @@ from ..evaluation_settings import NamedModel
 from ..measured_models import content_digest
 from ..runner import evaluated
 from ..store import Store
-from .over import MASK
 from .scoring import measures_of
-from .sweep_check import WORK, PlannedSweep
 from .sweep_file import MERGED, OUT, any_recipe, filled
+from .sweep_plan import WORK, PlannedSweep
+from .swept import MASK
 from .variants import PLAIN, Variant, file_name, with_values
 
-MEASURED, RECORDS, KEPT = "measured", "records", "merges"
 # What of a model's folder a merge takes beside the weights.
 _TEXTS = ("*.json", "*.jinja", "*.model", "*.txt")
 
@@ -65,9 +62,17 @@ class Making:
     _masks: dict[str, MaskSet | Exception] = field(default_factory=dict)
     _seconds: dict[str, float] = field(default_factory=dict)
 
-    def of_base(self, sets: EvaluationSets) -> dict[str, Any]:
-        """Return what is measured of the aligned base, as ``measured`` does."""
-        return {"measures": self._measures(self.planned.base, sets)}
+    def measures(self, model: NamedModel, sets: EvaluationSets) -> dict[str, Any]:
+        """Return what is measured of a model that is there, see ``scoring.measures_of``."""
+        evaluation = evaluated(
+            list(dict.fromkeys([self.planned.base, model])),
+            sets,
+            self.planned.settings,
+            self.store,
+            quiet=self.options.quiet,
+            distances=False,
+        )
+        return measures_of(evaluation, model.name)
 
     def measured(self, variant: Variant, sets: EvaluationSets) -> dict[str, Any]:
         """Return what is measured of a model, which is made now where it has to be.
@@ -79,25 +84,22 @@ class Making:
             RecipeError: it can't be made or measured.
         """
         if variant.model:
-            return {"measures": self._measures(NamedModel(variant.label, variant.model), sets)}
-        key = self._key(variant)
+            return {"measures": self.measures(NamedModel(variant.label, variant.model), sets)}
+        of_model = self._key(variant)
         settings = self.planned.settings
         measuring = asdict(settings) | {"place": settings.place}
-        record = self.out / RECORDS / f"{json_digest([key, sets.digest, measuring])[:32]}.json"
-        kept = self.out / KEPT / f"{file_name(variant.label)}-{key[:8]}"
-        if record.exists() and (kept.exists() or not self.keep):
-            return dict(json.loads(record.read_text(encoding="utf-8")))
-        folder = kept if kept.exists() else self._made(variant, key, kept)
-        if record.exists():
-            return dict(json.loads(record.read_text(encoding="utf-8")))
-        found: dict[str, Any] = {
-            "measures": self._measures(NamedModel(variant.label, str(folder)), sets)
-        }
-        if key in self._seconds:
-            found["seconds"] = self._seconds[key]
-        record.parent.mkdir(exist_ok=True)
-        write_whole(record, json.dumps(found, indent=1) + "\n")
-        return found
+        key = json_digest([of_model, sets.digest, measuring])[:32]
+        name = f"{file_name(variant.label)}-{of_model[:8]}"
+        place = self.out / ("merges" if self.keep else WORK) / name
+        if not place.exists() and (self.keep or key not in self.store.values):
+            self._make(variant, of_model, place)
+        if key not in self.store.values:
+            model = NamedModel(variant.label, str(place))
+            found: dict[str, Any] = {"measures": self.measures(model, sets)}
+            if of_model in self._seconds:
+                found["seconds"] = self._seconds[of_model]
+            self.store.add_value(key, {"step": f"{variant.label}: all measures"}, found)
+        return dict(self.store.values[key])
 
     def clear(self) -> None:
         """Delete the models that don't stay."""
@@ -140,19 +142,15 @@ class Making:
             raise RecipeError(f"the mask of {wanted.label} can't be learned: {reason}") from found
         return found
 
-    def _made(self, variant: Variant, key: str, kept: Path) -> Path:
-        """Return the folder of a model, made now where it isn't there."""
-        work = self.out / WORK
-        place = kept if self.keep else work / kept.name
-        if place.exists():
-            return place
+    def _make(self, variant: Variant, key: str, place: Path) -> None:
+        """Make a model in the folder ``place``."""
         self.say(f"merging {variant.label}")
         changed: dict[str, Any] = {"quiet": True, "safe_serialization": True}
         changed |= {} if self.keep else {"write_model_card": False}
         changed |= {} if variant.seed is None else {"random_seed": variant.seed}
         options = self.options.model_copy(update=changed)
         masks = self._mask(variant) if variant.takes_mask else None
-        last = partial = work / "partial"
+        last = partial = self.out / WORK / "partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         start = time.perf_counter()
@@ -173,18 +171,6 @@ class Making:
             last.rename(place)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        return place
-
-    def _measures(self, model: NamedModel, sets: EvaluationSets) -> dict[str, Any]:
-        evaluation = evaluated(
-            list(dict.fromkeys([self.planned.base, model])),
-            sets,
-            self.planned.settings,
-            self.store,
-            quiet=self.options.quiet,
-            distances=False,
-        )
-        return measures_of(evaluation, model.name)
 
 
 def _write(

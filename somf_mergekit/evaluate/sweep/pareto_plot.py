@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .over import WEIGHT
+from .swept import WEIGHT
 from .variants import BASE, PLAIN, RECIPE
 
 # The most points that have a number and a line in the legend.

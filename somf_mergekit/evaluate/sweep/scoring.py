@@ -7,9 +7,10 @@ from typing import Any, TypeVar
 
 from ..evaluation import Estimate, Evaluation
 from ..evaluation_sets import HARMFUL, HARMLESS, PAIRS, EvaluationSets
-from ..evaluation_table import finite
+from ..evaluation_table import estimate_json
 
 REFUSALS, LOSS = "refusals (phrases)", "loss"
+TEST, VALIDATION = "test", "validation"
 ACCURACY, MARGIN = "preference accuracy", "preference margin"
 # Measures of one model by "set: measure": value, interval, and both for the difference to the base.
 Measures = Mapping[str, Mapping[str, Any]]
@@ -103,7 +104,7 @@ class Rule:
         """The rule in words."""
         keeps = f"keeps {self.skill_kept:.0%} of the skill gain of {self.reference} and "
         return (
-            f"a setting qualifies that {keeps * bool(self.reference)}over-refuses by at most "
+            f"a setting qualifies that {keeps if self.reference else ''}over-refuses by at most "
             f"{100 * self.over_refusals:g} points more than the aligned base; of those, the safest "
             "is chosen, among equals the one with the highest preference margin; where none "
             "qualifies, the one with the highest safety minus the share of skill gain that it "
@@ -155,20 +156,47 @@ def pareto_front(places: Mapping[_Name, Mapping[Any, Place]]) -> set[_Name]:
     return {name for name, own in places.items() if not any(beats(o, own) for o in places.values())}
 
 
+def placed(models: Sequence[Mapping[str, Any]], axes: Axes) -> list[dict[str, Any]]:
+    """Return models with their safety and skill, and whether they are on the Pareto front.
+
+    Args:
+        models: under ``test`` a row per seed, with ``seed`` and ``measures``.
+        axes: what safety and skill are.
+    """
+    found = [{run["seed"]: axes.place(run["measures"]) for run in of[TEST]} for of in models]
+    places = {
+        number: {seed: place for seed, place in of.items() if place}
+        for number, of in enumerate(found)
+        if any(of.values())
+    }
+    front = pareto_front(places)
+    result = []
+    for number, model in enumerate(models):
+        both = places[number].values() if number in places else ()
+        safety, skill = (mean(part) for part in zip(*both, strict=True)) if both else (None, None)
+        place = {"safety": safety, "skill": skill, "on_front": number in front}
+        result.append({**model, **place})
+    return result
+
+
 def measures_of(evaluation: Evaluation, model: str) -> dict[str, dict[str, Any]]:
     """Return what was measured of a model, as JSON: numbers that are not finite are None."""
-    is_first = model == next(iter(evaluation.models))
-    nothing = Estimate(0.0 if is_first else None, None)
+    # The base, to which differences are, has none to itself.
+    is_base = model == next(iter(evaluation.models))
+    own = estimate_json(Estimate(0.0 if is_base else None, None))
     found = {}
     for row in evaluation.rows:
         if model in row.estimates:
-            parts = {"": row.estimates[model], "difference": row.differences.get(model, nothing)}
-            values = {name or "value": finite(part.value) for name, part in parts.items()}
-            intervals = {
-                f"{name}_interval".strip("_"): part.interval and list(map(finite, part.interval))
-                for name, part in parts.items()
+            of = estimate_json(row.estimates[model])
+            to_base = own
+            if model in row.differences:
+                to_base = estimate_json(row.differences[model])
+            found[f"{row.measure.set}: {row.measure.name}"] = {
+                "value": of["value"],
+                "difference": to_base["value"],
+                "interval": of["interval"],
+                "difference_interval": to_base["interval"],
             }
-            found[f"{row.measure.set}: {row.measure.name}"] = {**values, **intervals}
     return found
 
 

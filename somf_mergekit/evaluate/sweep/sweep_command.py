@@ -1,5 +1,6 @@
 """The command ``mergekit-somf sweep``: its options, and what is done with them."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import click
@@ -9,7 +10,6 @@ from mergekit.options import MergeOptions
 from ...common.errors import RecipeError
 from ..evaluate_command import MEASURING_OPTIONS, SET_OPTIONS, named, option
 from ..evaluation_settings import EvaluationSettings
-from .over import parsed_over
 from .sweep_file import Sources
 from .sweep_table import NAME, value_table
 from .sweeping import content_of, is_sweep_file, sweep
@@ -35,6 +35,8 @@ OPTIONS = (
     *MEASURING_OPTIONS,
 )
 NAMES = tuple(str(own.name) for own in OPTIONS)
+# What is said beside a sweep file too.
+_OF_ALL = ("out", "keep")
 
 
 def run_sweep(source: str, values: dict[str, Any], options: MergeOptions) -> None:
@@ -49,16 +51,21 @@ def run_sweep(source: str, values: dict[str, Any], options: MergeOptions) -> Non
         RecipeError: something is wrong, or a merge failed.
     """
     out, relearn, keep = values.pop("out"), values.pop("relearn"), values.pop("keep")
-    over, problems = parsed_over(values.pop("over"))
+    over, problems = _parsed(values.pop("over"))
     skills = named(values.pop("skill"), "--skill", "NAME=FILE", problems)
-    named_twice = {name for name, _ in skills if [n for n, _ in skills].count(name) > 1}
-    problems += [f"--skill {name}: two skills have this name" for name in sorted(named_twice)]
+    names = [name for name, _ in skills]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    problems += [f"--skill {name}: two skills have this name" for name in twice]
     sources = {name: values.pop(name) for name in ("safety", "harmless", "pairs")}
     settings = EvaluationSettings(
         device=options.device or "cpu", trust_remote_code=options.trust_remote_code, **values
     )
     if is_sweep_file(content_of(source)):
-        problems += [f"{flag}: is for one recipe; say it in {source}" for flag in _given()]
+        context = click.get_current_context()
+        for own in OPTIONS:
+            given = context.get_parameter_source(str(own.name)) is ParameterSource.COMMANDLINE
+            if given and own.name not in _OF_ALL:
+                problems.append(f"{own.opts[0]}: is for one recipe; say it in {source}")
     record = sweep(
         source,
         over,
@@ -78,12 +85,17 @@ def run_sweep(source: str, values: dict[str, Any], options: MergeOptions) -> Non
         raise RecipeError(f"{len(failures)} of the sweep failed: {listed}")
 
 
-def _given() -> list[str]:
-    """Return the flags on the command line that say how one recipe is swept and measured."""
-    context = click.get_current_context()
-    own = [o for o in OPTIONS if o.name not in ("out", "keep")]
-    return [
-        o.opts[0]
-        for o in own
-        if context.get_parameter_source(str(o.name)) is ParameterSource.COMMANDLINE
-    ]
+def _parsed(texts: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Return the values in ``KEY=V1,V2`` by key, none for ``KEY`` alone, and what is wrong."""
+    found: dict[str, list[str]] = {}
+    problems = []
+    for text in texts:
+        key, equals, rest = (part.strip() for part in text.partition("="))
+        values = [value.strip() for value in rest.split(",")] if equals else []
+        if not key or (equals and not all(values)):
+            problems.append(f"--over {text}: expected KEY or KEY=VALUE,VALUE,...")
+        elif key in found:
+            problems.append(f"--over {text}: {key} is swept already; put all its values into one")
+        else:
+            found[key] = values
+    return found, problems

@@ -1,6 +1,5 @@
 """A sweep file: named recipes, and what they are tuned and tested on."""
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,7 +9,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import registry
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ...common.errors import RecipeError
+from ...common.errors import RecipeError, noted
 from ...data.rendering import Rendering
 from ...recipe.blocks import parameter_blocks
 from ...recipe.settings import METHOD_NAME
@@ -19,8 +18,16 @@ from ...recipe.value_check import nearest
 from ..evaluation_sets import EvaluationSets, read_sets
 from ..evaluation_settings import EvaluationSettings
 from ..for_recipe import named_sources
-from .over import MASK, swept_parameters
-from .variants import MODEL, VARIANT, Variant, values_text, with_values, without_measuring
+from .swept import MASK, swept_parameters
+from .variants import (
+    MODEL,
+    VARIANT,
+    Variant,
+    products,
+    values_text,
+    with_values,
+    without_measuring,
+)
 
 # In recipes and commands: the seed; the model made by the recipe before; the folder to write to.
 SEED, MERGED, OUT = "{seed}", "{merged}", "{out}"
@@ -31,7 +38,7 @@ class _Strict(BaseModel):
 
 
 class Sources(_Strict):
-    """Where the sets of a split are; see ``sets.read_sets``."""
+    """Where the sets of a split are; see ``read_sets``."""
 
     safety: str | None = None
     harmless: str | None = None
@@ -75,7 +82,7 @@ class Measuring(_Strict):
         return replace(settings, **said, rendering=Rendering(self.chat_template_kwargs))
 
 
-class Listed(_Strict):
+class Entry(_Strict):
     """One of ``recipes``: a recipe, recipes merged one after the other, or a model as it is."""
 
     name: str = Field(min_length=1)
@@ -99,11 +106,55 @@ class Listed(_Strict):
             raise RecipeError("a `model` is taken as it is: `over` and `command` need a `recipe`")
         if isinstance(self.over, list):
             return self.over or [{}]
-        products = itertools.product(*self.over.values())
-        found = [dict(zip(self.over, values, strict=True)) for values in products]
-        if not found:
+        if not all(self.over.values()):
             raise RecipeError("over: name the values of each parameter")
-        return found
+        return products(self.over)
+
+    def variant(self, values: dict[str, Any], seed: int | None) -> Variant:
+        """Return the model of a setting and a seed.
+
+        Raises:
+            RecipeError: something is wrong with its recipes or values.
+        """
+        label = self.label or self.name
+        names = {} if seed is None else {SEED: seed}
+        if self.model:
+            return Variant(self.name, label, MODEL, model=filled(self.model, names), seed=seed)
+        given = self.recipe if isinstance(self.recipe, list) else [self.recipe]
+        recipes = [any_recipe(filled(_content(recipe), names)) for recipe in given]
+        is_somf = recipes[0].merge_method == METHOD_NAME
+        if any(recipe.merge_method == METHOD_NAME for recipe in recipes[1:]):
+            raise RecipeError("of several recipes only the first can be one of somf")
+        if is_somf and seed is not None:
+            recipes[0] = with_values(recipes[0], {"seed": seed})
+        first = recipes[0]
+        command = self.command and filled(self.command, names)
+        of_command = {f"{{{k}}}": v for k, v in values.items() if f"{{{k}}}" in (command or "")}
+        over = {k: [v] for k, v in values.items() if f"{{{k}}}" not in of_command}
+        swept, problems = swept_parameters(over, recipes[-1])
+        if problems:
+            raise RecipeError("; ".join(problems), problems)
+        of_recipe = {one.name: one.values[0] for one in swept}
+        recipes[-1] = with_values(recipes[-1], of_recipe)
+        learns, mask = None, str((first.parameters or {}).get(MASK, ""))
+        if is_somf and not mask:
+            deciding = {one.name: one.values[0] for one in swept if one.relearns}
+            learns = with_values(first, deciding)
+            parts = [self.name, values_text(deciding), *map(str, names.values())]
+            mask = "-".join(filter(None, parts))
+        read = values | of_recipe
+        return Variant(
+            entry=self.name,
+            label=", ".join(filter(None, [label, values_text(read)])),
+            kind=VARIANT,
+            values=read,
+            recipes=tuple(recipes),
+            learns=learns,
+            mask=mask,
+            command=command and filled(command, of_command),
+            seed=seed,
+            test_all=self.test_all,
+        )
 
 
 class SweepFile(_Strict):
@@ -112,7 +163,7 @@ class SweepFile(_Strict):
     base_model: str
     measure: Sources
     validation: Sources | None = None
-    recipes: list[Listed] = Field(min_length=1)
+    recipes: list[Entry] = Field(min_length=1)
     seeds: list[int] | None = Field(None, min_length=1)
     tune_seeds: list[int] = []
     reference: str | None = None
@@ -123,24 +174,21 @@ class SweepFile(_Strict):
     def variants(self) -> tuple[list[Variant], list[str]]:
         """Return the models, and what is wrong with names, seeds and recipes, a sentence each."""
         found, problems = [], list(self._problems())
-        for listed in self.recipes:
-            try:
-                settings = listed.settings()
-                seeds: Sequence[int | None] = listed.seeds or self.seeds or [None]
-                for seed in seeds:
-                    found += [_variant(listed, values, seed) for values in settings]
-            except RecipeError as error:
-                problems += [f"{listed.name}: {problem}" for problem in error.problems]
+        for entry in self.recipes:
+            with noted(problems, f"{entry.name}: "):
+                settings = entry.settings()
+                seeds: Sequence[int | None] = entry.seeds or self.seeds or [None]
+                found += [entry.variant(values, seed) for seed in seeds for values in settings]
         return found, problems
 
     def _problems(self) -> Iterator[str]:
-        names = [listed.name for listed in self.recipes]
+        names = [entry.name for entry in self.recipes]
         for name in dict.fromkeys(names):
             if names.count(name) > 1:
                 yield f"recipes: two are called {name}"
         if self.reference not in (None, *names):
             yield f"reference: no recipe is called {self.reference}"
-        for given in (self.tune_seeds, *(listed.seeds or [] for listed in self.recipes)):
+        for given in (self.tune_seeds, *(entry.seeds or [] for entry in self.recipes)):
             if not set(given) <= set(self.seeds or ()):
                 yield f"{given} are not among the sweep's own `seeds`"
 
@@ -194,47 +242,6 @@ def any_recipe(content: Any) -> MergeConfiguration:
     if problems:
         raise RecipeError("; ".join(problems), problems)
     return config
-
-
-def _variant(listed: Listed, values: dict[str, Any], seed: int | None) -> Variant:
-    name, label = listed.name, listed.label or listed.name
-    names = {} if seed is None else {SEED: seed}
-    if listed.model:
-        return Variant(name, label, MODEL, model=filled(listed.model, names), seed=seed)
-    given = listed.recipe if isinstance(listed.recipe, list) else [listed.recipe]
-    recipes = [any_recipe(filled(_content(recipe), names)) for recipe in given]
-    first = recipes[0]
-    is_somf = first.merge_method == METHOD_NAME
-    if any(recipe.merge_method == METHOD_NAME for recipe in recipes[1:]):
-        raise RecipeError("of several recipes only the first can be one of somf")
-    if is_somf and seed is not None:
-        first = recipes[0] = with_values(first, {"seed": seed})
-    command = listed.command and filled(listed.command, names)
-    of_command = {f"{{{k}}}": v for k, v in values.items() if f"{{{k}}}" in (command or "")}
-    over = {k: [v] for k, v in values.items() if f"{{{k}}}" not in of_command}
-    swept, problems = swept_parameters(over, recipes[-1])
-    if problems:
-        raise RecipeError("; ".join(problems), problems)
-    read = values | {s.name: s.values[0] for s in swept}
-    recipes[-1] = with_values(recipes[-1], {s.name: read[s.name] for s in swept})
-    learns, mask = None, str((first.parameters or {}).get(MASK, ""))
-    if is_somf and not mask:
-        deciding = {s.name: read[s.name] for s in swept if s.relearns}
-        learns = with_values(first, deciding)
-        mask = "-".join(filter(None, [name, values_text(deciding), *map(str, names.values())]))
-    text = ", ".join(filter(None, [label, values_text(read)]))
-    return Variant(
-        entry=name,
-        label=text,
-        kind=VARIANT,
-        values=read,
-        recipes=tuple(recipes),
-        learns=learns,
-        mask=mask,
-        command=command and filled(command, of_command),
-        seed=seed,
-        test_all=listed.test_all,
-    )
 
 
 def _content(recipe: Any) -> Any:

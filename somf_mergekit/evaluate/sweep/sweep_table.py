@@ -10,8 +10,7 @@ from ...common.files import whole_file, write_whole
 from ...common.markdown import aligned_table
 from ..answer_text import N_GRAM
 from ..evaluation_sets import HARMFUL, HARMLESS, PAIRS
-from .scoring import ACCURACY, LOSS, MARGIN, REFUSALS
-from .sweep_check import TEST, VALIDATION
+from .scoring import ACCURACY, LOSS, MARGIN, REFUSALS, TEST, VALIDATION
 from .variants import BASE
 
 NAME, MARK, NOTHING = "sweep", "*", "-"

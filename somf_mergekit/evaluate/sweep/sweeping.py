@@ -5,7 +5,6 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import click
@@ -18,17 +17,17 @@ from ...common.requirements import versions
 from ...learner.interruption import LearningInterrupted
 from ...recipe.blocks import recipe_text
 from ...recipe.validate import read_recipe
-from ..evaluation_sets import HARMFUL, HARMLESS, PAIRS
 from ..evaluation_settings import EvaluationSettings
 from ..store import ANSWERS, Store
-from .making import MEASURED, Making
-from .scoring import Axes, Place, Score, pareto_front
-from .sweep_check import TEST, VALIDATION, PlannedSweep, planned_file, planned_recipe
+from .making import Making
+from .scoring import TEST, VALIDATION, Axes, Score, placed
 from .sweep_file import Sources
+from .sweep_plan import PlannedSweep, planned_file, planned_recipe
 from .sweep_table import write_record
-from .variants import BASE, BASE_LABEL, PLAIN, Variant
+from .variants import BASE, PLAIN, Variant
 
 LOG = logging.getLogger(__name__)
+_MEASURED = "measured"
 
 
 def sweep(
@@ -73,7 +72,8 @@ def sweep(
     )
     content, wrong = content_of(source), list(problems)
     if is_sweep_file(content):
-        wrong += ["--over is for one recipe: write `over:` into the sweep file"] * bool(over)
+        if over:
+            wrong.append("--over is for one recipe: write `over:` into the sweep file")
         planned = planned_file(content, folder, settings, options, wrong)
         text = yaml.safe_dump(dict(content), sort_keys=False).rstrip()
     else:
@@ -90,18 +90,18 @@ def sweep(
             click.echo(f"somf: {message}", err=True)
 
     in_use = f"another sweep is being made in {folder}: wait for it, or name another folder"
-    with locked(folder, in_use), Store(folder / MEASURED) as store:
-        making = Making(planned, store, folder, options, keep, say)
-        work = _Work(planned, making, Axes(planned.sets[TEST]))
+    with locked(folder, in_use), Store(folder / _MEASURED) as store:
+        work = _Work(planned, Making(planned, store, folder, options, keep, say))
+        axes = Axes(planned.sets[TEST])
         try:
             models = work.models()
         finally:
-            making.clear()
+            work.making.clear()
         record = {
             "source": text,
-            "safety": work.axes.safety_text,
-            "skill": work.axes.skill_text,
-            "models": models,
+            "safety": axes.safety_text,
+            "skill": axes.skill_text,
+            "models": placed(models, axes),
             "failures": work.failures,
             "notes": [*planned.notes, *_notes(planned, folder)],
             "packages": versions(),
@@ -132,20 +132,19 @@ def is_sweep_file(content: Any) -> bool:
 class _Work:
     """The models of a sweep, made and measured entry by entry."""
 
-    def __init__(self, planned: PlannedSweep, making: Making, axes: Axes):
+    def __init__(self, planned: PlannedSweep, making: Making):
         self.planned = planned
         self.making = making
-        self.axes = axes
         self.reference: Score | None = None
         self.failures: dict[str, str] = {}
 
     def models(self) -> list[dict[str, Any]]:
-        """Return the base and every setting that could be measured, with its place."""
-        of_base = {
-            split: [{"seed": None, **self.making.of_base(sets)}]
-            for split, sets in self.planned.sets.items()
-        }
-        base = {"name": BASE, "label": BASE_LABEL, "kind": BASE, "values": {}, **of_base}
+        """Return the base and every setting that could be measured."""
+        base: dict[str, Any] = {"name": BASE, "label": self.planned.base.name, "kind": BASE}
+        base["values"] = {}
+        for split, sets in self.planned.sets.items():
+            measures = self.making.measures(self.planned.base, sets)
+            base[split] = [{"seed": None, "measures": measures}]
         entries: dict[str, list[Variant]] = {}
         for variant in self.planned.variants:
             entries.setdefault(variant.entry, []).append(variant)
@@ -153,43 +152,26 @@ class _Work:
         # What others are held to comes first.
         order = sorted(entries, key=lambda name: name != self.planned.rule.reference)
         found = {name: self._entry(name, entries[name]) for name in order}
-        return self._placed([base, *(model for name in entries for model in found[name])])
+        return [base, *(model for name in entries for model in found[name])]
 
     def _entry(self, name: str, variants: Sequence[Variant]) -> list[dict[str, Any]]:
         """Return the settings of an entry that could be measured, on test those that are to be."""
-        is_reference = name == self.planned.rule.reference
-        settings: dict[str, dict[int | None, Variant]] = {}
+        settings: dict[str, list[Variant]] = {}
         for variant in variants:
-            settings.setdefault(variant.label, {})[variant.seed] = variant
+            settings.setdefault(variant.label, []).append(variant)
         validated: dict[str, list[dict[str, Any]]] = {}
         choice: tuple[str, bool] | None = None
+        is_reference = name == self.planned.rule.reference
         if VALIDATION in self.planned.sets and (len(settings) > 1 or is_reference):
-            seeds = list(next(iter(settings.values())))
-            seeds = [s for s in self.planned.tune_seeds if s in seeds] or seeds[:1]
-            for label, by_seed in settings.items():
-                runs = self._runs([by_seed[seed] for seed in seeds], VALIDATION)
-                if len(runs) == len(seeds):
-                    validated[label] = runs
-            axes = Axes(self.planned.sets[VALIDATION])
-            scores = {
-                label: axes.score([run["measures"] for run in runs])
-                for label, runs in validated.items()
-            }
-            if is_reference:
-                self.reference = scores.get(next(iter(settings)))
-            known = {label: score for label, score in scores.items() if score}
-            choice = self.planned.rule.chosen(known, self.reference) if known else ("", False)
+            validated = self._validated(settings)
+            choice = self._choice(validated, next(iter(settings)) if is_reference else None)
         found = []
-        for label, by_seed in settings.items():
-            first = next(iter(by_seed.values()))
+        for label, of_seeds in settings.items():
+            first = of_seeds[0]
             is_tested = choice is None or first.test_all or label == choice[0]
-            runs = self._runs(list(by_seed.values()), TEST) if is_tested else []
-            model: dict[str, Any] = {
-                "name": name,
-                "label": label,
-                "kind": first.kind,
-                "values": {**first.values},
-            }
+            runs = self._runs(of_seeds, TEST) if is_tested else []
+            model: dict[str, Any] = {"name": name, "label": label, "kind": first.kind}
+            model["values"] = {**first.values}
             if first.mask and first.kind != PLAIN:
                 model["mask"] = self.planned.masks[first.mask].label
             if choice:
@@ -200,11 +182,41 @@ class _Work:
         self.making.clear()
         return found
 
+    def _validated(self, settings: Mapping[str, list[Variant]]) -> dict[str, list[dict[str, Any]]]:
+        """Return the rows of each setting that could be measured with all seeds that tune."""
+        seeds = [variant.seed for variant in next(iter(settings.values()))]
+        seeds = [seed for seed in self.planned.tune_seeds if seed in seeds] or seeds[:1]
+        found = {}
+        for label, variants in settings.items():
+            runs = self._runs([v for v in variants if v.seed in seeds], VALIDATION)
+            if len(runs) == len(seeds):
+                found[label] = runs
+        return found
+
+    def _choice(
+        self, validated: Mapping[str, list[dict[str, Any]]], reference: str | None
+    ) -> tuple[str, bool]:
+        """Return the setting that the rule chooses, empty for none, and whether it qualifies.
+
+        Args:
+            validated: rows by setting.
+            reference: the setting that this and later entries are held to; None for an earlier one.
+        """
+        axes = Axes(self.planned.sets[VALIDATION])
+        scores = {
+            label: axes.score([run["measures"] for run in runs])
+            for label, runs in validated.items()
+        }
+        if reference is not None:
+            self.reference = scores.get(reference)
+        known = {label: score for label, score in scores.items() if score}
+        return self.planned.rule.chosen(known, self.reference) if known else ("", False)
+
     def _runs(self, variants: Sequence[Variant], split: str) -> list[dict[str, Any]]:
         """Return a row for each seed of a setting that could be made and measured."""
         found = []
         for variant in variants:
-            label = variant.label + f" (seed {variant.seed})" * (variant.seed is not None)
+            label = variant.label + ("" if variant.seed is None else f" (seed {variant.seed})")
             try:
                 row = self.making.measured(variant, self.planned.sets[split])
             except LearningInterrupted:
@@ -220,25 +232,6 @@ class _Work:
                 self.making.clear()
         return found
 
-    def _placed(self, models: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return models with their safety and skill, and whether they are on the Pareto front."""
-        places: dict[int, dict[Any, Place]] = {}
-        for number, model in enumerate(models):
-            found = {run["seed"]: self.axes.place(run["measures"]) for run in model[TEST]}
-            known = {seed: place for seed, place in found.items() if place}
-            if known:
-                places[number] = known
-        front = pareto_front(places)
-        return [
-            {
-                **model,
-                "safety": mean(safety for safety, _ in places[n].values()) if n in places else None,
-                "skill": mean(skill for _, skill in places[n].values()) if n in places else None,
-                "on_front": n in front,
-            }
-            for n, model in enumerate(models)
-        ]
-
 
 def _notes(planned: PlannedSweep, folder: Path) -> Iterator[str]:
     """Yield under which circumstances models were made and measured, a line each."""
@@ -247,18 +240,10 @@ def _notes(planned: PlannedSweep, folder: Path) -> Iterator[str]:
         shown = place.relative_to(real) if place.is_relative_to(real) else place
         yield f"mask of {mask.label}: {shown}"
     for split, sets in planned.sets.items():
-        used = {HARMFUL: sets.harmful, HARMLESS: sets.harmless, PAIRS: sets.pairs}
-        used |= {skill.name: skill.examples for skill in sets.skills}
-        for name, rows in used.items():
-            source = sets.sources.get(name, "")
-            if rows:
-                yield f"{split}, {name}: {len(rows)} examples" + f" of {source}" * bool(source)
+        for name, size in sets.sizes.items():
+            source = sets.sources.get(name)
+            yield f"{split}, {name}: {size} examples" + (f" of {source}" if source else "")
     if VALIDATION in planned.sets:
         yield f"the rule: {planned.rule.text}"
-    settings = planned.settings
-    yield (
-        f"greedy answers of {settings.max_new_tokens} tokens at most, likelihoods of "
-        f"{settings.max_length} with the prompt, batches of {settings.batch_size}, dtype "
-        f"{settings.dtype}, {settings.place}"
-    )
-    yield f"generated answers: {MEASURED}/{ANSWERS}, which may hold harmful text"
+    yield planned.settings.text
+    yield f"generated answers: {_MEASURED}/{ANSWERS}, which may hold harmful text"

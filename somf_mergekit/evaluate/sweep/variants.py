@@ -8,9 +8,10 @@ from typing import Any
 
 from mergekit.config import ConditionalParameter, MergeConfiguration
 
+from ...common.digests import json_digest
 from ...recipe.blocks import parameter_blocks, plain
 from ...recipe.settings import METHOD_NAME, parameters
-from .over import APPLIED, MASK, WEIGHT, Swept
+from .swept import APPLIED, MASK, WEIGHT, Swept
 
 BASE, MODEL, PLAIN, RECIPE, VARIANT = "base", "model", "plain", "recipe", "variant"
 BASE_LABEL, PLAIN_LABEL, RECIPE_LABEL = "aligned base", "plain fusion", "the recipe"
@@ -60,39 +61,34 @@ def variants_of(config: MergeConfiguration, swept: Sequence[Swept]) -> list[Vari
         config: a somf recipe.
         swept: its parameters that take several values.
     """
-    values = itertools.product(*(s.values for s in swept))
-    grid = [dict(zip([s.name for s in swept], of_one, strict=True)) for of_one in values]
-    fusing = [{s.name: of_one[s.name] for s in swept if s.fuses} for of_one in grid]
-    asked = [(PLAIN, {}), *((PLAIN, of_one) for of_one in fusing)]
-    asked += [(RECIPE, {}), *((VARIANT, of_one) for of_one in grid)]
+    grid = products({one.name: one.values for one in swept})
+    fusing = [one.name for one in swept if one.fuses]
+    asked = [(PLAIN, {}), *((PLAIN, {name: of[name] for name in fusing}) for of in grid)]
+    asked += [(RECIPE, {}), *((VARIANT, of) for of in grid)]
+    given = config.parameters or {}
     # What a preset or another parameter may set has no default of its own.
-    has_preset = "preset" in (config.parameters or {})
-    defaults = {p.name: p.default for p in parameters() if p.name in APPLIED and not has_preset}
-    found, known = [], []
-    for kind, differing in asked:
-        changed = with_values(config, differing)
+    applied = () if "preset" in given else APPLIED
+    defaults = {p.name: p.default for p in parameters() if p.name in applied}
+    found: dict[str, Variant] = {}
+    for kind, values in asked:
+        changed = with_values(config, values)
         said = plain(changed)
         own = {k: v for k, v in said["parameters"].items() if defaults.get(k, ...) != v}
-        same = [kind == PLAIN, {**said, "parameters": own}]
-        if same in known:
-            continue
-        known.append(same)
+        same = json_digest([kind == PLAIN, {**said, "parameters": own}])
         name = {PLAIN: PLAIN_LABEL, RECIPE: RECIPE_LABEL}.get(kind, "")
-        label = ", ".join(filter(None, [name, values_text(differing)]))
-        learns, mask = _mask(config, differing, swept)
-        found.append(Variant(label, label, kind, differing, (changed,), learns, mask))
-    return found
+        label = ", ".join(filter(None, [name, values_text(values)]))
+        deciding = {s.name: values[s.name] for s in swept if s.relearns and s.name in values}
+        mask, learns = str(values.get(MASK) or given.get(MASK, "")), None
+        if not mask:
+            mask, learns = values_text(deciding) or RECIPE_LABEL, with_values(config, deciding)
+        variant = Variant(label, label, kind, values, (changed,), learns, mask)
+        found.setdefault(same, variant)
+    return list(found.values())
 
 
-def _mask(
-    config: MergeConfiguration, values: Mapping[str, Any], swept: Sequence[Swept]
-) -> tuple[MergeConfiguration | None, str]:
-    """Return the recipe that a mask is learned by, None for a given one, and what it is called."""
-    given = values.get(MASK) or (config.parameters or {}).get(MASK)
-    deciding = {s.name: values[s.name] for s in swept if s.relearns and s.name in values}
-    if given:
-        return None, str(given)
-    return with_values(config, deciding), values_text(deciding) or RECIPE_LABEL
+def products(values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Return all values combined with all, one mapping each."""
+    return [dict(zip(values, of, strict=True)) for of in itertools.product(*values.values())]
 
 
 def with_values(config: MergeConfiguration, values: Mapping[str, Any]) -> MergeConfiguration:

@@ -7,7 +7,7 @@ from pathlib import Path
 from mergekit.options import MergeOptions
 
 from ...common.digests import json_digest
-from ...common.errors import RecipeError
+from ...common.errors import noted
 from ...learner.loop import step_count
 from ...mask.artifact import MaskSet
 from ...mask.artifact_folder import MASKS_FILE
@@ -19,8 +19,6 @@ from ...prepass.provenance import resolved_learning
 from ...report.curve import training_history
 from .variants import RECIPE_LABEL, Variant, file_name
 
-OWN_FOLDER, FURTHER_FOLDER = "mask", "masks"
-
 
 @dataclass(frozen=True)
 class WantedMask:
@@ -29,31 +27,22 @@ class WantedMask:
     Attributes:
         label: what it is learned with, or where it is given.
         place: its folder, or its file where it is given.
-        planned: what learns it; None for one that is given.
-        data: that it is learned on; None likewise.
+        learning: what learns it, and the data; None for a mask that is given.
     """
 
     label: str
     place: str
-    planned: PlannedMerge | None = None
-    data: SafetyData | None = None
-
-    @property
-    def steps(self) -> int:
-        """Optimiser steps that learn it."""
-        if self.planned is None or self.data is None:
-            return 0
-        return step_count(self.planned.settings, len(self.data.pairs))
+    learning: tuple[PlannedMerge, SafetyData] | None = None
 
     def masks(self) -> MaskSet:
         """Return the mask, learned now where it has to be."""
-        if self.planned is None or self.data is None:
+        if self.learning is None:
             return MaskSet.open(self.place)
-        return mask_for(self.planned, self.data, self.place)
+        return mask_for(*self.learning, self.place)
 
     def seconds(self) -> float:
         """Return how long its steps took, 0 for a mask that is given."""
-        return sum(row["seconds"] for row in training_history(Path(self.place)) if self.planned)
+        return sum(row["seconds"] for row in training_history(Path(self.place)) if self.learning)
 
 
 def wanted_masks(
@@ -76,19 +65,18 @@ def wanted_masks(
         label = variant.mask
         if label in found:
             continue
-        try:
+        found[label] = WantedMask(label, "")
+        with noted(problems, f"{label}: "):
             planned = planned_merge(variant.learns or variant.recipes[0], options)
             if variant.learns is None:
                 found[label] = WantedMask(label, given_mask(planned, label).path)
                 continue
             key = json_digest([list(map(str, planned.models)), resolved_learning(planned)])
             if key not in same:
-                place, data = str(_folder(out, label)), checked_data(planned)
-                same[key] = WantedMask(label, place, planned, data)
+                same[key] = WantedMask(
+                    label, str(_folder(out, label)), (planned, checked_data(planned))
+                )
             found[label] = same[key]
-        except RecipeError as error:
-            problems += [f"{label}: {problem}" for problem in error.problems]
-            found[label] = WantedMask(label, "")
     return found, problems
 
 
@@ -100,21 +88,24 @@ def relearning_problem(wanted: Iterable[WantedMask], asked: str, out: Path) -> s
         asked: the parameters that ask for them.
         out: the sweep's folder.
     """
-    distinct = {mask.place: mask for mask in wanted if mask.planned}
-    missing = [m for p, m in distinct.items() if not (Path(p) / MASKS_FILE).exists()]
-    if all(Path(mask.place) == out / OWN_FOLDER for mask in missing):
+    missing = {
+        mask.place: step_count(mask.learning[0].settings, len(mask.learning[1].pairs))
+        for mask in wanted
+        if mask.learning and not (Path(mask.place) / MASKS_FILE).exists()
+    }
+    if set(missing) <= {str(_folder(out, RECIPE_LABEL))}:
         return None
     return (
         f"{asked} decides how a mask is learned: {len(missing)} would have to be learned, "
-        f"{sum(mask.steps for mask in missing):,} optimiser steps. Give --relearn to learn each "
-        "once, into a folder of its own; sweep weight, mask_kind, mask_rescale or the fusion's own "
-        "parameters to use one mask for all."
+        f"{sum(missing.values()):,} optimiser steps. Give --relearn to learn each once, into a "
+        "folder of its own; sweep weight, mask_kind, mask_rescale or the fusion's own parameters "
+        "to use one mask for all."
     )
 
 
 def _folder(out: Path, label: str) -> Path:
     """Return the folder of a mask that is to be learned."""
     if label == RECIPE_LABEL:
-        return out / OWN_FOLDER
+        return out / "mask"
     name = file_name(label)
-    return out / FURTHER_FOLDER / (name if name == label else f"{name}-{json_digest(label)[:8]}")
+    return out / "masks" / (name if name == label else f"{name}-{json_digest(label)[:8]}")

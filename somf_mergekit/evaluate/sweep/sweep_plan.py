@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a sweep, found before a model is loaded."""
+"""A sweep of which nothing is made yet, and everything that can be wrong with it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,14 +25,13 @@ from ..evaluation_sets import EvaluationSets
 from ..evaluation_settings import EvaluationSettings, NamedModel
 from ..for_recipe import base_of
 from ..measured_models import named_model
-from .over import MASK, WEIGHT, swept_parameters
-from .scoring import Axes, Rule
+from .scoring import TEST, VALIDATION, Axes, Rule
 from .sweep_file import MERGED, read_file
+from .swept import MASK, WEIGHT, Swept, swept_parameters
 from .variants import BASE_LABEL, Variant, values_text, variants_of, with_values, without_measuring
 from .wanted_masks import WantedMask, relearning_problem, wanted_masks
 
 IMPOSSIBLE = "This sweep can't be made"
-TEST, VALIDATION = "test", "validation"
 # In the folder of a sweep: what is being made, and goes.
 WORK = "merging"
 
@@ -91,29 +90,16 @@ def planned_recipe(
         variants = variants_of(without_measuring(recipe), swept)
         in_text = [p for variant in variants for p in recipe_problems(variant.recipes[0])]
     if not in_text:
+        settings = replace(settings, rendering=Rendering(recipe_settings(recipe).template_keywords))
         with noted(wrong):
             planned = planned_merge(without_measuring(recipe), options)
             base = base_of(planned.base_model, options)
-    if not in_text:
-        how = Rendering(recipe_settings(recipe).template_keywords)
-        settings = replace(settings, rendering=how)
     found = PlannedSweep(base, variants, {TEST: sets}, settings)
     found = _checked(found, [*wrong, *unusable, *in_text], problems, out, options)
     asked = ", ".join(s.name for s in swept if s.relearns)
     refusal = relearning_problem(found.masks.values(), asked, out) if asked else None
     raise_together([refusal] if refusal and not relearn else [], IMPOSSIBLE)
-    notes = []
-    for one in swept:
-        values = ", ".join(values_text({"": value})[1:] for value in one.values)
-        factor = "all weights of the recipe multiplied by " * (one.name == WEIGHT)
-        learned = "; a mask was learned for each" * one.relearns
-        notes.append(f"{one.name}: {factor}{values}{learned}")
-    applied = ", ".join(one.name for one in swept if not one.relearns)
-    if applied and any(mask.planned for mask in found.masks.values()):
-        notes.append(
-            f"masks were learned with the recipe's own {applied}, and applied with the others too"
-        )
-    return replace(found, notes=notes)
+    return replace(found, notes=list(_swept_notes(swept, found.masks)))
 
 
 def planned_file(
@@ -195,7 +181,7 @@ def _set_problems(sets: Mapping[str, EvaluationSets]) -> Iterator[str]:
     """Yield a sentence for what is missing, and for prompts that both splits have."""
     asked: dict[str, set[str]] = {VALIDATION: set()}
     for name, of in sets.items():
-        where = f"{name}: " * (name != TEST)
+        where = "" if name == TEST else f"{name}: "
         yield from (where + problem for problem in Axes(of).problems())
         prompts = [*of.harmful, *of.harmless, *(m for s in of.skills for m, _ in s.examples)]
         prompts += [pair.messages for pair in of.pairs]
@@ -205,15 +191,26 @@ def _set_problems(sets: Mapping[str, EvaluationSets]) -> Iterator[str]:
         yield f"validation and measure have {len(shared)} prompts in common: they must have none"
 
 
-def _weight_problems(variant: Variant, planned: PlannedMerge) -> Iterator[str]:
-    """Yield a sentence where a factor on the weights changes no tensor."""
+def _weight_problems(variant: Variant, planned: PlannedMerge) -> list[str]:
+    """Return a sentence where a factor on the weights changes no tensor."""
     if WEIGHT not in variant.values or len(variant.recipes) > 1:
-        return
+        return []
     tried: dict[str, str | None] = {}
     for _, task in planned.tensors:
         models = [model for model in task.model_order if model != task.base_model]
         values = task_parameters(task)
         if models and repr(values) not in tried:
             tried[repr(values)] = weights_problem(values, models)
-    if tried and all(tried.values()):
-        yield f"--over weight: {next(iter(tried.values()))}"
+    wrong = [problem for problem in tried.values() if problem]
+    return [f"--over weight: {wrong[0]}"] if wrong and len(wrong) == len(tried) else []
+
+
+def _swept_notes(swept: Sequence[Swept], masks: Mapping[str, WantedMask]) -> Iterator[str]:
+    for one in swept:
+        values = ", ".join(values_text({"": value})[1:] for value in one.values)
+        factor = "all weights of the recipe multiplied by " if one.name == WEIGHT else ""
+        learned = "; a mask was learned for each" if one.relearns else ""
+        yield f"{one.name}: {factor}{values}{learned}"
+    applied = ", ".join(one.name for one in swept if not one.relearns)
+    if applied and any(mask.learning for mask in masks.values()):
+        yield f"masks were learned with the recipe's own {applied}, and applied with the others too"
