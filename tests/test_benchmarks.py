@@ -5,9 +5,8 @@ import json
 import pytest
 import tiny
 import torch
-from click.testing import CliRunner
 
-from benchmarks import needs, speed, speed_ways
+from benchmarks import speed, speed_ways
 from benchmarks.real_data import split_by_prompt, write_pairs
 from benchmarks.speed_models import make_models
 from benchmarks.speed_table import write_record
@@ -114,18 +113,6 @@ def test_what_a_gpu_took_is_tabulated_in_a_record_of_its_own(tmp_path, monkeypat
     record = json.loads((tmp_path / "speed-tiny-gpu-24gib-row.json").read_text())
     assert record["gpu"] == "a GPU"
     assert record["settings"]["gpu_memory"] == 24.0
-
-
-def test_needs_of_known_shapes_are_tabulated():
-    result = CliRunner().invoke(needs.main, ["--micro-batch", "1"])
-    assert result.exit_code == 0, result.output
-    rows = [line.split("|")[1:7] for line in result.output.splitlines()[2:]]
-    assert len(rows) == len(needs.SHAPES)
-    numbers = [[float(cell.split()[0]) for cell in row[1:]] for row in rows]
-    for resident, streaming, disk, on_gpu, host in numbers:
-        assert streaming < on_gpu < resident / 3
-        assert disk == host
-    assert numbers == sorted(numbers)
 
 
 def test_the_naive_way_merges_by_the_formula(tmp_path):
