@@ -18,6 +18,7 @@ _GRAY, _MARKERS = "0.6", {BASE: "^", PLAIN: "o", RECIPE: "*"}
 _RADII, _ANGLES, _APART = range(14, 120, 7), [math.radians(a) for a in range(50, 410, 30)], 16
 # Inches: 800 pixels wide.
 _SIZE, _LINE, _DPI = (8.0, 5.0), 0.19, 100
+_LONGEST_LABEL = 90
 _Model = Mapping[str, Any]
 
 
@@ -31,40 +32,42 @@ def write_plot(record: Mapping[str, Any], file: Path) -> None:
     Raises:
         OSError: the file can't be written.
     """
-    placed = [model for model in record["models"] if model["safety"] is not None]
-    named = labelled(placed)
-    figure = Figure(
-        figsize=(_SIZE[0], _SIZE[1] + _LINE * (len(named) + 3)), dpi=_DPI, layout="constrained"
-    )
+    placed = [
+        (number, model, (model["skill"], 100 * model["safety"]))
+        for number, model in enumerate(record["models"])
+        if model["safety"] is not None
+    ]
+    named = labelled([model for _, model, _ in placed])
+    height = _SIZE[1] + _LINE * (len(named) + 3)
+    figure = Figure(figsize=(_SIZE[0], height), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    points = [(model["skill"], 100 * model["safety"]) for model in placed]
-    colours = iter(range(MOST_LABELLED))
-    for model, point in zip(placed, points, strict=True):
-        number = record["models"].index(model)
+    # C7 is grey, as all that has no name.
+    colours = iter([f"C{number}" for number in range(10) if number != 7])
+    for number, model, point in placed:
+        is_named = model in named
+        size = 4 if not is_named else 11 if model["kind"] == RECIPE else 7
         axes.plot(
             *point,
             linestyle="none",
             marker=_MARKERS.get(model["kind"], "s"),
-            markersize=(11 if model["kind"] == RECIPE else 7) if model in named else 4,
-            color=f"C{next(colours)}" if model in named else _GRAY,
+            markersize=size,
+            color=next(colours) if is_named else _GRAY,
             markeredgecolor="black" if model["on_front"] else "none",
             markeredgewidth=1.3,
-            label=_plain(f"{number}  {_short(model['label'])}") if model in named else "_",
-            zorder=3 if model in named else 2,
+            label=f"{number}  {_plain(model['label'][:_LONGEST_LABEL])}" if is_named else "_",
+            zorder=3 if is_named else 2,
         )
-    _draw_lines(axes, placed, points)
+    points = [(model, point) for _, model, point in placed]
+    _draw_front(axes, points)
+    _draw_plain_fusions(axes, points)
     axes.set_xlabel(_plain(f"skill gain: {record['skill']}"))
     axes.set_ylabel(f"safety: {record['safety']}")
     axes.margins(0.08)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(0, -0.12), borderaxespad=0)
-    of_named = [
-        (str(record["models"].index(m)), p)
-        for m, p in zip(placed, points, strict=True)
-        if m in named
-    ]
-    _draw_numbers(axes, of_named, points)
+    numbers = {str(number): point for number, model, point in placed if model in named}
+    _draw_numbers(axes, numbers, [point for _, point in points])
     figure.savefig(file, dpi=_DPI)
 
 
@@ -90,17 +93,13 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _short(label: str) -> str:
-    return label if len(label) <= 90 else f"{label[:87]}..."
-
-
 def _draw_numbers(
-    axes: Any, named: Sequence[tuple[str, tuple[float, float]]], points: Sequence[Any]
+    axes: Any, numbers: Mapping[str, tuple[float, float]], points: Sequence[tuple[float, float]]
 ) -> None:
     """Write each number beside its point, where no point and no other number is."""
     axes.figure.draw_without_rendering()
     taken = [tuple(axes.transData.transform(point)) for point in points]
-    for number, point in named:
+    for number, point in numbers.items():
         x, y = axes.transData.transform(point)
         spots = [(x + r * math.cos(a), y + r * math.sin(a)) for r in _RADII for a in _ANGLES]
         free = (s for s in spots if all(math.dist(s, other) >= _APART for other in taken))
@@ -121,22 +120,26 @@ def _draw_numbers(
         )
 
 
-def _draw_lines(axes: Any, models: Sequence[_Model], points: Sequence[tuple[float, float]]) -> None:
-    """Draw the front as a line, and the plain fusions by weight: the line to beat."""
-    both = list(zip(models, points, strict=True))
-    front = sorted(point for model, point in both if model["on_front"])
+def _draw_front(axes: Any, points: Sequence[tuple[_Model, tuple[float, float]]]) -> None:
+    front = sorted(point for model, point in points if model["on_front"])
     if front:
         style = {"color": "black", "linestyle": "--", "linewidth": 1, "zorder": 2}
         axes.plot(*zip(*front, strict=True), label="Pareto front (dark edge)", **style)
+
+
+def _draw_plain_fusions(axes: Any, points: Sequence[tuple[_Model, tuple[float, float]]]) -> None:
+    """Draw the plain fusions by weight as lines from the base on: the lines to beat."""
+    start = [(0.0, point) for model, point in points if model["kind"] == BASE]
     lines: dict[str, list[tuple[float, tuple[float, float]]]] = {}
-    for model, point in both:
+    for model, point in points:
         if model["kind"] == PLAIN:
             others = {k: v for k, v in model["values"].items() if k != WEIGHT}
-            lines.setdefault(repr(others), []).append((model["values"].get(WEIGHT, 1.0), point))
+            weight = model["values"].get(WEIGHT, 1.0)
+            lines.setdefault(repr(others), []).append((weight, point))
+    if all(weight == 1 for line in lines.values() for weight, _ in line):
+        return
     label = "plain fusion by weight, from 0 (the base) on"
-    start = [(0.0, point) for model, point in both if model["kind"] == BASE]
-    swept = any(WEIGHT in model["values"] for model in models if model["kind"] == PLAIN)
-    for line in lines.values() if swept else ():
+    for line in lines.values():
         ordered = [point for _, point in sorted([*start, *line])]
         axes.plot(*zip(*ordered, strict=True), color=_GRAY, linewidth=1, label=label, zorder=1)
         label = "_"
