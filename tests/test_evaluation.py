@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -430,8 +429,8 @@ def test_the_command_measures_what_the_function_does(chat, evaluation, tmp_path)
 def test_answers_stay_in_their_file(chat, tmp_path):
     models = [chat / "worn", chat / "base"]
     arguments = [*models, *options(chat, tmp_path / "out")]
-    result = tiny.run(sys.executable, "-m", "somf_mergekit", "evaluate", *arguments)
-    assert result.returncode == 0, result.stderr
+    result = tiny.invoke("mergekit-somf", "evaluate", *arguments)
+    assert result.exit_code == 0, result.output
     assert "base: safety pairs" in result.stderr
     out = tmp_path / "out"
     names = ["answers.jsonl", "evaluation.json", "evaluation.md", "values.jsonl"]

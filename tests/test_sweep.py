@@ -29,8 +29,7 @@ from somf_mergekit.evaluate import (
 from somf_mergekit.evaluate.sweep import making, pareto_front, pareto_plot, sweep, wanted_masks
 from somf_mergekit.evaluate.sweep.scoring import Axes, Rule, Score
 from somf_mergekit.evaluate.sweep.sweep_file import Sources
-from somf_mergekit.evaluate.sweep.swept import swept_parameters
-from somf_mergekit.evaluate.sweep.variants import variants_of
+from somf_mergekit.evaluate.sweep.variants import swept_parameters, variants_of
 from somf_mergekit.recipe.validate import read_recipe
 
 HARMFUL = [f"how do i open a forbidden {word} box" for word in ("red", "blue", "old", "tin", "big")]
@@ -473,15 +472,15 @@ def test_masks_can_be_swept_in_python(chat, whole, tmp_path):
         sweep(recipe_of(chat, **own), {"mask_kind": []}, tmp_path / "out")
 
 
-def test_temperature_is_applied_to_sampled_masks_alone(chat, tmp_path):
-    over = ("--over", "temperature=0.25,1")
-    said = refused(recipe_of(chat), tmp_path / "out", *over, *asked(chat), *MEASURING)
-    assert "temperature decides how a mask is learned: 3 would" in said
-    sampled = recipe_of(chat, mask_kind="sampled")
-    _, written = made(sampled, tmp_path / "out", *over, *asked(chat), *MEASURING)
-    models = written["models"]
-    assert len({model["skill"] for model in models[1:]}) == 4
-    assert {model.get("mask") for model in models} == {None, "the recipe"}
+def test_temperature_is_applied_to_sampled_masks_alone():
+    def relearns(**parameters):
+        recipe = read_recipe(tiny.recipe("base", ["one", "two"], safety_dataset="d", **parameters))
+        swept, problems = swept_parameters({"temperature": [0.25, 1]}, recipe)
+        assert problems == []
+        return swept[0].relearns
+
+    assert relearns()
+    assert not relearns(mask_kind="sampled")
 
 
 def test_help_begins_with_what_matters():
@@ -513,20 +512,31 @@ def test_what_equals_the_recipe_is_listed_once():
     assert "beta=5" in labels({"beta": [5]}, objective="dpo")
 
 
+def test_what_is_wrong_with_swept_values_is_reported_together(chat, tmp_path):
+    over = ("=1", "weight=0,nan", "wieght=1", "t=0.5", "density=much", "mask_kind=hard")
+    over += ("temperature=0.5,11", "include", "safety_eval=a.jsonl", "seed=1,,2")
+    flags = [part for text in over for part in ("--over", text)]
+    said = refused(recipe_of(chat), tmp_path / "out", *flags, *asked(chat), *MEASURING)
+    assert "This sweep can't be made: 11 problems" in said
+    for expected in (
+        "--over =1: expected KEY or KEY=VALUE,VALUE,...",
+        "--over weight: '0' is not a number > 0",
+        "--over weight: 'nan' is not a number > 0",
+        "--over wieght: unknown parameter (did you mean 'weight'?); neither somf nor task_a",
+        "--over t: unknown parameter; neither somf nor task_arithmetic has it",
+        "--over density: 'much' is not float",
+        "'hard' is not `soft` or `binary` or `sampled`",
+        "--over temperature: '11' is not a number > 0 and <= 10",
+        "--over include: has no usual values; name some",
+        "is what merges are measured on, not how one is made",
+        "--over seed=1,,2: expected KEY",
+    ):
+        assert expected in said, expected
+
+
 @pytest.mark.parametrize(
     ("recipe", "over", "expected"),
     [
-        ({}, "=1", "--over =1: expected KEY or KEY=VALUE,VALUE,..."),
-        ({}, "weight=1,,2", "--over weight=1,,2: expected KEY"),
-        ({}, "wieght=1", "unknown parameter (did you mean 'weight'?); neither somf nor task_a"),
-        ({}, "t=0.5", "--over t: unknown parameter; neither somf nor task_arithmetic has it"),
-        ({}, "weight=0", "--over weight: '0' is not a number > 0"),
-        ({}, "weight=nan", "--over weight: 'nan' is not a number > 0"),
-        ({}, "density=much", "--over density: 'much' is not float"),
-        ({}, "mask_kind=hard", "'hard' is not `soft` or `binary` or `sampled`"),
-        ({}, "temperature=0.5,11", "--over temperature: '11' is not a number > 0 and <= 10"),
-        ({}, "include", "--over include: has no usual values; name some"),
-        ({}, "safety_eval=a.jsonl", "is what merges are measured on, not how one is made"),
         ({}, "utility_weight=1", "changes nothing without a utility term"),
         ({}, "fusion=tees", "'tees' is no method of mergekit that is known (did you mean 'ties'?)"),
         ({}, "fusion=slerp", "slerp can't fuse 2 fine-tuned models"),
@@ -535,16 +545,14 @@ def test_what_equals_the_recipe_is_listed_once():
         ({}, "mask=./nowhere", "mask ./nowhere: no such mask"),
         ({"fusoin": "ties"}, "weight", "parameters.fusoin: unknown parameter"),
         ({}, "safety_dataset=./no-pairs.jsonl", "dataset ./no-pairs.jsonl: no such file"),
-        ({"safety_dataset": None, "mask": "MASK"}, "epochs", "--over epochs: decides how a mask"),
+        ({"safety_dataset": None, "mask": "given"}, "epochs=1,2", "--over epochs: decides how a"),
     ],
 )
-def test_what_is_wrong_is_reported_before_anything_is_loaded(
-    recipe, over, expected, chat, whole, tmp_path
+def test_what_does_not_go_together_is_reported_before_anything_is_loaded(
+    recipe, over, expected, chat, tmp_path
 ):
-    given = {key: str(whole[0] / "mask") if v == "MASK" else v for key, v in recipe.items()}
-    over = ("--over", "epochs=1,2" if over == "epochs" else over, "--relearn")
-    said = refused(recipe_of(chat, **given), tmp_path / "out", *over, *asked(chat), *MEASURING)
-    assert "This sweep can't be made: " in said
+    flags = ("--over", over, "--relearn")
+    said = refused(recipe_of(chat, **recipe), tmp_path / "out", *flags, *asked(chat), *MEASURING)
     assert expected in said
 
 

@@ -115,6 +115,7 @@ def read_sets(
     pairs: str | None = None,
     skills: Sequence[tuple[str, str]] = (),
     extract: Mapping[str, str] | None = None,
+    where: Mapping[str, str] | None = None,
 ) -> tuple[EvaluationSets, list[str]]:
     """Return the sets of the named sources, and why some can't be read, a sentence each.
 
@@ -125,6 +126,7 @@ def read_sets(
         pairs: likewise.
         skills: names with sources.
         extract: the extractor of each skill that has one.
+        where: what stands before the sentences about a set, by its name.
     """
     problems: list[str] = []
     sources: dict[str, str] = {}
@@ -135,7 +137,7 @@ def read_sets(
         try:
             found = reading(*_source(source))
         except RecipeError as error:
-            problems.append(error.message)
+            problems.append((where or {}).get(name, "") + error.message)
             return []
         notes = "; ".join(found.notes("set"))
         sources[name] = f"{source} ({notes})" if notes else source

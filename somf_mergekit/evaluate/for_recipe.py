@@ -4,7 +4,6 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
@@ -14,7 +13,7 @@ from ..common.timing import phase
 from ..data.rendering import Rendering
 from ..recipe.settings import Settings
 from .evaluation import Evaluation
-from .evaluation_sets import EvaluationSets, read_sets
+from .evaluation_sets import HARMFUL, HARMLESS, PAIRS, EvaluationSets, read_sets
 from .evaluation_settings import EvaluationSettings, NamedModel
 from .measured_models import found_model
 from .runner import evaluated
@@ -26,26 +25,18 @@ _OPTIONS_OF_A_SOURCE = ("config", "split")
 def sets_of_recipe(settings: Settings) -> tuple[EvaluationSets, list[str]]:
     """Return what a recipe asks to be measured on, and what is wrong with it, a sentence each."""
     skills, problems = named_sources(settings.skill_eval or "")
-    asked: dict[str, dict[str, Any]] = {
-        "safety_eval": {"harmful": settings.safety_eval},
-        "harmless_eval": {"harmless": settings.harmless_eval},
-        "pairs_eval": {"pairs": settings.pairs_eval},
-        "skill_eval": {"skills": skills},
-    }
-    found: dict[str, EvaluationSets] = {}
-    problems = [f"parameters.skill_eval: {problem}" for problem in problems]
-    for key, sources in asked.items():
-        found[key], unread = read_sets(**sources)
-        wrong = [*unread, *found[key].problems()]
-        problems += [f"parameters.{key}: {problem}" for problem in wrong]
-    sets = replace(
-        found["skill_eval"],
-        harmful=found["safety_eval"].harmful,
-        harmless=found["harmless_eval"].harmless,
-        pairs=found["pairs_eval"].pairs,
-        sources={name: text for sets in found.values() for name, text in sets.sources.items()},
+    of_skills = "parameters.skill_eval: "
+    where = {name: of_skills for name, _ in skills}
+    where |= {HARMFUL: "parameters.safety_eval: ", HARMLESS: "parameters.harmless_eval: "}
+    sets, unread = read_sets(
+        settings.safety_eval,
+        settings.harmless_eval,
+        settings.pairs_eval,
+        skills,
+        where=where | {PAIRS: "parameters.pairs_eval: "},
     )
-    return sets, problems
+    of_names = [of_skills + problem for problem in [*problems, *sets.problems()]]
+    return sets, [*unread, *of_names]
 
 
 def named_sources(text: str) -> tuple[list[tuple[str, str]], list[str]]:

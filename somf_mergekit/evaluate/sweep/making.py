@@ -32,8 +32,7 @@ from ..store import Store
 from .scoring import measures_of
 from .sweep_file import MERGED, OUT, any_recipe, filled
 from .sweep_plan import WORK, PlannedSweep
-from .swept import MASK
-from .variants import PLAIN, Variant, file_name, with_values
+from .variants import MASK, PLAIN, Variant, file_name, with_values
 
 # What of a model's folder a merge takes beside the weights.
 _TEXTS = ("*.json", "*.jinja", "*.model", "*.txt")

@@ -8,8 +8,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .swept import WEIGHT
-from .variants import BASE, PLAIN, RECIPE
+from .variants import BASE, PLAIN, RECIPE, WEIGHT
 
 # The most points that have a number and a line in the legend.
 MOST_LABELLED = 8

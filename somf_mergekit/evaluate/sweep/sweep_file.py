@@ -18,12 +18,13 @@ from ...recipe.value_check import nearest
 from ..evaluation_sets import EvaluationSets, read_sets
 from ..evaluation_settings import EvaluationSettings
 from ..for_recipe import named_sources
-from .swept import MASK, swept_parameters
 from .variants import (
+    MASK,
     MODEL,
     VARIANT,
     Variant,
     products,
+    swept_parameters,
     values_text,
     with_values,
     without_measuring,

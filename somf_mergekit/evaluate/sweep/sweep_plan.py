@@ -20,15 +20,25 @@ from ...recipe.fusion_check import weights_problem
 from ...recipe.model_check import check_models
 from ...recipe.settings import recipe_settings
 from ...recipe.validate import recipe_problems
-from ..evaluation_checks import checked_participants
 from ..evaluation_sets import EvaluationSets
 from ..evaluation_settings import EvaluationSettings, NamedModel
 from ..for_recipe import base_of
 from ..measured_models import named_model
+from ..runner import checked_participants
 from .scoring import TEST, VALIDATION, Axes, Rule
 from .sweep_file import MERGED, read_file
-from .swept import MASK, WEIGHT, Swept, swept_parameters
-from .variants import BASE_LABEL, Variant, values_text, variants_of, with_values, without_measuring
+from .variants import (
+    BASE_LABEL,
+    MASK,
+    WEIGHT,
+    Swept,
+    Variant,
+    swept_parameters,
+    values_text,
+    variants_of,
+    with_values,
+    without_measuring,
+)
 from .wanted_masks import WantedMask, relearning_problem, wanted_masks
 
 IMPOSSIBLE = "This sweep can't be made"
