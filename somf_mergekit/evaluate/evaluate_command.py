@@ -1,5 +1,6 @@
 """The command ``mergekit-somf evaluate``, and the options that ``sweep`` has too."""
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -65,7 +66,7 @@ _OPTIONS = (
     option(
         "--out",
         "Folder for evaluation.json, evaluation.md and what a later run goes on from. Generated "
-        "answers, harmful ones among them, are kept in its answers.jsonl alone.",
+        "answers, harmful ones among them, are stored in its answers.jsonl alone.",
         type=click.Path(),
         required=True,
     ),
@@ -115,9 +116,8 @@ def evaluate_command(text: str) -> click.Command:
         _evaluate(models, values)
 
     argument = click.Argument(["models"], nargs=-1, required=True, metavar="MODEL...")
-    return click.Command(
-        "evaluate", params=[argument, *_OPTIONS], callback=callback, help=f"{text}\n\n{_EXPLAINED}"
-    )
+    params, full = [argument, *_OPTIONS], f"{text}\n\n{_EXPLAINED}"
+    return click.Command("evaluate", params=params, callback=callback, help=full)
 
 
 def _evaluate(models: tuple[str, ...], values: dict[str, Any]) -> None:
@@ -125,24 +125,19 @@ def _evaluate(models: tuple[str, ...], values: dict[str, Any]) -> None:
     problems: list[str] = []
     skills = named(values.pop("skill"), "--skill", "NAME=FILE", problems)
     extract = named(values.pop("extract"), "--extract", "NAME=HOW", problems)
-    twice = [name for name, _ in extract]
-    problems += [
-        f"--extract: {name} has two extractors"
-        for name in dict.fromkeys(twice)
-        if twice.count(name) > 1
-    ]
+    problems += [f"--extract: {name} has two extractors" for name in repeated(extract)]
     sets, unread = read_sets(
         values.pop("safety"), values.pop("harmless"), values.pop("pairs"), skills, dict(extract)
     )
     tasks, folder = values.pop("lm_eval"), values.pop("lm_eval_tasks")
     if folder and not tasks:
         problems.append("--lm-eval-tasks names a folder, but --lm-eval no task")
-    harness = HarnessSettings(tuple(_split(tasks)), folder) if tasks else None
+    listed = tuple(filter(None, map(str.strip, tasks.split(",")))) if tasks else ()
     base, specialists = values.pop("base"), values.pop("specialist")
     settings = EvaluationSettings(
         base=named_model(base) if base else None,
         specialists=tuple(map(named_model, specialists)),
-        harness=harness,
+        harness=HarnessSettings(listed, folder) if tasks else None,
         **values,
     )
     evaluation = evaluated(
@@ -156,15 +151,11 @@ def _evaluate(models: tuple[str, ...], values: dict[str, Any]) -> None:
     click.echo(write_evaluation(evaluation, out))
 
 
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
 def named(given: Iterable[str], flag: str, form: str, problems: list[str]) -> list[tuple[str, str]]:
-    """Return names with what stands behind their =; add to ``problems`` what has none.
+    """Return the names and values in what a flag was given; add to ``problems`` what has none.
 
     Args:
-        given: what an option was given.
+        given: of the command line.
         flag: the option.
         form: that was expected, as ``NAME=FILE``.
         problems: that were found.
@@ -177,3 +168,8 @@ def named(given: Iterable[str], flag: str, form: str, problems: list[str]) -> li
         else:
             problems.append(f"{flag} {text}: expected {form}")
     return found
+
+
+def repeated(given: Iterable[tuple[str, str]]) -> list[str]:
+    """Return the names that stand there more than once."""
+    return [name for name, count in Counter(name for name, _ in given).items() if count > 1]

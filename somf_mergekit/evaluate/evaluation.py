@@ -123,9 +123,13 @@ def row_of(measure: Measure, models: Sequence[str], resamples: int, seed: int) -
     table = np.array([[measure.models[n].totals, measure.models[n].weights] for n in names])
     table = table.transpose(2, 0, 1)
     points = _ratios(table.sum(axis=0), measure.exponential)
-    spread = _ratios(_resampled_sums(table, measure, resamples, seed), measure.exponential)
+    resampled_points = _ratios(
+        _resampled_sums(table, measure, resamples, seed), measure.exponential
+    )
     has_value = dict(zip(names, table[:, :, 1].sum(axis=0) > 0, strict=True))
-    point, resampled = (dict(zip(names, part.T, strict=True)) for part in (points, spread))
+    point, resampled = (
+        dict(zip(names, part.T, strict=True)) for part in (points, resampled_points)
+    )
     first = models[0]
     estimates, differences = {}, {}
     for name in names:

@@ -49,11 +49,9 @@ def greedy_batches(
     depends on all of them: what is computed in parts is what would have been computed at once.
 
     Args:
-        model: of transformers.
-        tokenizer: the model's own.
+        model, tokenizer: of transformers.
         prompts: as messages.
-        max_new_tokens: of an answer.
-        batch_size: prompts in a batch.
+        max_new_tokens, batch_size: of an answer; prompts in a batch.
         done: numbers of prompts that are answered; a batch of such alone is left out.
         how: the chat template is rendered.
     """

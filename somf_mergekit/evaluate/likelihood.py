@@ -46,33 +46,18 @@ def answer_sequences(
     *,
     closed: bool = True,
 ) -> Sequences:
-    """Return the tokens of prompts and answers, ``max_length`` of both together at most.
-
-    Args:
-        tokenizer: with or without a chat template.
-        examples: prompts with their answers.
-        max_length: tokens.
-        how: the chat template is rendered.
-        closed: end the answers with an end marker.
-    """
-    sequences = []
-    for messages, answer in examples:
-        found = encoded(tokenizer, messages, [answer], max_length, how, closed=closed)
-        sequences.append((found.prompt, found.answers[0]))
-    return sequences
+    """Return the tokens of prompts and answers, ``max_length`` of both at most; see ``encoded``."""
+    tokens = [
+        encoded(tokenizer, messages, [answer], max_length, how, closed=closed)
+        for messages, answer in examples
+    ]
+    return [(found.prompt, found.answers[0]) for found in tokens]
 
 
 def answer_scores(
     model: Any, sequences: Sequences, *, batch_size: int, on_batch: OnBatch = no_report
 ) -> AnswerScores:
-    """Return the scores of answers.
-
-    Args:
-        model: of transformers.
-        sequences: an empty answer has no tokens and a log-probability of 0.
-        batch_size: sequences that go through at once.
-        on_batch: see ``OnBatch``.
-    """
+    """Return the scores of answers; an empty one has no tokens and a log-probability of 0."""
     count = len(sequences)
     scores = AnswerScores([0.0] * count, [0] * count, [0] * count)
     for rows, (logits,), targets in _answer_logits([model], sequences, batch_size, on_batch):

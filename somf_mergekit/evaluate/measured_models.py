@@ -1,4 +1,4 @@
-"""The models of an evaluation: found, told apart by their content, loaded one at a time."""
+"""The models of an evaluation: found, identified by their content, loaded one at a time."""
 
 import gc
 import os

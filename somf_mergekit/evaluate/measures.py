@@ -255,8 +255,7 @@ class Measures:
         Args:
             place: the set and the name of the measure.
             model: that it is of.
-            totals: a numerator per example.
-            weights: a denominator per example; 1 where not given.
+            totals, weights: a numerator and a denominator (1 for None) per example.
             unit, exponential, groups: see ``Measure``; without groups each example is its own.
         """
         values = list(totals)

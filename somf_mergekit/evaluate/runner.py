@@ -1,6 +1,7 @@
 """An evaluation from its first check to its result."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,8 +188,8 @@ def checked_participants(
         if model in subjects:
             folder = subjects[model].folder.resolve()
             references.setdefault(folder, known.get(folder, subjects[model]))
-    found += _same_names([model.name for model in models], "models")
-    found += _same_names([model.name for model in references.values()], "base and specialists")
+    found += _same_names(models, "models")
+    found += _same_names(references.values(), "base and specialists")
     judge, harness = None, None
     with noted(found):
         judge = found_judge(settings) if settings.judge else None
@@ -223,6 +224,7 @@ def _missing(
         )
 
 
-def _same_names(names: Sequence[str], which: str) -> list[str]:
-    twice = dict.fromkeys(name for name in names if names.count(name) > 1)
-    return [f"{which}: two are called {name}; call one NAME=MODEL" for name in twice]
+def _same_names(models: Iterable[NamedModel | Subject], which: str) -> Iterator[str]:
+    for name, count in Counter(model.name for model in models).items():
+        if count > 1:
+            yield f"{which}: two are called {name}; call one NAME=MODEL"

@@ -8,7 +8,7 @@ from click.core import ParameterSource
 from mergekit.options import MergeOptions
 
 from ...common.errors import RecipeError
-from ..evaluate_command import MEASURING_OPTIONS, SET_OPTIONS, named, option
+from ..evaluate_command import MEASURING_OPTIONS, SET_OPTIONS, named, option, repeated
 from ..evaluation_settings import EvaluationSettings
 from .sweep_file import Sources
 from .sweep_table import NAME, value_table
@@ -53,9 +53,7 @@ def run_sweep(source: str, values: dict[str, Any], options: MergeOptions) -> Non
     out, relearn, keep = values.pop("out"), values.pop("relearn"), values.pop("keep")
     over, problems = _parsed(values.pop("over"))
     skills = named(values.pop("skill"), "--skill", "NAME=FILE", problems)
-    names = [name for name, _ in skills]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    problems += [f"--skill {name}: two skills have this name" for name in twice]
+    problems += [f"--skill {name}: two skills have this name" for name in repeated(skills)]
     sources = {name: values.pop(name) for name in ("safety", "harmless", "pairs")}
     settings = EvaluationSettings(
         device=options.device or "cpu", trust_remote_code=options.trust_remote_code, **values
