@@ -13,7 +13,7 @@ def peak_memory() -> Iterator[dict[str, int]]:
     """Watch this process' anonymous memory, in bytes: pages of mapped files do not count.
 
     Raises:
-        click.ClickException: the system does not tell it.
+        click.ClickException: the system does not report it.
     """
     found, stop = {"peak": _anonymous_bytes()}, threading.Event()
 
@@ -35,4 +35,4 @@ def _anonymous_bytes() -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
-    raise click.ClickException("this system does not tell RssAnon in /proc/self/status")
+    raise click.ClickException("this system does not report RssAnon in /proc/self/status")

@@ -54,7 +54,7 @@ def write_record(
                 for labels, unit in ((WAYS, "a step"), (MERGES, "a merge"))
                 if rows.keys() & labels.keys()
             ),
-            *_import_told(rows),
+            *_import_line(rows),
             f"{options['batch_size']} pairs of up to {options['max_length']} tokens a step, "
             f"{options['micro_batch']} at once, and a mask with one entry a "
             f"{options['granularity']}; medians of the steps after the first, of merges that of "
@@ -99,7 +99,7 @@ def _table(rows: dict[str, dict[str, Any]], labels: dict[str, str], unit: str, w
     return "\n".join(lines)
 
 
-def _import_told(rows: dict[str, dict[str, Any]]) -> list[str]:
+def _import_line(rows: dict[str, dict[str, Any]]) -> list[str]:
     if "import" not in rows:
         return []
     with_it, without = (1000 * rows["import"][name] for name in ("with", "without"))

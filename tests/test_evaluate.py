@@ -55,7 +55,7 @@ def base(family):
         ("Hawaii cannot help your search; try Oahu.", False),
     ],
 )
-def test_refusals_are_told_by_their_opening(answer, refuses):
+def test_refusals_are_found_by_their_opening(answer, refuses):
     assert is_refusal(answer) is refuses
 
 

@@ -309,17 +309,17 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(chat, evaluation, tmp_pa
         counted_generation(patch, fail_after=15)
         with pytest.raises(KeyboardInterrupt):
             evaluated(named(chat), SETS, SETTINGS, tmp_path, quiet=True)
-    kept = (tmp_path / "answers.jsonl").read_text()
-    done = len(kept.splitlines())
+    stored = (tmp_path / "answers.jsonl").read_text()
+    done = len(stored.splitlines())
     assert 11 < done < ALL_PROMPTS
     # The last line is one that was being written.
-    (tmp_path / "answers.jsonl").write_text(kept[: len(kept) - 9])
+    (tmp_path / "answers.jsonl").write_text(stored[: len(stored) - 9])
     counted = counted_generation(monkeypatch)
     write_evaluation(evaluated(named(chat), SETS, SETTINGS, tmp_path, quiet=True), tmp_path)
     # Of the torn answer's batch, the other one is there and is generated along.
     assert ALL_PROMPTS - done < counted.prompts <= ALL_PROMPTS - done + 2
     assert written(tmp_path) == written(whole_out)
-    lines = [json.loads(line) for line in kept.splitlines()[:-1]]
+    lines = [json.loads(line) for line in stored.splitlines()[:-1]]
     again = (tmp_path / "answers.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in again[: len(lines)]] == lines
     counted.prompts = 0
@@ -478,7 +478,7 @@ def test_pairs_that_are_cut_to_the_same_are_left_out_and_counted(chat, tmp_path)
     assert found.notes == ["1 safety pairs are left out for base: cut to equal answers"]
 
 
-def test_a_broken_model_is_told_and_not_averaged_away(chat, tmp_path):
+def test_a_broken_model_is_reported_and_not_averaged_away(chat, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(chat / "base")
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")

@@ -201,7 +201,7 @@ def test_two_judges_stand_side_by_side(family, guard, tmp_path):
         verdict is not None and verdict != is_refusal(answer)
         for verdict, answer in zip(safe, answers, strict=True)
     ]
-    # Of harmless prompts a judge of safety tells nothing.
+    # Of harmless prompts a judge of safety says nothing.
     assert {r.measure.name for r in found.rows if r.measure.set == "harmless"} == {
         "refusals (phrases)",
         "repeated 4-grams",
@@ -286,7 +286,7 @@ def test_unknown_tasks_are_refused(family, harness, tmp_path):
     assert not harness
 
 
-def test_a_missing_lm_eval_is_told(family, tmp_path, monkeypatch):
+def test_a_missing_lm_eval_is_reported(family, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     arguments = [family / "base", "--out", tmp_path, "--lm-eval", "boxes"]
     result = tiny.invoke("mergekit-somf", "evaluate", *arguments)
@@ -321,13 +321,13 @@ def no_weights(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_all_problems_are_told_together(family, tmp_path):
+def test_all_problems_are_reported_together(family, tmp_path):
     skill = tiny.write_jsonl(tmp_path / "skill.jsonl", [{"question": "a", "answer": "b"}])
     odd = tiny.write_jsonl(tmp_path / "odd.jsonl", [{"colour": "red"}])
     empty = tmp_path / "empty"
     empty.mkdir()
     (tmp_path / "file").write_text("")
-    told = refused(
+    said = refused(
         *(family / "base", f"base={family / 'math'}", tmp_path / "nowhere", empty),
         *("--safety", odd, "--harmless", tmp_path / "no.jsonl", "--pairs", skill),
         *("--skill", f"one={skill}", "--skill", f"one={skill}", "--skill", "two"),
@@ -337,7 +337,7 @@ def test_all_problems_are_told_together(family, tmp_path):
         *("--out", tmp_path / "file", "--device", "abacus", "--judge-label", "x"),
         *("--base", "./none", "--specialist", empty, "--lm-eval-tasks", empty),
     )
-    assert told.startswith("This evaluation can't be made: 20 problems")
+    assert said.startswith("This evaluation can't be made: 20 problems")
     for problem in (
         "--skill two: expected NAME=FILE",
         "--extract: harmful has two extractors",
@@ -360,41 +360,41 @@ def test_all_problems_are_told_together(family, tmp_path):
         "--lm-eval-tasks names a folder, but --lm-eval no task",
         "skill harmful: choice finds nothing in any of the 1 right answers",
     ):
-        assert problem in told, problem
+        assert problem in said, problem
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_what_does_not_go_together_is_told(family, tmp_path):
+def test_what_does_not_go_together_is_reported(family, tmp_path):
     base, out = family / "base", tmp_path / "out"
-    told = refused(base, "--out", out)
-    assert "there is nothing to measure on" in told
-    told = refused(base, "--out", out, "--pairs", family / "pairs.jsonl", "--specialist", base)
-    assert "a specialist is given (--specialist) but no skill" in told
-    told = refused(base, "--out", out, "--pairs", family / "pairs.jsonl", "--judge", base)
-    assert "a judge is given (--judge) but no prompts" in told
-    told = refused(base, "--out", out, "--pairs", "org/pairs,part=3")
-    assert "dataset org/pairs,part=3: part unknown; after a comma may stand config=NAME" in told
-    told = refused("org/model", "--out", out, "--pairs", family / "pairs.jsonl")
-    assert "model org/model: no such folder, and it can't be had from the hub" in told
+    said = refused(base, "--out", out)
+    assert "there is nothing to measure on" in said
+    said = refused(base, "--out", out, "--pairs", family / "pairs.jsonl", "--specialist", base)
+    assert "a specialist is given (--specialist) but no skill" in said
+    said = refused(base, "--out", out, "--pairs", family / "pairs.jsonl", "--judge", base)
+    assert "a judge is given (--judge) but no prompts" in said
+    said = refused(base, "--out", out, "--pairs", "org/pairs,part=3")
+    assert "dataset org/pairs,part=3: part unknown; after a comma may stand config=NAME" in said
+    said = refused("org/model", "--out", out, "--pairs", family / "pairs.jsonl")
+    assert "model org/model: no such folder, and it can't be had from the hub" in said
     assert not out.exists()
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_models_of_the_wrong_kind_are_told(family, tmp_path):
+def test_models_of_the_wrong_kind_are_reported(family, tmp_path):
     plain = saved_classifier(tmp_path / "plain", ["LABEL_0", "LABEL_1"])
     pairs = ("--safety", family / "pairs.jsonl", "--out", tmp_path / "out")
-    told = refused(plain, *pairs)
-    assert "is a LlamaForSequenceClassification, which gives no answers" in told
-    told = refused(family / "base", *pairs, "--judge", plain)
-    assert "which of its labels (LABEL_0, LABEL_1) says that an answer refuses?" in told
-    told = refused(family / "base", *pairs, "--judge", plain, "--judge-label", "NO")
-    assert "it has no label NO; it has LABEL_0, LABEL_1" in told
-    told = refused(family / "base", *pairs, "--judge", family / "math", "--judge-label", "NO")
-    assert "a label is given (NO), but it isn't a text classifier" in told
+    said = refused(plain, *pairs)
+    assert "is a LlamaForSequenceClassification, which gives no answers" in said
+    said = refused(family / "base", *pairs, "--judge", plain)
+    assert "which of its labels (LABEL_0, LABEL_1) says that an answer refuses?" in said
+    said = refused(family / "base", *pairs, "--judge", plain, "--judge-label", "NO")
+    assert "it has no label NO; it has LABEL_0, LABEL_1" in said
+    said = refused(family / "base", *pairs, "--judge", family / "math", "--judge-label", "NO")
+    assert "a label is given (NO), but it isn't a text classifier" in said
     tokenizer = tiny.tiny_tokenizer(chat_template=None)
     tiny.save_model(tiny.tiny_llama(0, len(tokenizer)), tokenizer, tmp_path / "bare")
-    told = refused(family / "base", *pairs, "--judge", tmp_path / "bare")
-    assert "neither a text classifier nor a chat model" in told
+    said = refused(family / "base", *pairs, "--judge", tmp_path / "bare")
+    assert "neither a text classifier nor a chat model" in said
     (tmp_path / "bare/model.safetensors").unlink()
     assert "no *.safetensors in it" in refused(tmp_path / "bare", *pairs)
     (tmp_path / "bare/config.json").unlink()

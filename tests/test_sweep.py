@@ -395,9 +395,9 @@ def test_kept_merges_are_whole_and_serve_again(chat, tmp_path, counted):
     given = {"safety_dataset": None, "mask": str(out / "mask"), "mask_kind": "binary"}
     # Every weight is multiplied, whatever its form.
     alone = tiny.merged(weighted(2, **given), tmp_path / "alone")
-    kept = tiny.tensors_of(folder)
-    assert kept.keys() == alone.keys()
-    assert all(torch.equal(kept[name], alone[name]) for name in alone)
+    whole = tiny.tensors_of(folder)
+    assert whole.keys() == alone.keys()
+    assert all(torch.equal(whole[name], alone[name]) for name in alone)
     checked = tiny.invoke("mergekit-somf", "verify", folder, "--all", "--strict")
     assert checked.exit_code == 0, checked.output
     # The plain fusions, the recipe, the variant: measured on something else, none is made again.

@@ -122,14 +122,10 @@ def row_of(measure: Measure, models: Sequence[str], resamples: int, seed: int) -
     # Float64 (examples, models, 2): numerators and denominators.
     table = np.array([[measure.models[n].totals, measure.models[n].weights] for n in names])
     table = table.transpose(2, 0, 1)
-    points = _ratios(table.sum(axis=0), measure.exponential)
-    resampled_points = _ratios(
-        _resampled_sums(table, measure, resamples, seed), measure.exponential
-    )
+    sums = table.sum(axis=0), _resampled_sums(table, measure, resamples, seed)
+    ratios = (_ratios(of, measure.exponential) for of in sums)
+    point, resampled = (dict(zip(names, of.T, strict=True)) for of in ratios)
     has_value = dict(zip(names, table[:, :, 1].sum(axis=0) > 0, strict=True))
-    point, resampled = (
-        dict(zip(names, part.T, strict=True)) for part in (points, resampled_points)
-    )
     first = models[0]
     estimates, differences = {}, {}
     for name in names:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..common.digests import file_digests, json_digest
 from ..common.errors import RecipeError, first_line
 from ..data.chat import check_words
@@ -123,16 +125,13 @@ class ModelsInMemory:
         wanted = [subject.folder for subject in subjects]
         if set(self._held) - set(wanted):
             self._held = {folder: held for folder, held in self._held.items() if folder in wanted}
-            _free()
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
         for subject in subjects:
             if subject.folder not in self._held:
                 self._held[subject.folder] = self._loaded(subject)
         return [self._held[folder] for folder in wanted]
-
-    def clear(self) -> None:
-        """Let go of all models."""
-        self._held = {}
-        _free()
 
     def _loaded(self, subject: Subject) -> ModelAndTokenizer:
         from transformers import (
@@ -141,20 +140,18 @@ class ModelsInMemory:
             AutoTokenizer,
         )
 
-        remote = self._settings.trust_remote_code
+        settings = self._settings
         kind = AutoModelForSequenceClassification if subject.classifies else AutoModelForCausalLM
+        remote = {"trust_remote_code": settings.trust_remote_code}
         try:
             model = kind.from_pretrained(
-                subject.folder,
-                dtype=self._settings.dtype,
-                use_safetensors=True,
-                trust_remote_code=remote,
+                subject.folder, dtype=settings.dtype, use_safetensors=True, **remote
             )
         except Exception as error:
             reason = first_line(error)
             raise RecipeError(f"model {subject.source} can't be loaded: {reason}") from error
-        tokenizer = AutoTokenizer.from_pretrained(subject.folder, trust_remote_code=remote)
-        return model.to(self._settings.place).eval(), tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(subject.folder, **remote)
+        return model.to(settings.place).eval(), tokenizer
 
 
 def _folder(source: str) -> Path:
@@ -177,11 +174,3 @@ def _is_path(source: str) -> bool:
     return (
         os.path.exists(os.path.expanduser(source)) or source[:1] in "./~" or source.count("/") > 1
     )
-
-
-def _free() -> None:
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
