@@ -1,10 +1,13 @@
-"""Whether a GPU computes what the CPU computes: kernels, learning, merging, repairs, measuring."""
+"""Whether a GPU computes what the CPU computes: learning, merging, repairs, measuring.
+
+The kernels are compared with torch when they are first used, see ``learner/triton_check.py``.
+"""
 
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,6 @@ from .real_data import pairs_of, write_examples, write_pairs
 from .speed_models import BASE, SPECIALISTS, WEIGHT, make_models
 
 STEPS = 6
-ENTRIES = 3_000_001
 # Each is learned on both devices by both engines.
 LEARNED: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -72,11 +74,6 @@ class _Checks:
     def all(self) -> Iterator[tuple[str, Any]]:
         """Yield what was done, and by how much the results differ, or what went wrong."""
         checks: dict[str, Callable[[], Any]] = {}
-        for dtype, rescale in product(("float32", "bfloat16"), ("mean", "none")):
-            checks[f"kernels, {dtype}, rescale {rescale}"] = lambda d=dtype, r=rescale: (
-                self._kernels(getattr(torch, d), r)
-            )
-        checks["learning: one entry a weight, without kernels"] = lambda: self._without_kernels()
         checks["learning twice on the device"] = lambda: self._again()
         for fusion in FUSIONS:
             checks[f"merging: {fusion}"] = lambda f=fusion: self._merging(f)
@@ -93,57 +90,10 @@ class _Checks:
             except Exception as error:
                 yield name, f"failed: {type(error).__name__}: {str(error)[:600]}"
 
-    def _kernels(self, dtype: torch.dtype, rescale: str) -> dict[str, float]:
-        from somf_mergekit.fusion.shards import Shard
-        from somf_mergekit.fusion.weights import LinearWeight
-        from somf_mergekit.learner import triton_check
-        from somf_mergekit.learner.draws import Draw
-        from somf_mergekit.learner.optimizer import logit_gradient, signsgd_step
-        from somf_mergekit.mask import masking, noise
-
-        kernels = triton_check.kernels_for(torch.device(self.device))
-        if kernels is None:
-            raise RuntimeError("Triton is not used here")
-        seeded = torch.Generator().manual_seed(0)
-        values = torch.randn(4, ENTRIES, generator=seeded).to(self.device)
-        start, fused, gradient = (v.to(dtype) for v in values[:3])
-        merged, shard = LinearWeight(start, fused), Shard((ENTRIES,))
-        worst = {"mask": 0.0, "weight": 0.0, "gradient's square, relative": 0.0, "other steps": 0.0}
-        key = noise.noise_key(seed=0, step=3, name="w")
-        for draw in (Draw(values[3], key, 0, 0.5), Draw(values[3].clone(), key, 4099, 0.5)):
-            mask = draw.part(slice(0, ENTRIES))
-            room, stepped = torch.empty_like(mask), draw.logits.clone()
-            formula = logit_gradient(gradient.float() + 0, fused, room, draw, rescale, shard)
-            square = signsgd_step(stepped, formula, 1.0)
-            weight = torch.empty_like(start)
-            kernels.write_masked(weight, merged, draw, rescale, shard)
-            expected = start.float() + fused.float() * masking.mask_factor(mask, rescale)
-            whole = kernels.whole_mask(draw)
-            found = kernels.update_logits(gradient, fused, draw, rescale, shard, 1.0)
-            apart = {
-                "mask": (whole - mask).abs().max(),
-                "weight": (weight - expected.to(dtype)).abs().max(),
-                "gradient's square, relative": (found / square - 1).abs(),
-                "other steps": ((draw.logits - stepped).abs() > 1e-3).float().mean(),
-            }
-            worst = {name: max(value, float(apart[name])) for name, value in worst.items()}
-        return worst
-
     def _learning(self, name: str, engine: str) -> dict[str, Any]:
         # On the CPU the engines learn the same mask, bit for bit.
         expected = self._learned(name, "resident", "cpu")
         return _difference(self._learned(name, engine, self.device), expected)
-
-    def _without_kernels(self) -> dict[str, Any]:
-        from somf_mergekit.learner import entrywise, tensors, whole
-
-        with_kernels = self._learned("one entry a weight", "resident", self.device)
-        with ExitStack() as torch_alone:
-            for module in (entrywise, whole, tensors):
-                patch = mock.patch.object(module, "kernels_for", return_value=None)
-                torch_alone.enter_context(patch)
-            other = self._learned("one entry a weight", "resident", self.device, "torch")
-        return _difference(with_kernels, other)
 
     def _again(self) -> dict[str, Any]:
         first = self._learned("one entry a weight", "resident", self.device)
