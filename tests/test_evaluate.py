@@ -5,10 +5,9 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from somf_mergekit.data.chat import answer_ids, prompt_ids, user_prompt
-from somf_mergekit.data.pairs import EncodedPair
+from somf_mergekit.data.chat import user_prompt
 from somf_mergekit.demo.finetune import finetune
-from somf_mergekit.evaluate import answer_loss, greedy_answers, is_refusal, preference_accuracy
+from somf_mergekit.evaluate import answer_loss, greedy_answers, is_refusal
 
 
 @pytest.fixture(scope="module")
@@ -57,44 +56,6 @@ def base(family):
 )
 def test_refusals_are_found_by_their_opening(answer, refuses):
     assert is_refusal(answer) is refuses
-
-
-def token_log_probs(model, prompt, answer):
-    logits = model(torch.tensor([prompt + answer])).logits[0].float()
-    logs = torch.log_softmax(logits, -1)[len(prompt) - 1 : -1]
-    return logs.gather(1, torch.tensor(answer)[:, None]).squeeze(1)
-
-
-@torch.no_grad()
-def test_answer_loss_is_the_mean_over_all_answer_tokens(base):
-    model, tokenizer = base
-    examples = [(user_prompt("make a cake"), "mix flour"), (user_prompt("how"), "sorry can not")]
-    parts = [
-        token_log_probs(model, prompt_ids(tokenizer, m), answer_ids(tokenizer, m, a))
-        for m, a in examples
-    ]
-    expected = -torch.cat(parts).mean().item()
-    for batch_size in (1, 2):
-        found = answer_loss(model, tokenizer, examples, max_length=64, batch_size=batch_size)
-        assert found == pytest.approx(expected, abs=1e-4)
-
-
-@torch.no_grad()
-def test_preference_accuracy_compares_answers_per_token(base):
-    model, _ = base
-    pairs = [EncodedPair([5, 6], [7, 8, 9], [10]), EncodedPair([9], [12], [13, 14])]
-    margins = [
-        (
-            token_log_probs(model, p.prompt, p.chosen).mean()
-            - token_log_probs(model, p.prompt, p.rejected).mean()
-        ).item()
-        for p in pairs
-    ]
-    accuracy, margin = preference_accuracy(model, pairs, batch_size=3)
-    assert accuracy == sum(m > 0 for m in margins) / 2
-    assert margin == pytest.approx(sum(margins) / 2, abs=1e-4)
-    swapped = [EncodedPair(p.prompt, p.rejected, p.chosen) for p in pairs]
-    assert preference_accuracy(model, swapped, batch_size=3)[0] == 1 - accuracy
 
 
 def test_greedy_answers_keep_the_order_of_the_prompts(base):

@@ -118,11 +118,12 @@ class Measures:
             by_number = dict(zip(found, margins, strict=True))
             return [by_number.get(number) for number in range(len(pairs))]
 
-        content = [[pair.prompt, pair.chosen, pair.rejected] for pair in pairs]
+        content = ["margins", self._steps.settings.max_length]
+        content += [[pair.prompt, pair.chosen, pair.rejected] for pair in pairs]
         words = f"{model.name}: safety pairs"
         # Two answers of each go through the model.
         count = 2 * len(pairs)
-        margins = self._steps.once(words, [model], ["margins", content], count, compute)
+        margins = self._steps.once(words, [model], content, count, compute)
         groups = [pair.prompt for pair in pairs]
         right = [None if margin is None else margin > 0 for margin in margins]
         self._add((PAIRS, "preference accuracy"), model, right, groups=groups)
@@ -145,7 +146,8 @@ class Measures:
             return divergence(one[0], two[0], sequences, batch_size=size, on_batch=on_batch)
 
         words = f"{model.name}: distance from {reference.name} on {skill.name}"
-        content, count = ["distance", skill.examples], len(skill.examples)
+        content = ["distance", self._steps.settings.max_length, skill.examples]
+        count = len(skill.examples)
         found = self._steps.once(words, [model, reference], content, count, compute)
         if found:
             self._add((skill.name, f"KL from {reference.name}"), model, *found, unit=NUMBER)
@@ -204,15 +206,15 @@ class Measures:
     def by_harness(self, harness: Harness, model: Subject) -> HarnessResults:
         """Return what lm-evaluation-harness measures of a model."""
         settings = self._steps.settings
-        content = ["harness", harness.tasks, harness.content, settings.limit, settings.resamples]
-        content.append(installed("lm-eval"))
+        content: list[Any] = ["harness", self._steps.content(model), harness.tasks, harness.content]
+        content += [settings.limit, settings.resamples, installed("lm-eval")]
+        # It loads the model itself: none may be in memory beside it.
         found: HarnessResults = self._steps.once(
             f"{model.name}: lm-evaluation-harness",
-            [model],
+            [],
             content,
             1,
             lambda on_batch: harness.results(model, settings),
-            is_loaded=False,
         )
         return found
 
@@ -236,7 +238,7 @@ class Measures:
             scores = answer_scores(model, sequences, batch_size=size, on_batch=on_batch)
             return {**vars(scores), "repeated": [repeated_share(ids) for _, ids in sequences]}
 
-        content = ["scores", list(examples), closed]
+        content = ["scores", self._steps.settings.max_length, list(examples), closed]
         return dict(self._steps.once(words, [reader], content, len(examples), compute))
 
     def _add(

@@ -46,7 +46,7 @@ class Steps:
     def answers(self, subject: Subject, name: str, prompts: Prompts) -> Answers:
         """Return the model's greedy answers to the set ``name``, each batch written at once."""
         settings = self.settings
-        key = self._key("answers", [subject], prompts, settings.max_new_tokens)
+        key = self._key([subject], ["answers", prompts, settings.max_new_tokens])
         known = self._store.answers(key)
         words = f"{subject.name}: answers to {name}"
         self._on_progress(words, len(known))
@@ -73,21 +73,17 @@ class Steps:
         content: Sequence[Any],
         count: int,
         compute: Callable[..., Any],
-        *,
-        is_loaded: bool = True,
     ) -> Any:
         """Return what is stored of models and content, computed now where there is nothing yet.
 
         Args:
             words: what is done, for the user.
-            subjects: the models.
-            content: what else decides it: which computation it is, and its data.
+            subjects: the models that it needs in memory.
+            content: what else decides it: which computation it is, its data and its own settings.
             count: of the examples, for the progress.
             compute: is given ``on_batch``, see ``likelihood``, and each model with its tokenizer.
-            is_loaded: whether it needs the models in memory.
         """
-        size = self.settings.max_length if is_loaded else None
-        key = self._key(content[0], subjects, content[1:], size)
+        key = self._key(subjects, content)
         self._on_progress(words, 0)
         done = 0
 
@@ -97,15 +93,15 @@ class Steps:
             self._on_progress(words, finished)
 
         if key not in self._store.values:
-            taken = self._memory.take(*(subjects if is_loaded else ()))
-            self._store.add_value(key, {"step": words}, compute(on_batch, *taken))
+            value = compute(on_batch, *self._memory.take(*subjects))
+            self._store.add_value(key, {"step": words}, value)
         # Examples that went through no model are done too.
         self._on_progress(words, count - done)
         return self._store.values[key]
 
-    def _key(self, what: str, subjects: Sequence[Subject], content: Any, size: int | None) -> str:
+    def _key(self, subjects: Sequence[Subject], content: Sequence[Any]) -> str:
         settings = self.settings
         # In what batches and where it is computed shows in the last digits.
         how = [settings.batch_size, settings.dtype, settings.place.partition(":")[0]]
         how += [versions(), dict(settings.rendering.keywords)]
-        return json_digest([what, list(map(self.content, subjects)), content, size, how])[:32]
+        return json_digest([list(map(self.content, subjects)), list(content), how])[:32]
