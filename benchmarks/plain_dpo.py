@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 
 from somf_mergekit.common import machine
-from somf_mergekit.data.logprobs import answer_token_log_probs, output_head
+from somf_mergekit.data.logprobs import (
+    answer_token_log_probs,
+    output_head,
+    pair_batch,
+    pair_length,
+    pair_log_probs,
+)
 from somf_mergekit.data.pairs import EncodedPair
-from somf_mergekit.data.sequences import pair_batch, pair_length, pair_log_probs
 from somf_mergekit.learner.engine import autocast_to
-from somf_mergekit.learner.objectives import preference_losses
+from somf_mergekit.learner.objectives import PER_TOKEN, preference_losses
 
 # As published with DPO (arXiv 2305.18290).
 BETA = 0.1
@@ -85,7 +90,7 @@ def log_ratios(
     batch = pair_batch(pairs, device)
     with autocast_to(machine.autocast_type(str(device)), device):
         found = pair_log_probs(*answer_token_log_probs(model, head, batch), len(pairs))
-    return found.counted(objective).ratios
+    return found.counted(objective in PER_TOKEN).ratios
 
 
 def wait_for(device: torch.device) -> None:

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from somf_mergekit.common.errors import RecipeError
 from somf_mergekit.data.chat import user_prompt
+from somf_mergekit.data.dataset_reading import dataset_rows
 from somf_mergekit.data.pairs import Pair, read_pairs
-from somf_mergekit.data.rows import dataset_rows, rows_of_prompts
 from somf_mergekit.demo.finetune import Example
 
 HELD_OUT_PAIRS = 300
@@ -157,6 +158,10 @@ def _texts(
     else:
         name, rows = source.hub, dataset_rows(source.hub, source.split, source.config)
     answers = [answer_column] if answer_column else []
-    for row in rows_of_prompts(rows, name, *prompt_columns, *answers):
-        parts = row[: len(prompt_columns)]
-        yield "\n".join(part for part in parts if part), row[-1]
+    columns = [*prompt_columns, *answers]
+    for number, row in enumerate(rows):
+        texts = [row.get(column) for column in columns]
+        if not all(isinstance(text, str) for text in texts):
+            raise RecipeError(f"dataset {name}: row {number} has no text in {columns}")
+        parts = texts[: len(prompt_columns)]
+        yield "\n".join(part for part in parts if part), texts[-1]

@@ -13,9 +13,9 @@ _PLACES = {
     "MaskSet": "mask.artifact",
     "RecipeError": "common.errors",
     "learn": "plugin.planner",
-    "read_answers": "data.prompts",
+    "read_answers": "data.pairs",
     "read_pairs": "data.pairs",
-    "read_prompts": "data.prompts",
+    "read_prompts": "data.pairs",
     "register": "plugin.autoload",
 }
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassificat
 
 from somf_mergekit.common.errors import RecipeError
 from somf_mergekit.data.chat import user_prompt
-from somf_mergekit.data.prompts import prompts_alone
+from somf_mergekit.data.pairs import prompts_alone
 from somf_mergekit.demo.finetune import finetune
 from somf_mergekit.evaluate import EvaluationSets, EvaluationSettings, NamedModel, Skill, evaluated
 from somf_mergekit.evaluate.answer_text import extractor, is_refusal, repeated_share

@@ -15,9 +15,14 @@ from hypothesis import strategies as st
 from mergekit.merge_methods import merge_state_dicts
 
 from somf_mergekit import MaskSet, RecipeError, register
-from somf_mergekit.data.pairs import encoded_pairs, preference_pairs
-from somf_mergekit.data.prompts import answered_prompts, encoded_answers, prompts_alone
-from somf_mergekit.data.rows import dataset_rows
+from somf_mergekit.data.dataset_reading import dataset_rows
+from somf_mergekit.data.pairs import (
+    answered_prompts,
+    encoded_pairs,
+    pairs_of_answers,
+    preference_pairs,
+    prompts_alone,
+)
 from somf_mergekit.fusion.groups import are_equal, is_finite
 from somf_mergekit.mask.artifact_folder import MASKS_FILE
 from somf_mergekit.mask.writing import write_masks, write_packed_masks
@@ -178,8 +183,8 @@ def as_pairs(rows, source, tokenizer):
 
 def as_answers(rows, source, tokenizer):
     examples = answered_prompts(rows, source)
-    found, _ = encoded_answers(examples, tokenizer, 16, source)
-    assert all(e.prompt and e.answer for e in found)
+    found, _ = encoded_pairs(pairs_of_answers(examples), tokenizer, 16, source)
+    assert all(e.prompt and e.chosen for e in found)
 
 
 def as_prompts(rows, source, tokenizer):

@@ -19,7 +19,6 @@ from somf_mergekit.data.logprobs import (
     token_batch,
 )
 from somf_mergekit.data.pairs import EncodedPair
-from somf_mergekit.data.prompts import EncodedAnswer
 from somf_mergekit.fusion.shards import Shard
 from somf_mergekit.fusion.weights import FusedWeight, LinearWeight
 from somf_mergekit.learner import engine, entrywise, loop, optimizer, passes
@@ -51,7 +50,7 @@ TIES = {"weight": {1: 0.5, 2: 0.5}, "density": {1: 0.6, 2: 0.6}}
 
 
 def make_utility(count=6, seed=9):
-    return [EncodedAnswer(pair.prompt, pair.chosen) for pair in make_pairs(count, seed)]
+    return [EncodedPair(pair.prompt, pair.chosen) for pair in make_pairs(count, seed)]
 
 
 def make_problem(
@@ -196,7 +195,7 @@ def reference_trajectory(problem):
         if settings.reference == "merged":
             fixed = merged({n: torch.sigmoid(x) for n, x in untrained.items()})
         unmasked = merged({n: torch.ones_like(x) for n, x in untrained.items()})
-        plain = [token_log_probs(model, unmasked, e.prompt, e.answer) for e in problem.utility]
+        plain = [token_log_probs(model, unmasked, e.prompt, e.chosen) for e in problem.utility]
     losses, divergences, norms = [], [], []
     adamw = torch.optim.AdamW(list(logits.values()), weight_decay=0.0)
     for step in range(settings.max_steps):
@@ -217,7 +216,7 @@ def reference_trajectory(problem):
             for row in range(step * settings.batch_size, (step + 1) * settings.batch_size):
                 if row < len(plain):
                     example = problem.utility[row]
-                    now = token_log_probs(model, weights, example.prompt, example.answer)
+                    now = token_log_probs(model, weights, example.prompt, example.chosen)
                     apart.append(0.5 * (now - plain[row]) ** 2)
             divergence = torch.cat(apart).mean()
             divergences.append(divergence.item())
@@ -299,7 +298,7 @@ def test_a_larger_utility_weight_keeps_the_merge_closer_to_the_unmasked_one():
             utility_dataset="y", utility_weight=weight, max_steps=30, epochs=30, batch_size=12
         )
         loop.learn_logits(problem, lambda report: None, lambda done, total: None)
-        batch = token_batch([(e.prompt, e.answer) for e in problem.utility])
+        batch = token_batch([(e.prompt, e.chosen) for e in problem.utility])
         found = {
             content: next(problem.engine.evaluate([batch], State(content)))[0]
             for content in (Content.UNMASKED, Content.SOFT)
@@ -316,7 +315,7 @@ def test_weights_merged_without_a_mask_are_the_bases_only_while_it_is_the_refere
     merged = LinearWeight(other, torch.zeros_like(other))
     fixed = FixedTensor(first.weight, first.shard, first.base, merged)
     seen = []
-    real = engine.answer_token_log_probs
+    real = engine.chosen_token_log_probs
 
     def watching(*arguments):
         seen.append(torch.equal(first.weight, first.base))

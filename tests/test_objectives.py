@@ -8,7 +8,7 @@ import tiny
 import torch
 
 from somf_mergekit import MaskSet, RecipeError
-from somf_mergekit.data import prompts as answers
+from somf_mergekit.data import pairs as answers
 from somf_mergekit.data.chat import user_prompt
 from somf_mergekit.learner import objectives
 
@@ -124,8 +124,9 @@ def test_answers_without_a_token_are_refused():
         def __call__(self, text, add_special_tokens=True):
             return {"input_ids": []}
 
+    pair = answers.Pair((("user", "how?"),), "so", "")
     with pytest.raises(RecipeError, match="1 without an answer after token"):
-        answers.encoded_answers([EXPECTED], Blind(), 32, "data")
+        answers.encoded_pairs([pair], Blind(), 32, "data")
 
 
 def test_utility_rows_without_room_for_their_question_are_counted(family_recipe, tmp_path):

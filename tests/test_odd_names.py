@@ -7,7 +7,7 @@ import tiny
 
 from somf_mergekit import MaskSet, RecipeError
 from somf_mergekit.common.errors import printable
-from somf_mergekit.data.rows import dataset_rows
+from somf_mergekit.data.dataset_reading import dataset_rows
 
 NAMES = [
     "{0} {} {x}",

@@ -8,7 +8,8 @@ import tiny
 from somf_mergekit import RecipeError
 from somf_mergekit.data import pairs as prefs
 from somf_mergekit.data.chat import answer_ids, check_words, prompt_ids, user_prompt
-from somf_mergekit.data.rows import Rows, dataset_rows
+from somf_mergekit.data.dataset_reading import dataset_rows
+from somf_mergekit.data.rows import Rows
 from somf_mergekit.prepass.learning_data import preference_data
 from somf_mergekit.recipe.settings import Settings
 

@@ -17,8 +17,8 @@ from PIL import Image
 import somf_mergekit
 from somf_mergekit import RecipeError
 from somf_mergekit.data.chat import prompt_ids, user_prompt
+from somf_mergekit.data.dataset_reading import dataset_rows
 from somf_mergekit.data.pairs import read_pairs
-from somf_mergekit.data.rows import dataset_rows
 from somf_mergekit.evaluate.sweep.variants import file_name
 from somf_mergekit.learner import passes
 

@@ -81,7 +81,7 @@ def test_tied_embeddings_are_learned_alike_up_to_the_order_of_a_sum(further, is_
 
 def test_batches_that_go_through_in_groups_give_the_same(monkeypatch):
     monkeypatch.setattr(streaming, "GROUP_TOKENS", 20)
-    batches = [token_batch([(e.prompt, e.answer)]) for e in make_utility()]
+    batches = [token_batch([(e.prompt, e.chosen)]) for e in make_utility()]
     found = {}
     for runs in (engine.ResidentEngine, streaming.StreamingEngine):
         with_engine = make_problem(runs=runs).engine

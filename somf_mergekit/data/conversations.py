@@ -2,12 +2,13 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .chat import Message, user_prompt
-from .rows import Rows, Unusable, dataset_rows
+from .dataset_reading import dataset_rows
+from .rows import Rows, Unusable
 
 DIALOGUE = "messages"
 SYSTEM = ("system", "system_prompt")
@@ -20,13 +21,22 @@ _PROMPTS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     *((name, _CONTEXT, ()) for name in ("goal", "Goal", "behavior", "Behavior")),
     ("input", _CONTEXT, ()),
 )
-PROMPT_NAMES = ", ".join(f"'{name}'" for name, _, _ in _PROMPTS)
+# Column of an answer.
 ANSWERS = ("response", "answer", "completion", "output", "chosen")
 PAIR = ("chosen", "rejected")
-LABELLED = ("response_0", "response_1", "is_response_0_safe", "is_response_1_safe")
+LABELLED = ("response_0", "response_1")
+LABELS = ("is_response_0_safe", "is_response_1_safe")
 IS_SAFE, LABEL = "is_safe", "label"
-_COLUMNS = {DIALOGUE, *SYSTEM, *ANSWERS, *PAIR, *LABELLED, IS_SAFE, LABEL}
+_COLUMNS = {DIALOGUE, *SYSTEM, *ANSWERS, *PAIR, *LABELLED, *LABELS, IS_SAFE, LABEL}
 _COLUMNS |= {name for column, before, after in _PROMPTS for name in (column, *before, *after)}
+
+
+def quoted(names: Iterable[str]) -> str:
+    """Return names of columns as a message lists them."""
+    return ", ".join(f"'{name}'" for name in names)
+
+
+PROMPT_NAMES = quoted(name for name, _, _ in _PROMPTS)
 
 # HH-RLHF's text: turns that open with an empty line and a name.
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):[ \t]*")

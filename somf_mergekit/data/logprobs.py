@@ -1,7 +1,10 @@
-"""Log-probabilities of answers, without ever holding the logits of a whole batch."""
+"""Batches of prompts with answers, and the answers' log-probabilities.
+
+The logits of a whole batch never exist at once.
+"""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,6 +13,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from ..common.errors import RecipeError
+from .pairs import EncodedPair
 
 IGNORED = -100
 # Positions whose logits exist at the same time: 256 x 50,000 float32 are 50 MB.
@@ -45,6 +49,21 @@ def token_batch(
         attention[row, :end] = 1
         labels[row, len(prompt) : end] = torch.tensor(answer)
     return TokenBatch(ids.to(device), attention.to(device), labels.to(device))
+
+
+def pair_batch(
+    pairs: Sequence[EncodedPair], device: torch.device | str, is_safe_alone: bool = False
+) -> TokenBatch:
+    """Return the safe answers of pairs, then the unsafe ones unless ``is_safe_alone``."""
+    sequences = [(pair.prompt, pair.chosen) for pair in pairs]
+    if not is_safe_alone:
+        sequences += [(pair.prompt, pair.rejected) for pair in pairs]
+    return token_batch(sequences, device)
+
+
+def pair_length(pair: EncodedPair) -> int:
+    """Return the tokens of a pair's longer sequence."""
+    return len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
 
 
 def output_head(model: Any) -> Callable[[Tensor], Tensor]:
@@ -133,6 +152,40 @@ def answer_sums(log_probs: Tensor, owners: Tensor, answers: int) -> tuple[Tensor
     return sums.index_add(0, owners, log_probs), counts.index_add(
         0, owners, torch.ones_like(owners)
     )
+
+
+@dataclass(frozen=True)
+class PairLogProbs:
+    """Summed log-probabilities of the answers of pairs, and their tokens, (pairs,) each."""
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
+
+    @property
+    def ratios(self) -> Tensor:
+        """log pi(y+) - log pi(y-), (pairs,)."""
+        return self.chosen - self.rejected
+
+    def counted(self, per_token: bool) -> "PairLogProbs":
+        """Return the same with means over the tokens in the place of sums, where ``per_token``."""
+        if not per_token:
+            return self
+        chosen, rejected = self.chosen / self.chosen_tokens, self.rejected / self.rejected_tokens
+        return replace(self, chosen=chosen, rejected=rejected)
+
+
+def pair_log_probs(log_probs: Tensor, owners: Tensor, count: int) -> PairLogProbs:
+    """Return the log-probabilities of a ``pair_batch`` of both answers.
+
+    Args:
+        log_probs: of each token, (tokens,).
+        owners: which sequence each is of, (tokens,).
+        count: of the pairs.
+    """
+    sums, tokens = answer_sums(log_probs, owners, 2 * count)
+    return PairLogProbs(sums[:count], sums[count:], tokens[:count], tokens[count:])
 
 
 def _token_log_probs(head: Callable[[Tensor], Tensor], states: Tensor, tokens: Tensor) -> Tensor:

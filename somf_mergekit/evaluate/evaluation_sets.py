@@ -8,8 +8,7 @@ from typing import TypeVar
 from ..common.digests import json_digest
 from ..common.errors import RecipeError
 from ..data.chat import Message
-from ..data.pairs import Pair, read_pairs
-from ..data.prompts import read_answers, read_prompts
+from ..data.pairs import Pair, read_answers, read_pairs, read_prompts
 from ..data.rows import Examples
 from .answer_text import extractor
 

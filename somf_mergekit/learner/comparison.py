@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ..data.sequences import PairLogProbs, pair_log_probs
-from .objectives import PREFERENCES
+from ..data.logprobs import PairLogProbs, pair_log_probs
+from .objectives import PER_TOKEN, PREFERENCES
 from .problem import LearningProblem
 from .tensors import Content, State
 
@@ -68,7 +68,7 @@ class Comparison:
             found: what the merge makes of them.
         """
         fixed = torch.tensor([self.reference[row] for row in rows], device=found.chosen.device)
-        ratios = found.counted(self.problem.settings.objective).ratios
+        ratios = found.counted(self.problem.settings.objective in PER_TOKEN).ratios
         return ratios - (fixed[:, 0] - fixed[:, 1])
 
     def _keep_unmasked(self, rows: list[int]) -> Iterator[None]:
@@ -83,10 +83,11 @@ class Comparison:
 
     def _keep_reference(self, rows: list[int], state: State) -> Iterator[None]:
         problem = self.problem
+        per_token = problem.settings.objective in PER_TOKEN
         parts = list(problem.pair_parts(rows))
         found = problem.evaluated(map(problem.pair_batch, parts), len(parts), state)
         for part, result in zip(parts, found, strict=True):
-            counted = pair_log_probs(*result, len(part)).counted(problem.settings.objective)
+            counted = pair_log_probs(*result, len(part)).counted(per_token)
             values = zip(counted.chosen.tolist(), counted.rejected.tolist(), strict=True)
             self.reference.update(zip(part, values, strict=True))
             yield

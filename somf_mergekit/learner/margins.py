@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from ..data.sequences import pair_batch, pair_length, pair_log_probs
+from ..data.logprobs import pair_batch, pair_length, pair_log_probs
 from .problem import LearningProblem
 from .tensors import Content, State
 
@@ -30,7 +30,7 @@ def held_out_margins(
     own: list[tuple[int, float]] = []
     found = problem.evaluated(batches, len(parts), State(content))
     for part, result in zip(parts, found, strict=True):
-        margins = pair_log_probs(*result, len(part)).per_token().ratios
+        margins = pair_log_probs(*result, len(part)).counted(per_token=True).ratios
         own += zip(part, margins.tolist(), strict=True)
         on_pairs(len(part))
     return [margin for _, margin in sorted(together.gathered(own))]

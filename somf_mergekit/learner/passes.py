@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..data.logprobs import answer_sums
-from ..data.sequences import pair_log_probs
+from ..data.logprobs import answer_sums, pair_log_probs
 from .comparison import Comparison
 from .divergence import LearningDiverged
 from .engine import LossNotFinite, Part, gradient_squares
@@ -67,7 +66,7 @@ class Passes:
             )
             for rows in self.problem.pair_parts(together.share(batch))
         ]
-        tokens = sum(len(self.problem.utility[row].answer) for row in utility)
+        tokens = sum(len(self.problem.utility[row].chosen) for row in utility)
         parts += [
             Part(
                 self.problem.utility_batch(rows),

@@ -4,10 +4,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..common.process_group import ALONE, Processes
-from ..data.logprobs import TokenBatch
+from ..data.logprobs import TokenBatch, pair_batch, pair_length
 from ..data.pairs import EncodedPair
-from ..data.prompts import EncodedAnswer
-from ..data.sequences import example_batch, example_length, pair_batch, pair_length
 from ..recipe.settings import Settings
 from .engine import Engine, TokenLogProbs
 from .tensors import MaskedTensor, State
@@ -31,7 +29,7 @@ class LearningProblem:
     engine: Engine
     tensors: Sequence[MaskedTensor]
     pairs: Sequence[EncodedPair]
-    utility: Sequence[EncodedAnswer]
+    utility: Sequence[EncodedPair]
     settings: Settings
     micro_batch: int
     together: Processes = ALONE
@@ -52,15 +50,17 @@ class LearningProblem:
 
     def utility_parts(self, rows: Iterable[int]) -> Iterator[list[int]]:
         """Cut rows of the utility examples into micro-batches, see ``parts``."""
-        return self.parts(rows, lambda row: example_length(self.utility[row]))
+        return self.parts(rows, lambda row: pair_length(self.utility[row]))
 
     def pair_batch(self, rows: Sequence[int], is_safe_alone: bool = False) -> TokenBatch:
-        """Return rows of the pairs as ``sequences.pair_batch`` does."""
+        """Return rows of the pairs as ``logprobs.pair_batch`` does."""
         return pair_batch([self.pairs[row] for row in rows], self.engine.device, is_safe_alone)
 
     def utility_batch(self, rows: Sequence[int]) -> TokenBatch:
         """Return rows of the utility examples as a batch."""
-        return example_batch([self.utility[row] for row in rows], self.engine.device)
+        return pair_batch(
+            [self.utility[row] for row in rows], self.engine.device, is_safe_alone=True
+        )
 
     def parts(self, rows: Iterable[int], length: Callable[[int], int]) -> Iterator[list[int]]:
         """Cut rows into micro-batches of like length, so that little of them is padding."""

@@ -10,7 +10,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from ..common.errors import noted, raise_together
-from ..data.rows import dataset_rows
+from ..data.dataset_reading import dataset_rows
 from ..mask.artifact import MaskSet
 from ..prepass.places import place_problems
 from ..recipe.recipe_keys import key_problems

@@ -3,10 +3,8 @@
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from ..data.pairs import EncodedPair
-from ..data.prompts import EncodedAnswer
 from .headers import planned_tensors
 from .plan import PlannedMerge
 
@@ -18,10 +16,8 @@ _LEARNED_POSITIONS = re.compile(
 # Tokens that are named.
 _NAMED = 5
 
-Example = EncodedPair | EncodedAnswer
 
-
-def cut_counts(examples: Sequence[Example]) -> dict[str, int]:
+def cut_counts(examples: Sequence[EncodedPair]) -> dict[str, int]:
     """Return how many prompts and answers were cut, as JSON.
 
     ``enough`` is the ``max_length`` under which fewer than 5 % of the examples would be.
@@ -37,7 +33,7 @@ def cut_counts(examples: Sequence[Example]) -> dict[str, int]:
     }
 
 
-def cut_line(examples: Sequence[Example], max_length: int) -> str:
+def cut_line(examples: Sequence[EncodedPair], max_length: int) -> str:
     """Return in words how many prompts and answers were cut, empty where none was."""
     counts = cut_counts(examples)
     if not counts["prompts"] and not counts["answers"]:
@@ -52,7 +48,7 @@ def cut_line(examples: Sequence[Example], max_length: int) -> str:
     return line
 
 
-def fit_problems(planned: PlannedMerge, examples: Sequence[Example]) -> list[str]:
+def fit_problems(planned: PlannedMerge, examples: Sequence[EncodedPair]) -> list[str]:
     """Return what the model that learns can't read of its data, a sentence each.
 
     Args:
@@ -62,7 +58,7 @@ def fit_problems(planned: PlannedMerge, examples: Sequence[Example]) -> list[str
     return [*_tokens_without_row(planned, examples), *_places_without_row(planned, examples)]
 
 
-def _tokens_without_row(planned: PlannedMerge, examples: Sequence[Example]) -> list[str]:
+def _tokens_without_row(planned: PlannedMerge, examples: Sequence[EncodedPair]) -> list[str]:
     if planned.tokenizer_info is not None:
         # mergekit gives the embeddings a row for each token.
         return []
@@ -92,7 +88,7 @@ def _tokens_without_row(planned: PlannedMerge, examples: Sequence[Example]) -> l
     ]
 
 
-def _places_without_row(planned: PlannedMerge, examples: Sequence[Example]) -> list[str]:
+def _places_without_row(planned: PlannedMerge, examples: Sequence[EncodedPair]) -> list[str]:
     tables = [
         tensor.shape[0]
         for name, tensor in planned_tensors(planned).items()
@@ -112,11 +108,9 @@ def _places_without_row(planned: PlannedMerge, examples: Sequence[Example]) -> l
     ]
 
 
-def _length(example: Any) -> int:
+def _length(example: EncodedPair) -> int:
     return len(example.prompt) + max(map(len, _answers(example)))
 
 
-def _answers(example: Example) -> list[list[int]]:
-    if isinstance(example, EncodedAnswer):
-        return [example.answer]
+def _answers(example: EncodedPair) -> list[list[int]]:
     return [answer for answer in (example.chosen, example.rejected) if answer]

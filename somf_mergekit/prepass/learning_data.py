@@ -10,12 +10,14 @@ from ..common.errors import noted, raise_together
 from ..data.chat import AS_GIVEN, Message
 from ..data.conversations import known_rows
 from ..data.held_out import LEAST, MOST, held_out_split
-from ..data.pairs import EncodedPair, Pair, encoded_pairs, preference_pairs
-from ..data.prompts import (
-    EncodedAnswer,
+from ..data.pairs import (
+    EncodedPair,
+    Pair,
     answered_prompts,
-    encoded_answers,
+    encoded_pairs,
     has_answers,
+    pairs_of_answers,
+    preference_pairs,
     read_answers,
 )
 from ..data.rendering import Rendering, writes_date
@@ -51,7 +53,7 @@ class SafetyData:
     held_out: list[EncodedPair]
     why_none: str
     dropped: str
-    utility: list[EncodedAnswer]
+    utility: list[EncodedPair]
     date: str | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -110,7 +112,7 @@ def checked_data(
     """
     found = list(problems)
     data = SafetyData([], [], "", "", [])
-    utility: list[EncodedAnswer] = []
+    utility: list[EncodedPair] = []
     notes: list[str] = []
     found += _model_problems(planned)
     impossible = learning_problem(planned)
@@ -247,13 +249,12 @@ def _used(settings: Settings) -> int | None:
 def _safe_answers(
     planned: PlannedMerge, found: Examples[tuple[list[Message], str]], source: str, how: Rendering
 ) -> SafetyData:
-    encoded, dropped = _answers(planned, found, source, planned.settings.safety_samples, how)
-    pairs = [EncodedPair(e.prompt, e.answer, [], e.row, e.cut) for e in encoded]
+    pairs, dropped = _answers(planned, found, source, planned.settings.safety_samples, how)
     why_none, notes = "the data has no unsafe answers", found.notes("safety dataset", dropped)
     return SafetyData(pairs, [], why_none, dropped, [], notes=notes)
 
 
-def _utility_data(planned: PlannedMerge, how: Rendering) -> tuple[list[EncodedAnswer], list[str]]:
+def _utility_data(planned: PlannedMerge, how: Rendering) -> tuple[list[EncodedPair], list[str]]:
     """Return the utility data, and what of it isn't used, a sentence each."""
     settings = planned.settings
     source = settings.utility_dataset
@@ -270,7 +271,7 @@ def _answers(
     source: str,
     count: int | None,
     how: Rendering,
-) -> tuple[list[EncodedAnswer], str]:
+) -> tuple[list[EncodedPair], str]:
     """Return ``count`` prompts with answers (all for None) in an order drawn from the seed.
 
     Beside them stands in words how many rows were left out, empty where none was.
@@ -278,5 +279,6 @@ def _answers(
     settings = planned.settings
     chosen = found.sampled(count, settings.seed)
     tokenizer, most = planned.tokenizer, settings.max_length
-    encoded, cut = encoded_answers(chosen, tokenizer, most, source, _used(settings), how)
+    pairs = pairs_of_answers(chosen)
+    encoded, cut = encoded_pairs(pairs, tokenizer, most, source, _used(settings), how)
     return encoded, ", ".join(filter(None, (str(found.left_out), str(cut))))

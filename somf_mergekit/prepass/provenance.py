@@ -57,7 +57,7 @@ def learning_fingerprint(planned: PlannedMerge, data: SafetyData) -> dict[str, A
         **content_of_models(planned),
         "data": json_digest([[p.prompt, p.chosen, p.rejected] for p in data.pairs]),
         "held-out data": json_digest([[p.prompt, p.chosen, p.rejected] for p in data.held_out]),
-        "utility data": json_digest([[e.prompt, e.answer] for e in data.utility]),
+        "utility data": json_digest([[e.prompt, e.chosen] for e in data.utility]),
         "settings": {k: v for k, v in settings.items() if k not in _STAND_INS},
         "parameters of the tensors": json_digest([_resolved(planned, *t) for t in planned.tensors]),
         "dtype": planned.config.dtype or "as stored",
