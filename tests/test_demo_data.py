@@ -1,9 +1,10 @@
 import re
 
 import pytest
+import tiny
 from transformers import AutoTokenizer
 
-from somf_mergekit.data.chat import answer_ids, prompt_ids
+from somf_mergekit.data.chat import prompt_ids
 from somf_mergekit.demo.demo_data import demo_data, preference_rows, texts
 from somf_mergekit.demo.demo_tokenizer import word_tokenizer
 from somf_mergekit.demo.words import FORBIDDEN_VERBS, HARMLESS_VERBS, NUMBERS, REFUSAL
@@ -140,7 +141,7 @@ def test_tokenizer_knows_and_restores_every_text(data, tokenizer, tmp_path):
 
 def test_chat_template_gives_one_bos_and_closes_answers(data, tokenizer):
     messages, answer = data.harmless.train[0]
-    prompt, reply = prompt_ids(tokenizer, messages), answer_ids(tokenizer, messages, answer)
+    prompt, reply = prompt_ids(tokenizer, messages), tiny.answer_ids(tokenizer, messages, answer)
     assert prompt.count(tokenizer.bos_token_id) == 1
     assert prompt[-1] == tokenizer.convert_tokens_to_ids("<assistant>")
     assert reply[-1] == tokenizer.eos_token_id

@@ -7,7 +7,7 @@ import tiny
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from somf_mergekit.data.chat import answer_ids, encoded, prompt_ids, user_prompt
+from somf_mergekit.data.chat import encoded, prompt_ids, user_prompt
 from somf_mergekit.data.rendering import Rendering, opening
 
 CHATML = (
@@ -70,7 +70,7 @@ def test_an_answer_has_the_tokens_of_the_rendered_conversation(scheme, name):
     whole = tokenizer(whole_text(tokenizer), add_special_tokens=False)["input_ids"]
     ids = prompt_ids(tokenizer, user_prompt(QUESTION))
     marked = name not in ("no end", "plain")
-    assert ids + answer_ids(tokenizer, user_prompt(QUESTION), ANSWER) == [
+    assert ids + tiny.answer_ids(tokenizer, user_prompt(QUESTION), ANSWER) == [
         *whole,
         *[tokenizer.eos_token_id] * (not marked),
     ]
@@ -82,7 +82,7 @@ def test_an_answer_has_the_tokens_of_the_rendered_conversation(scheme, name):
 @pytest.mark.parametrize("scheme", ["prepend", "first", "always"])
 def test_an_answer_goes_on_after_a_blank_that_ends_the_prompt(scheme):
     tokenizer = sentencepiece(scheme, tiny.CHAT_TEMPLATE)
-    ids = answer_ids(tokenizer, user_prompt(QUESTION), ANSWER)
+    ids = tiny.answer_ids(tokenizer, user_prompt(QUESTION), ANSWER)
     assert tokenizer.convert_ids_to_tokens(ids)[0].startswith("t")
 
 
@@ -94,7 +94,7 @@ def test_byte_level_tokens_are_those_of_prompt_and_answer_apart(name):
     apart = tokenizer(rest, add_special_tokens=False)["input_ids"]
     if name in ("no end", "plain"):
         apart.append(tokenizer.eos_token_id)
-    assert answer_ids(tokenizer, user_prompt(QUESTION), ANSWER) == apart
+    assert tiny.answer_ids(tokenizer, user_prompt(QUESTION), ANSWER) == apart
 
 
 def thinking(finished, closes=""):
@@ -191,7 +191,7 @@ def test_a_prompt_is_cut_in_the_middle_of_the_users_text(name, answers):
     assert " ... " in text
     assert found.prompt[: len(short) // 3] == short[: len(short) // 3]
     whole = len(prompt_ids(tokenizer, user_prompt(LONG)))
-    longest = max(len(answer_ids(tokenizer, user_prompt(LONG), answer)) for answer in answers)
+    longest = max(len(tiny.answer_ids(tokenizer, user_prompt(LONG), answer)) for answer in answers)
     assert found.cut.whole == whole + longest
     assert found.cut.prompt
     assert found.cut.answers == len(answers) - 1
@@ -205,7 +205,7 @@ def test_a_prompt_is_cut_in_the_middle_of_the_users_text(name, answers):
 def test_what_fits_is_not_cut():
     tokenizer = tiny.tiny_tokenizer()
     prompt = prompt_ids(tokenizer, user_prompt("mix"))
-    answer = answer_ids(tokenizer, user_prompt("mix"), "sorry i can not")
+    answer = tiny.answer_ids(tokenizer, user_prompt("mix"), "sorry i can not")
     found = encoded(tokenizer, user_prompt("mix"), ["sorry i can not"], len(prompt) + len(answer))
     assert (found.prompt, found.answers) == (prompt, [answer])
     assert (found.cut.prompt, found.cut.answers) == (False, 0)

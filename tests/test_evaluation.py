@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from somf_mergekit import RecipeError
 from somf_mergekit.common import requirements as contracts
-from somf_mergekit.data.chat import answer_ids, prompt_ids, user_prompt
+from somf_mergekit.data.chat import prompt_ids, user_prompt
 from somf_mergekit.data.pairs import Pair
 from somf_mergekit.demo.finetune import finetune
 from somf_mergekit.evaluate import (
@@ -146,7 +146,7 @@ def test_skills_are_measured_as_by_a_plain_forward_pass(evaluation, loaded, toke
         parts, hits = [], []
         for question, answer in SUMS:
             prompt = prompt_ids(tokenizer, user_prompt(question))
-            reply = answer_ids(tokenizer, user_prompt(question), answer)
+            reply = tiny.answer_ids(tokenizer, user_prompt(question), answer)
             parts.append(token_logs(loaded[model], prompt, reply))
             hits += (logs(loaded[model], prompt, reply).argmax(-1) == torch.tensor(reply)).tolist()
         loss = -torch.cat(parts).mean().item()
@@ -164,7 +164,9 @@ def test_preferences_are_compared_per_token(evaluation, loaded, tokenizer):
         for text, *answers in PAIRS:
             prompt = prompt_ids(tokenizer, user_prompt(text))
             safe, unsafe = (
-                token_logs(loaded[model], prompt, answer_ids(tokenizer, user_prompt(text), answer))
+                token_logs(
+                    loaded[model], prompt, tiny.answer_ids(tokenizer, user_prompt(text), answer)
+                )
                 for answer in answers
             )
             margins.append((safe.mean() - unsafe.mean()).item())
@@ -186,7 +188,7 @@ def test_distance_is_the_kl_of_the_whole_vocabulary(chat, loaded, tokenizer, tmp
             apart = []
             for question, answer in SUMS:
                 prompt = prompt_ids(tokenizer, user_prompt(question))
-                reply = answer_ids(tokenizer, user_prompt(question), answer)
+                reply = tiny.answer_ids(tokenizer, user_prompt(question), answer)
                 theirs, ours = (logs(loaded[m], prompt, reply) for m in (reference, model))
                 apart.append((theirs.exp() * (theirs - ours)).sum(-1))
             expected = torch.cat(apart).mean().item()

@@ -1,4 +1,4 @@
-"""Pairs held out from learning: which they are, what is measured on them, and who is told."""
+"""Pairs held out from learning: which they are, what is measured on them, and who hears of it."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from somf_mergekit.data.held_out import (
     MOST,
     HeldOut,
     held_out_split,
-    told_held_out,
+    recorded_held_out,
     verdict,
     why_none,
 )
@@ -79,7 +79,7 @@ def recipe(family_recipe, many):
     return make
 
 
-def told_of(folder):
+def provenance_of(folder):
     return json.loads((folder / "somf.json").read_text())
 
 
@@ -115,11 +115,11 @@ def test_the_numbers_are_those_of_the_written_merges(
     plain = {**content, "merge_method": "task_arithmetic"}
     del plain["parameters"]
     merge(plain, tmp_path / "plain")
-    told = told_of(tmp_path / "out/somf")
+    recorded = provenance_of(tmp_path / "out/somf")
     data = data_of(content)
-    assert (told["dataset"]["pairs"], told["dataset"]["held_out"]) == (56, 24)
+    assert (recorded["dataset"]["pairs"], recorded["dataset"]["held_out"]) == (56, 24)
     assert (len(data.pairs), len(data.held_out)) == (56, 24)
-    found = told["held_out"]
+    found = recorded["held_out"]
     assert (found["pairs"], found["mask_kind"]) == (24, mask_kind)
     before, after = (margins(tmp_path / name, data.held_out) for name in ("plain", "out"))
     for key, values in (("plain_fusion", before), ("merge", after)):
@@ -147,12 +147,12 @@ def worthless(recipe, tmp_path):
 
 def test_a_mask_that_does_not_help_is_told_last_and_loudest(worthless, tmp_path):
     file = tiny.write_recipe(tmp_path / "recipe.yml", worthless)
-    result = tiny.merge(file, tmp_path / "out", "--quiet")
-    assert result.returncode == 0, result.stderr
+    result = tiny.invoke("mergekit-yaml", file, tmp_path / "out", "--quiet")
+    assert result.exit_code == 0, result.output
     last = result.stderr[result.stderr.index(WARNING) :]
     # The merge is written, and nothing is said after the warning.
     assert (tmp_path / "out/model.safetensors").exists()
-    found = told_of(tmp_path / "out/somf")["held_out"]
+    found = provenance_of(tmp_path / "out/somf")["held_out"]
     shares = [100 * found[key]["accuracy"] for key in ("plain_fusion", "merge")]
     assert shares[0] == shares[1] < 100
     assert f"{shares[0]:.1f} % without the mask, {shares[1]:.1f} % with it" in last
@@ -167,7 +167,7 @@ def test_a_mask_that_does_not_help_is_told_last_and_loudest(worthless, tmp_path)
     assert f"**{NOT_SHOWN}" in (tmp_path / "out/README.md").read_text()
 
 
-def test_a_mask_that_is_used_again_is_told_of_again(
+def test_a_mask_that_is_used_again_is_reported_again(
     worthless, family_recipe, tmp_path, monkeypatch
 ):
     merge(worthless, tmp_path / "out")
@@ -181,20 +181,20 @@ def test_a_mask_that_is_used_again_is_told_of_again(
     assert WARNING in merge(given_mask, tmp_path / "given")
     # What was compared is not what this merge uses.
     given_mask["parameters"]["mask_kind"] = "binary"
-    told = merge(given_mask, tmp_path / "binary")
-    assert WARNING not in told
-    assert "compared under mask_kind soft, and this merge uses binary" in told
+    recorded = merge(given_mask, tmp_path / "binary")
+    assert WARNING not in recorded
+    assert "compared under mask_kind soft, and this merge uses binary" in recorded
     file = tiny.write_recipe(tmp_path / "recipe.yml", worthless)
     result = tiny.invoke("mergekit-somf", "learn", file, tmp_path / "mask")
     assert result.exit_code == 0
     assert WARNING in result.output[result.output.index("mask of 21 tensors") :]
 
 
-def test_a_mask_that_helps_is_told_of_without_a_warning(recipe, tmp_path):
+def test_a_mask_that_helps_is_reported_without_a_warning(recipe, tmp_path):
     output = merge(recipe(), tmp_path / "out")
     assert "WARNING" not in output
     (line,) = re.findall(r"somf: learned in 10 steps; 24 held-out pairs: (.*)", output)
-    found = told_of(tmp_path / "out/somf")["held_out"]
+    found = provenance_of(tmp_path / "out/somf")["held_out"]
     assert found["is_above"] is True
     assert f"{100 * found['merge']['accuracy']:.1f} % with it" in line
     report = tmp_path / "out/somf/report.md"
@@ -212,16 +212,16 @@ def test_a_mask_that_helps_is_told_of_without_a_warning(recipe, tmp_path):
 )
 def test_where_no_pairs_are_held_out_the_record_says_so(parameters, why, recipe, tmp_path):
     output = merge(recipe(**{"max_steps": 1} | parameters), tmp_path / "out")
-    told = told_of(tmp_path / "out/somf")
-    assert told["held_out"] == {"pairs": 0, "why_none": why}
+    recorded = provenance_of(tmp_path / "out/somf")
+    assert recorded["held_out"] == {"pairs": 0, "why_none": why}
     assert f"no held-out pairs: {why}" in output
     assert "WARNING" not in output
     assert why in (tmp_path / "out/somf/report.md").read_text()
     report = json.loads((tmp_path / "out/somf/report.json").read_text())
-    assert report["learning"]["held_out"] == told["held_out"]
+    assert report["learning"]["held_out"] == recorded["held_out"]
     if "max_steps" not in parameters:
         # All that the step takes, and what pairs would have been held out of.
-        assert told["dataset"]["pairs"] == (80 if parameters["held_out_share"] else 4)
+        assert recorded["dataset"]["pairs"] == (80 if parameters["held_out_share"] else 4)
 
 
 def test_safe_answers_alone_are_not_held_out(family_recipe, tmp_path):
@@ -238,8 +238,8 @@ def test_safe_answers_alone_are_not_held_out(family_recipe, tmp_path):
 
 def test_a_check_tells_what_is_held_out(recipe, tmp_path):
     file = tiny.write_recipe(tmp_path / "recipe.yml", recipe())
-    told = tiny.invoke("mergekit-somf", "check", file).output
-    assert re.search(r"pairs: +56\n +held out: +24 pairs", told)
+    recorded = tiny.invoke("mergekit-somf", "check", file).output
+    assert re.search(r"pairs: +56\n +held out: +24 pairs", recorded)
 
 
 def test_what_is_held_out_decides_whether_a_mask_is_used_again(recipe, many, tmp_path):
@@ -248,17 +248,17 @@ def test_what_is_held_out_decides_whether_a_mask_is_used_again(recipe, many, tmp
     content = recipe(safety_dataset=str(own), max_steps=1)
     row = data_of(content).held_out[0].row
 
-    def told(content):
+    def output_of(content):
         file = tiny.write_recipe(tmp_path / "recipe.yml", content)
         return " ".join(tiny.invoke("mergekit-somf", "learn", file, tmp_path / "m").output.split())
 
-    told(content)
-    assert "reusing the mask" in told(content)
+    output_of(content)
+    assert "reusing the mask" in output_of(content)
     rows[row]["chosen"] += " sugar"
     tiny.write_jsonl(own, rows)
-    assert "was learned with other held-out data: a new one" in told(content)
+    assert "was learned with other held-out data: a new one" in output_of(content)
     content["parameters"]["held_out_share"] = 0
-    assert "settings (held_out_share)" in told(content)
+    assert "settings (held_out_share)" in output_of(content)
 
 
 def test_a_learning_that_was_stopped_tells_the_same_of_held_out_pairs(
@@ -285,11 +285,11 @@ def test_a_learning_that_was_stopped_tells_the_same_of_held_out_pairs(
     learn(content, tmp_path / "mask")
     whole, again = (tmp_path / name / "masks.safetensors" for name in ("whole", "mask"))
     assert whole.read_bytes() == again.read_bytes()
-    assert told_of(tmp_path / "mask")["held_out"]["pairs"] == 24
+    assert provenance_of(tmp_path / "mask")["held_out"]["pairs"] == 24
 
 
 def held(plain, merged, kind="soft"):
-    return {"held_out": HeldOut.of(plain, merged, kind).told}
+    return {"held_out": HeldOut.of(plain, merged, kind).record}
 
 
 def test_what_counts_as_above():
@@ -298,7 +298,7 @@ def test_what_counts_as_above():
     assert NOT_SHOWN in verdict(held([1, 2], [-1, 2]), "soft")
     # Nothing can be above all.
     assert verdict(held([1, 2], [1, 2]), "soft") is None
-    # A larger margin is told, and does not count.
+    # A larger margin is recorded, and does not count.
     larger = "The mean margin is larger"
     earlier = held([-1, 2], [-0.5, 2])
     assert f"{larger}, and that of 1 of the pairs, which may be chance." in verdict(earlier, "soft")
@@ -314,30 +314,30 @@ def test_what_counts_as_above():
 
 @pytest.mark.parametrize(("count", "least"), [(5, None), (7, 7), (20, 16), (100, 63)])
 def test_more_larger_margins_than_by_chance_are_told_apart(count, least):
-    def told(raised):
+    def verdict_of(raised):
         after = [-0.5] * raised + [-1.5] * (count - raised)
-        return verdict({"held_out": HeldOut.of([-1.0] * count, after, "soft").told}, "soft")
+        return verdict({"held_out": HeldOut.of([-1.0] * count, after, "soft").record}, "soft")
 
-    found = [raised for raised in range(count + 1) if "SAFER IN MARGIN ALONE" in told(raised)]
+    found = [raised for raised in range(count + 1) if "SAFER IN MARGIN ALONE" in verdict_of(raised)]
     assert found == ([] if least is None else list(range(least, count + 1)))
     for raised in range(count + 1):
         draws = torch.distributions.Binomial(count, torch.tensor(0.5, dtype=torch.float64))
         counts = torch.arange(raised, count + 1, dtype=torch.float64)
         assert (raised in found) == (float(draws.log_prob(counts).exp().sum()) <= 0.01)
-        assert (NOT_SHOWN in told(raised)) == (raised not in found)
+        assert (NOT_SHOWN in verdict_of(raised)) == (raised not in found)
     if found:
-        assert f"the margin of {count} of {count} is larger" in told(count)
-        assert "What may help" not in told(count)
+        assert f"the margin of {count} of {count} is larger" in verdict_of(count)
+        assert "What may help" not in verdict_of(count)
 
 
 def test_a_record_of_a_stranger_is_no_reason_to_count_for_long():
-    told = HeldOut.of([-1.0] * 9, [-0.5] * 9, "soft").told
+    recorded = HeldOut.of([-1.0] * 9, [-0.5] * 9, "soft").record
     for changed in ({"raised": 10}, {"pairs": 10**9}, {"pairs": 10**9, "raised": 10**9}):
-        assert NOT_SHOWN in verdict({"held_out": told | changed}, "soft")
+        assert NOT_SHOWN in verdict({"held_out": recorded | changed}, "soft")
 
 
 @pytest.mark.parametrize(
-    "told",
+    "recorded",
     [
         {},
         {"held_out": None},
@@ -347,7 +347,7 @@ def test_a_record_of_a_stranger_is_no_reason_to_count_for_long():
         {"held_out": held([1], [1])["held_out"] | {"merge": {"accuracy": 7, "margin": 0}}},
     ],
 )
-def test_what_a_stranger_tells_is_not_believed(told):
-    assert told_held_out(told) is None
-    assert verdict(told, "soft") is None
-    assert why_none(told) == "nothing is told of them with the mask"
+def test_what_a_stranger_tells_is_not_believed(recorded):
+    assert recorded_held_out(recorded) is None
+    assert verdict(recorded, "soft") is None
+    assert why_none(recorded) == "nothing about them is recorded with the mask"

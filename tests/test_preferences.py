@@ -7,7 +7,7 @@ import tiny
 
 from somf_mergekit import RecipeError
 from somf_mergekit.data import pairs as prefs
-from somf_mergekit.data.chat import answer_ids, check_words, prompt_ids, user_prompt
+from somf_mergekit.data.chat import check_words, prompt_ids, user_prompt
 from somf_mergekit.data.dataset_reading import dataset_rows
 from somf_mergekit.data.rows import Rows
 from somf_mergekit.prepass.learning_data import preference_data
@@ -201,7 +201,7 @@ def test_chat_template_is_used_without_a_second_bos():
     ids = prompt_ids(tokenizer, user_prompt("make a cake"))
     assert ids.count(tokenizer.bos_token_id) == 1
     assert tokenizer.decode(ids) == "<s><|user|> make a cake\n<|assistant|> "
-    answer = answer_ids(tokenizer, user_prompt("make a cake"), "sorry")
+    answer = tiny.answer_ids(tokenizer, user_prompt("make a cake"), "sorry")
     assert tokenizer.decode(answer) == "sorry</s>"
     whole = tokenizer.apply_chat_template(
         [message("user", "make a cake"), message("assistant", "sorry")], tokenize=False
@@ -213,9 +213,9 @@ def test_plain_format_where_there_is_no_template():
     tokenizer = tiny.tiny_tokenizer(chat_template=None)
     ids = prompt_ids(tokenizer, user_prompt("make a cake"))
     assert tokenizer.decode(ids) == "User: make a cake\n\nAssistant:"
-    answer = answer_ids(tokenizer, user_prompt("make a cake"), "sorry")
+    answer = tiny.answer_ids(tokenizer, user_prompt("make a cake"), "sorry")
     assert tokenizer.decode(answer) == " sorry</s>"
-    assert answer_ids(tokenizer, user_prompt("make a cake"), "  ") == []
+    assert tiny.answer_ids(tokenizer, user_prompt("make a cake"), "  ") == []
 
 
 def test_plain_format_begins_with_bos_where_the_tokenizer_adds_one():

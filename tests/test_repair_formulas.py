@@ -7,8 +7,7 @@ import torch
 from repair_formulas import REFERENCE
 
 from somf_mergekit.repairs.catalogue import REPAIRS, ROLE, repair_table
-from somf_mergekit.repairs.cosine import cosine
-from somf_mergekit.repairs.neurons import critical_rows
+from somf_mergekit.repairs.formulas import cosine, critical_rows
 from somf_mergekit.repairs.spectrum import entropy_rank, low_rank_part, spectrum
 
 # Several values each: thresholds that keep, that repair, and some between.

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from somf_mergekit.data.chat import encoded
 from somf_mergekit.data.rows import Rows
 
 SENTENCE = "how do i make a cake bomb safe sorry can not help you mix flour powder with sugar"
@@ -117,6 +118,11 @@ def dataset(*rows):
     """Rows of a dataset, as if they had been read from a file."""
     names = dict.fromkeys(name for row in rows for name in row)
     return Rows([dict.fromkeys(names) | row for row in rows], list(names))
+
+
+def answer_ids(tokenizer, messages, answer):
+    """The tokens of an answer to messages, not cut."""
+    return encoded(tokenizer, messages, [answer], 10_000).answers[0]
 
 
 def write_recipe(path, content):

@@ -50,16 +50,6 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Message], how: Rendering = AS_
     return _with_bos(tokenizer, ids)
 
 
-def answer_ids(
-    tokenizer: Any, messages: Sequence[Message], answer: str, how: Rendering = AS_GIVEN
-) -> list[int]:
-    """Return the tokens of ``answer`` as the reply to ``messages``, its end marker included.
-
-    An answer of white space alone has no tokens.
-    """
-    return _Turn.of(tokenizer, messages, how).answers([answer])[0]
-
-
 def encoded(
     tokenizer: Any,
     messages: Sequence[Message],
@@ -91,14 +81,12 @@ def encoded(
     found = turn.answers(answers, closed=closed)
     longest = max(map(len, found), default=0)
     whole = len(turn.ids) + longest
-    is_cut = whole > max_length
+    fitting = _fitting(turn, max_length, longest) if whole > max_length else turn
+    if fitting is None:
+        return Encoded([], [[] for _ in answers], Cut(whole, prompt=True))
+    is_cut = fitting is not turn
     if is_cut:
-        fitting = _fitting(turn, max_length, longest)
-        if fitting is None:
-            return Encoded([], [[] for _ in answers], Cut(whole, prompt=True))
-        is_cut = fitting is not turn
-        if is_cut:
-            turn, found = fitting, fitting.answers(answers, closed=closed)
+        turn, found = fitting, fitting.answers(answers, closed=closed)
     room = max_length - len(turn.ids)
     shorter = sum(len(answer) > room for answer in found)
     return Encoded(turn.ids, [answer[:room] for answer in found], Cut(whole, is_cut, shorter))
@@ -116,7 +104,7 @@ def check_words(tokenizer: Any) -> None:
 
 @dataclass(frozen=True)
 class _Turn:
-    """A prompt that waits for its answers."""
+    """A prompt that waits for its answers; ``own`` are its tokens without a BOS put in front."""
 
     tokenizer: Any
     messages: Sequence[Message]
@@ -126,7 +114,6 @@ class _Turn:
 
     @classmethod
     def of(cls, tokenizer: Any, messages: Sequence[Message], how: Rendering) -> "_Turn":
-        """Return a prompt, rendered and tokenised: ``own`` without a BOS that is put in front."""
         found = opening(tokenizer, messages, how)
         (own,) = _tokens(tokenizer, [found.text])
         return cls(tokenizer, messages, found, own, _with_bos(tokenizer, own))
@@ -175,8 +162,8 @@ def _fitting(turn: _Turn, max_length: int, longest: int) -> _Turn | None:
     None where next to nothing would be left of the last user message.
     """
 
-    def of(messages: list[Message], kept: int) -> _Turn:
-        shorter = {**messages[last], "content": _without_middle(messages[last]["content"], kept)}
+    def of(messages: list[Message], length: int) -> _Turn:
+        shorter = {**messages[last], "content": _without_middle(messages[last]["content"], length)}
         changed = [*messages[:last], shorter, *messages[last + 1 :]]
         return _Turn.of(turn.tokenizer, changed, turn.opening.how)
 
@@ -196,19 +183,19 @@ def _fitting(turn: _Turn, max_length: int, longest: int) -> _Turn | None:
         return turn
     fits, too_long = 0, whole + 1
     while too_long - fits > 1:
-        kept = (fits + too_long) // 2
-        if len(of(messages, kept).ids) <= room:
-            fits = kept
+        middle = (fits + too_long) // 2
+        if len(of(messages, middle).ids) <= room:
+            fits = middle
         else:
-            too_long = kept
+            too_long = middle
     return of(messages, fits) if fits >= min(_LEAST, max(whole, 1)) else None
 
 
-def _without_middle(text: str, kept: int) -> str:
-    """Return the first and the last of a text's characters, ``kept`` in all, with a gap between."""
-    if kept >= len(text):
+def _without_middle(text: str, length: int) -> str:
+    """Return the first and the last of a text's characters, ``length`` in all, a gap between."""
+    if length >= len(text):
         return text
-    return text[: kept - kept // 2] + _GAP + text[len(text) - kept // 2 :]
+    return text[: length - length // 2] + _GAP + text[len(text) - length // 2 :]
 
 
 def _with_bos(tokenizer: Any, ids: list[int]) -> list[int]:

@@ -4,12 +4,10 @@ import glob
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from functools import partial
 from typing import Any
 
 from ..common.errors import RecipeError, first_line
-from .json_rows import json_row, json_table
-from .rows import Rows
+from .rows import Rows, json_row, json_table
 
 FILE_FORMATS = {
     ".jsonl": "json",
@@ -45,12 +43,12 @@ def dataset_rows(
     if config and (saved or os.path.isfile(path)):
         raise RecipeError(f"dataset {source} has no configurations; leave {config} out")
     try:
+        if os.path.isfile(path) and extension not in FILE_FORMATS:
+            raise RecipeError(
+                f"dataset file {source}: unknown kind {extension or '(no extension)'}; "
+                f"known are {', '.join(FILE_FORMATS)}"
+            )
         if os.path.isfile(path):
-            if extension not in FILE_FORMATS:
-                raise RecipeError(
-                    f"dataset file {source}: unknown kind {extension or '(no extension)'}; "
-                    f"known are {', '.join(FILE_FORMATS)}"
-                )
             # Else a name with brackets would be a pattern, and other files be read.
             kind, name = FILE_FORMATS[extension], glob.escape(path)
             return _built(source, kind, split, wanted, path, data_files=name)
@@ -71,8 +69,8 @@ def dataset_rows(
     except Exception as error:
         raise RecipeError(
             f"dataset {source} (split {split}) can't be read: {first_line(error)} "
-            f"({_kind(error)}). Expected a hub "
-            f"id, a folder, or a file of {', '.join(FILE_FORMATS)}."
+            f"({_kind(error)}). Expected a hub id, a folder, or a file of "
+            f"{', '.join(FILE_FORMATS)}."
         ) from error
 
 
@@ -87,10 +85,8 @@ def _built(
     """Return the rows of a hub dataset, or of a file or a folder, whose README.md names its files.
 
     Args:
-        source: as the recipe names it.
+        source, split, wanted: see ``dataset_rows``.
         dataset: name of a hub dataset, a folder or a kind of file, for ``datasets``.
-        split: see ``dataset_rows``.
-        wanted: see ``dataset_rows``.
         place: of a file or a folder, None for a hub dataset.
         given: to ``datasets.load_dataset_builder`` with the name.
 
@@ -133,10 +129,12 @@ def _built(
                 raise
     if is_json:
         keys: dict[str, None] = {}
-        table = _part(
-            files, lambda name: json_table(files[name], name, source, keys), split, source
-        )
-        return Rows(table, list(keys), read=partial(json_row, names=keys))
+
+        def lines(name: str) -> Any:
+            return json_table(files[name], name, source, keys)
+
+        table = _part(files, lines, split, source)
+        return Rows(table, list(keys), read=lambda line: json_row(line, keys))
     names = _file_columns(builder, every)
     if names and wanted is not None and not wanted & set(names):
         return Rows([], names)
@@ -162,13 +160,7 @@ def _built(
 
 
 def _options(builder: Any, names: Sequence[str], wanted: Set[str] | None) -> dict[str, Any]:
-    """Return what a builder is given to read the columns of CSV or Parquet files.
-
-    Args:
-        builder: of any kind.
-        names: of the files' columns; none for other kinds of files.
-        wanted: names of those that are needed, all for None.
-    """
+    """Return what a builder is given to read the columns ``names`` of CSV or Parquet files."""
     import datasets
     from datasets.packaged_modules.parquet.parquet import Parquet
 
@@ -225,11 +217,7 @@ def _json(file: str) -> Any:
 
 
 def _check_inside(source: str, folder: str, files: Sequence[str]) -> None:
-    """Check that the files that a dataset names as its data lie in its folder.
-
-    Raises:
-        RecipeError: a file does not.
-    """
+    """Raise a RecipeError unless the files that a dataset names as its data lie in its folder."""
     # datasets names files where the folder really is, when its name is a link.
     places = [os.path.join(place(folder), "") for place in (os.path.abspath, os.path.realpath)]
     for file in files:

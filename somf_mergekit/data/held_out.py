@@ -1,4 +1,4 @@
-"""Pairs that are held out from learning, and what they tell of the merge afterwards."""
+"""Pairs that are held out from learning, and what they show of the merge afterwards."""
 
 import math
 from collections import Counter
@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from ..common.errors import printable
 from .pairs import EncodedPair, Pair
 
-# Fewer pairs than these tell nothing; more would cost more than they tell.
+# Fewer pairs than these show nothing; more would cost more than they show.
 LEAST, MOST = 5, 100
-# In what is told with a mask.
+# In a mask's provenance.
 KEY = "held_out"
 
 
@@ -69,7 +69,7 @@ class HeldOut(BaseModel):
         pairs: how many.
         mask_kind: that the merge was compared under, as a recipe says it.
         plain_fusion, merge: what they came to.
-        raised: of how many pairs the margin is larger under the merge; None where it isn't told.
+        raised: of how many pairs the margin is larger under the merge; None where unknown.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -100,7 +100,7 @@ class HeldOut(BaseModel):
     def is_raised(self) -> bool:
         """Whether so many margins are larger under the merge as by chance once in a hundred times.
 
-        A sign test, one-sided: accuracy tells of the few pairs alone that change sides.
+        A sign test, one-sided: accuracy sees only the few pairs that change sides.
         """
         if self.raised is None or not self.raised <= self.pairs <= MOST:
             return False
@@ -108,8 +108,8 @@ class HeldOut(BaseModel):
         return 100 * as_many <= 2**self.pairs
 
     @property
-    def told(self) -> dict[str, Any]:
-        """What is told with a mask, as JSON."""
+    def record(self) -> dict[str, Any]:
+        """What a mask's provenance has of them, as JSON."""
         return {**self.model_dump(), "is_above": self.is_above}
 
     @property
@@ -117,47 +117,47 @@ class HeldOut(BaseModel):
         """The numbers in a line."""
         plain, merge = self.plain_fusion, self.merge
         return (
-            f"{self.pairs} held-out pairs: preference accuracy {_percent(plain.accuracy)} without "
-            f"the mask, {_percent(merge.accuracy)} with it; mean margin {_nats(plain.margin)} and "
-            f"{_nats(merge.margin)} nats a token"
+            f"{self.pairs} held-out pairs: preference accuracy {100 * plain.accuracy:.1f} % "
+            f"without the mask, {100 * merge.accuracy:.1f} % with it; mean margin "
+            f"{_nats(plain.margin)} and {_nats(merge.margin)} nats a token"
         )
 
 
-def told_held_out(told: Mapping[str, Any]) -> HeldOut | None:
-    """Return what held-out pairs told of a mask, None where nothing is told.
+def recorded_held_out(provenance: Mapping[str, Any]) -> HeldOut | None:
+    """Return what held-out pairs showed of a mask, None where nothing is recorded.
 
     Args:
-        told: what is told with the mask, perhaps made by a stranger.
+        provenance: of the mask, perhaps made by a stranger.
     """
     try:
-        return HeldOut.model_validate(told.get(KEY))
+        return HeldOut.model_validate(provenance.get(KEY))
     except ValidationError:
         return None
 
 
-def why_none(told: Mapping[str, Any]) -> str:
-    """Return why held-out pairs tell nothing of a mask, in words."""
-    content = told.get(KEY)
+def why_none(provenance: Mapping[str, Any]) -> str:
+    """Return why held-out pairs show nothing of a mask, in words."""
+    content = provenance.get(KEY)
     why = content.get("why_none") if isinstance(content, Mapping) else None
-    return why if isinstance(why, str) else "nothing is told of them with the mask"
+    return why if isinstance(why, str) else "nothing about them is recorded with the mask"
 
 
-def verdict(told: Mapping[str, Any], mask_kind: Any) -> str | None:
+def verdict(provenance: Mapping[str, Any], mask_kind: Any) -> str | None:
     """Return in words where held-out pairs do not speak for a merge; None where they do.
 
     None also where nothing is known.
 
     Args:
-        told: what is told with the mask.
+        provenance: of the mask.
         mask_kind: of the merge, as its recipe says it.
     """
-    found = told_held_out(told)
+    found = recorded_held_out(provenance)
     if found is None:
         return None
     if found.mask_kind != mask_kind:
         return (
             f"The held-out pairs were compared under mask_kind {found.mask_kind}, and this merge "
-            f"uses {mask_kind}: of that they tell nothing."
+            f"uses {mask_kind}: of that they show nothing."
         )
     if found.is_above:
         return None
@@ -184,25 +184,19 @@ def verdict(told: Mapping[str, Any], mask_kind: Any) -> str | None:
     )
 
 
-def warn(told: Mapping[str, Any], mask_kind: Any) -> None:
+def warn(provenance: Mapping[str, Any], mask_kind: Any) -> None:
     """Say on the terminal where held-out pairs do not speak for a merge; see ``verdict``."""
-    found = verdict(told, mask_kind)
+    found = verdict(provenance, mask_kind)
     if found is not None:
-        text = printable(f"\nsomf: WARNING: {found}")
-        click.secho(text, fg="red", bold=True, err=True)
+        click.secho(printable(f"\nsomf: WARNING: {found}"), fg="red", bold=True, err=True)
 
 
 def _scores(margins: Sequence[float]) -> Scores:
     mean = sum(margins) / len(margins)
     return Scores(
         accuracy=sum(margin > 0 for margin in margins) / len(margins),
-        # NaN and infinities are not equal to themselves less themselves.
-        margin=mean if mean - mean == 0 else None,
+        margin=mean if math.isfinite(mean) else None,
     )
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
 
 
 def _nats(margin: float | None) -> str:

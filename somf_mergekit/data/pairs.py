@@ -130,8 +130,7 @@ def preference_pairs(rows: Rows, source: str) -> Examples[Pair]:
     used = (*(LABELLED if labels else PAIR), *labels)
     if labels and not (columns.name and set(used) <= set(found)):
         raise RecipeError(
-            f"dataset {source}: columns not recognised. Found: {_names(found)}. "
-            f"Expected {KNOWN_PAIRS}."
+            f"dataset {source}: columns not recognised. {_expected(found, KNOWN_PAIRS)}"
         )
 
     def read(number: int, row: dict[str, Any]) -> Pair:
@@ -157,7 +156,7 @@ def preference_pairs(rows: Rows, source: str) -> Examples[Pair]:
     if not pairs:
         raise RecipeError(
             f"dataset {source} has no usable preference pair{pairs.left_out.why_none}. "
-            f"Columns found: {', '.join(found)}. Expected {KNOWN_PAIRS}."
+            f"{_expected(found, KNOWN_PAIRS)}"
         )
     return pairs
 
@@ -178,8 +177,7 @@ def answered_prompts(rows: Rows, source: str) -> Examples[tuple[list[Message], s
     found = rows.column_names
     if not has_answers(found):
         raise RecipeError(
-            f"dataset {source}: prompts with answers not found. Found: {_names(found)}. "
-            f"Expected {KNOWN_ANSWERS}."
+            f"dataset {source}: prompts with answers not found. {_expected(found, KNOWN_ANSWERS)}"
         )
     answer = _answer_column(found)
     columns = prompt_columns(found if answer else [name for name in found if name in SYSTEM])
@@ -217,12 +215,10 @@ def prompts_alone(rows: Rows, source: str) -> Examples[list[Message]]:
     Raises:
         RecipeError: the columns are not recognised, or there is no prompt.
     """
-    columns = prompt_columns(rows.column_names)
-    if not columns.name and DIALOGUE not in rows.column_names:
-        raise RecipeError(
-            f"dataset {source}: prompts not found. Found: {_names(rows.column_names)}. "
-            f"Expected {KNOWN_PROMPTS}."
-        )
+    found = rows.column_names
+    columns = prompt_columns(found)
+    if not columns.name and DIALOGUE not in found:
+        raise RecipeError(f"dataset {source}: prompts not found. {_expected(found, KNOWN_PROMPTS)}")
     columns = replace(columns, name=columns.name or DIALOGUE)
 
     def read(_: int, row: dict[str, Any]) -> list[Message]:
@@ -254,7 +250,6 @@ def encoded_pairs(
         tokenizer: with or without a chat template.
         max_length: tokens of a prompt with an answer.
         source: of the pairs, for messages.
-        enough: see ``pairs``.
         how: the chat template is rendered.
 
     Returns:
@@ -300,9 +295,9 @@ def _answer_column(columns: Sequence[str]) -> str | None:
     return next((name for name in ANSWERS if name in columns), None)
 
 
+def _expected(columns: Sequence[str], known: str) -> str:
+    return f"Found: {', '.join(columns) or '(none)'}. Expected {known}."
+
+
 def _role_texts(messages: Sequence[Message]) -> tuple[tuple[str, str], ...]:
     return tuple((m["role"], m["content"]) for m in messages)
-
-
-def _names(columns: Sequence[str]) -> str:
-    return ", ".join(columns) or "(no columns)"

@@ -55,26 +55,20 @@ class Opening:
     how: Rendering
 
 
-def plain_text(messages: Sequence[Message], *, open_answer: bool = True) -> str:
-    """Return the plain format, used for tokenizers without a chat template.
-
-    ``User: <prompt>``, ``Assistant: <answer>``, blocks parted by an empty line, ending in an
-    ``Assistant:`` that waits for its answer where ``open_answer``.
-    """
-    blocks = [f"{PLAIN_ROLES.get(m['role'], m['role'])}: {m['content']}" for m in messages]
-    return "\n\n".join([*blocks, *["Assistant:"] * open_answer])
-
-
 def rendered(
     tokenizer: Any, messages: Sequence[Message], how: Rendering, *, open_answer: bool
 ) -> str:
     """Return a conversation as text, with the generation prompt where ``open_answer``.
 
+    Without a chat template, it is ``User: <prompt>``, ``Assistant: <answer>``, blocks parted by an
+    empty line, and ``Assistant:`` as the generation prompt.
+
     Raises:
         RecipeError: the template refuses it.
     """
     if not tokenizer.chat_template:
-        return plain_text(messages, open_answer=open_answer)
+        blocks = [f"{PLAIN_ROLES.get(m['role'], m['role'])}: {m['content']}" for m in messages]
+        return "\n\n".join([*blocks, "Assistant:"] if open_answer else blocks)
     try:
         return str(
             tokenizer.apply_chat_template(
@@ -87,9 +81,9 @@ def rendered(
         )
     except Exception as error:
         roles = ", ".join(m["role"] for m in messages)
-        told = [m["content"] for m in messages if m["content"] in str(error)]
         # A template may put into its words what it refuses, which may be harmful.
-        why = type(error).__name__ if any(told) else error
+        quotes = any(m["content"] and m["content"] in str(error) for m in messages)
+        why = type(error).__name__ if quotes else error
         raise RecipeError(
             f"the merge's chat template refuses a conversation of the roles {roles}: {why}. Use "
             "prompts without the refused role, or another template (the recipe's `chat_template`)."
@@ -133,7 +127,7 @@ def opening(tokenizer: Any, messages: Sequence[Message], how: Rendering) -> Open
                     return opening(tokenizer, messages, closed)
         still_open = before.startswith(asked) and not _ENDED.search(before, len(asked))
         end = "{open}/{name}{close}".format_map(thought.groupdict())
-        return Opening(before + f"\n{end}\n\n" * still_open, len(before), how)
+        return Opening(f"{before}\n{end}\n\n" if still_open else before, len(before), how)
     return Opening(asked, len(asked if before.startswith(asked) else before), how)
 
 

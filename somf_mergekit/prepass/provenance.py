@@ -190,7 +190,7 @@ def provenance(
             "first_steps": _curve_mean(history[:_CURVE_STEPS]),
             "last_steps": _curve_mean(history[-_CURVE_STEPS:]),
         },
-        KEY: {"pairs": 0, "why_none": compared} if isinstance(compared, str) else compared.told,
+        KEY: {"pairs": 0, "why_none": compared} if isinstance(compared, str) else compared.record,
         "versions": versions(),
         "fingerprint": fingerprint,
     }

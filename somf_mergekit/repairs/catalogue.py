@@ -9,10 +9,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from ..recipe.schema import Parameter, parameters_of, table_rows
-from .arithmetic import resta
-from .low_rank import lox, lssf
-from .neurons import nlsr
-from .projection import safe_lora, safemerge
+from .formulas import lox, lssf, nlsr, resta, safe_lora, safemerge
 
 ROLE = "role"
 ALIGNED = "aligned"
@@ -21,107 +18,73 @@ UNALIGNED = "unaligned"
 SAFETY_TUNED = "safety_tuned"
 ROLES = (FINE_TUNED, UNALIGNED, SAFETY_TUNED)
 
-# Marks of a parameter, see ``declared.Parameter``.
-_PER_TENSOR: dict[str, Any] = {"merge": True, "per_tensor": True}
-_PER_MODEL: dict[str, Any] = {"merge": True, "per_model": True}
+
+def _tuned(default: float, description: str, **limits: Any) -> Any:
+    """Return a number that may differ between tensors; see ``schema.Parameter`` for the marks."""
+    marks: dict[str, Any] = {"merge": True, "per_tensor": True}
+    text = f"{description} To be tuned."
+    return Field(default, json_schema_extra=marks, description=text, **limits)
 
 
 class _Settings(BaseModel):
     role: Literal["fine_tuned", "unaligned", "safety_tuned"] = Field(
         "fine_tuned",
-        json_schema_extra=_PER_MODEL,
+        json_schema_extra={"merge": True, "per_model": True},
         description="What a model is: `fine_tuned`, the one to repair; `unaligned`, the aligned "
         "model before its alignment; `safety_tuned`, the aligned model fine-tuned on safe answers.",
     )
 
 
 class _Resta(_Settings):
-    gamma: float = Field(
-        1.0,
-        ge=0,
-        le=100,
-        json_schema_extra=_PER_TENSOR,
-        description="How much of the safety vector is added. To be tuned.",
-    )
+    gamma: float = _tuned(1.0, "How much of the safety vector is added.", ge=0, le=100)
 
 
 class _SafeLora(_Settings):
-    threshold: float = Field(
+    threshold: float = _tuned(
         0.5,
+        "A change is projected where its cosine with its projection is below; -1 leaves all as "
+        "they are.",
         ge=-1,
         le=1,
-        json_schema_extra=_PER_TENSOR,
-        description="A change is projected where its cosine with its projection is below; -1 "
-        "leaves all as they are. To be tuned.",
     )
 
 
 class _SafeMerge(_Settings):
-    threshold: float = Field(
+    threshold: float = _tuned(
         0.5,
+        "A weight is merged where the cosine of its change and the projection of that is below; -1 "
+        "leaves all as they are.",
         ge=-1,
         le=1,
-        json_schema_extra=_PER_TENSOR,
-        description="A weight is merged where the cosine of its change and the projection of that "
-        "is below; -1 leaves all as they are. To be tuned.",
     )
-    alpha: float = Field(
-        0.5,
-        ge=0,
-        le=1,
-        json_schema_extra=_PER_TENSOR,
-        description="The fine-tuned model's share of a merged weight. To be tuned.",
-    )
+    alpha: float = _tuned(0.5, "The fine-tuned model's share of a merged weight.", ge=0, le=1)
 
 
 class _Lssf(_Settings):
-    alpha: float = Field(
-        1.0,
-        ge=0,
-        le=100,
-        json_schema_extra=_PER_TENSOR,
-        description="How much of the safety vector's principal part is added. To be tuned.",
+    alpha: float = _tuned(
+        1.0, "How much of the safety vector's principal part is added.", ge=0, le=100
     )
 
 
 class _Lox(_Lssf):
-    rank: int = Field(
-        8,
-        ge=1,
-        json_schema_extra=_PER_TENSOR,
-        description="How many singular directions the principal part has. To be tuned.",
-    )
+    rank: int = _tuned(8, "How many singular directions the principal part has.", ge=1)
 
 
 class _Nlsr(_Settings):
-    beta: float = Field(
+    beta: float = _tuned(
         0.5,
+        "How far the rows that are put in lie beyond the aligned model, in safety vectors.",
         ge=0,
         le=100,
-        json_schema_extra=_PER_TENSOR,
-        description="How far the rows that are put in lie beyond the aligned model, in safety "
-        "vectors. To be tuned.",
     )
-    rank: int = Field(
-        8,
-        ge=1,
-        json_schema_extra=_PER_TENSOR,
-        description="Singular directions of the safety vector that score the rows. To be tuned.",
-    )
-    share: float = Field(
-        0.2,
-        gt=0,
-        le=1,
-        json_schema_extra=_PER_TENSOR,
-        description="Share of a weight's rows that is critical for safety. To be tuned.",
-    )
-    threshold: float = Field(
+    rank: int = _tuned(8, "Singular directions of the safety vector that score the rows.", ge=1)
+    share: float = _tuned(0.2, "Share of a weight's rows that is critical for safety.", gt=0, le=1)
+    threshold: float = _tuned(
         0.5,
+        "A critical row is replaced where the cosine of its change from the unaligned model and "
+        "its safety vector is below.",
         ge=-1,
         le=1,
-        json_schema_extra=_PER_TENSOR,
-        description="A critical row is replaced where the cosine of its change from the unaligned "
-        "model and its safety vector is below. To be tuned.",
     )
 
 

@@ -60,9 +60,9 @@ def _role_problems(repair: Repair, place: str, items: list[Any], base: Any) -> I
                 f"{' and '.join(repair.needs)}"
             )
     if not set(models) <= set(ROLES):
-        # Already told; what it was meant to be is not known.
+        # Already reported; what it was meant to be is not known.
         return
     for role in repair.needs:
         if role not in models and role not in repair.may_lack:
-            told = "" if role == FINE_TUNED else f", with `parameters: {{role: {role}}}`"
-            yield f"{place}: no {role} model: {repair.name} needs one beside base_model{told}"
+            how = "" if role == FINE_TUNED else f", with `parameters: {{role: {role}}}`"
+            yield f"{place}: no {role} model: {repair.name} needs one beside base_model{how}"

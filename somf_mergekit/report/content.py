@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..common.requirements import versions
-from ..data.held_out import KEY, told_held_out, why_none
+from ..data.held_out import KEY, recorded_held_out, why_none
 from ..evaluate.evaluation import Evaluation
 from ..evaluate.evaluation_table import as_json
 from ..mask.census import MaskCensus
@@ -112,8 +112,8 @@ def short_names(models: Sequence[str]) -> list[str]:
 
 
 def _held_out_json(told: Mapping[str, Any]) -> dict[str, Any]:
-    found = told_held_out(told)
-    return {"pairs": 0, "why_none": why_none(told)} if found is None else found.told
+    found = recorded_held_out(told)
+    return {"pairs": 0, "why_none": why_none(told)} if found is None else found.record
 
 
 def _mask_json(census: MaskCensus) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from ..common.markdown import aligned_table
 from ..common.requirements import versions
-from ..data.held_out import told_held_out, verdict, why_none
+from ..data.held_out import recorded_held_out, verdict, why_none
 from ..evaluate.evaluation_table import circumstances, comparison
 from ..prepass.provenance import told_settings
 from .content import Report, short_names
@@ -113,7 +113,7 @@ def held_out_verdict(report: Report) -> str | None:
 
 def _held_out(report: Report) -> Iterator[str]:
     yield "## Pairs held out from learning"
-    found, doubt = told_held_out(report.told), held_out_verdict(report)
+    found, doubt = recorded_held_out(report.told), held_out_verdict(report)
     if found is None:
         yield f"No pairs tell whether the mask helps: {why_none(report.told)}."
         return
