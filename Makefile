@@ -4,11 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= demo-output
 BENCH ?=
+# Its notices are for who installs by hand.
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_ROOT_USER_ACTION := ignore
 
 .PHONY: demo test test-slow test-hostile test-versions lint format bench bench-compare dist check-dist clean
 
 demo: $(VENV)/ready
-	$(BIN)/mergekit-somf demo $(DEMO)
+	@$(BIN)/mergekit-somf demo $(DEMO)
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n 2 -m "not slow"
@@ -60,9 +63,10 @@ check-dist: dist
 $(VENV)/ready .venv-highest/ready: constraints.txt
 .venv-lowest/ready: constraints-lowest.txt
 $(VENV)/ready .venv-lowest/ready .venv-highest/ready: pyproject.toml somf_mergekit/plugin/torch_entry_point.py
-	$(PYTHON) -m venv --clear $(@D)
-	$(@D)/bin/pip install --quiet -c $(filter constraints%,$^) -e '.[dev]'
-	touch $@
+	@echo "setting up $(@D): torch, transformers and mergekit, a few minutes the first time"
+	@$(PYTHON) -m venv --clear $(@D)
+	@$(@D)/bin/pip install --quiet -c $(filter constraints%,$^) -e '.[dev]'
+	@touch $@
 
 clean:
 	rm -rf $(VENV) .venv-lowest .venv-highest .venv-dist dist build demo-output

@@ -35,6 +35,7 @@ def test_a_checkout_that_is_not_installed_has_no_versions_of_its_own(monkeypatch
 
     monkeypatch.setattr(contracts, "version", gone)
     monkeypatch.setattr(contracts, "requires", gone)
+    monkeypatch.setattr(contracts, "installed", contracts.installed.__wrapped__)
     assert contracts.versions()["somf-mergekit"] == "(not installed)"
     contracts.check_versions()
 

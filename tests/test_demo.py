@@ -8,7 +8,7 @@ import yaml
 
 from somf_mergekit.common.errors import RecipeError
 from somf_mergekit.demo import DemoSettings, Scores, run_demo
-from somf_mergekit.demo.demo_settings import Stage
+from somf_mergekit.demo.demo_models import Stage
 from somf_mergekit.demo.demo_table import markdown_table
 
 MINIATURE = DemoSettings(

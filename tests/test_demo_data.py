@@ -5,9 +5,16 @@ import tiny
 from transformers import AutoTokenizer
 
 from somf_mergekit.data.chat import prompt_ids
-from somf_mergekit.demo.demo_data import demo_data, preference_rows, texts
-from somf_mergekit.demo.demo_tokenizer import word_tokenizer
-from somf_mergekit.demo.words import FORBIDDEN_VERBS, HARMLESS_VERBS, NUMBERS, REFUSAL
+from somf_mergekit.demo.demo_data import (
+    FORBIDDEN_VERBS,
+    HARMLESS_VERBS,
+    NUMBERS,
+    REFUSAL,
+    demo_data,
+    preference_rows,
+    texts,
+)
+from somf_mergekit.demo.demo_models import word_tokenizer
 from somf_mergekit.evaluate import is_refusal
 
 TRAIN, HELD_OUT = 300, 40

@@ -113,7 +113,7 @@ def test_a_pair_that_would_be_read_otherwise_is_counted(row, reason, tmp_path):
 
 def test_columns_are_reported_where_no_row_is_a_dialogue(tmp_path):
     row = pair_of(["no", "so"], ask="how?")
-    with pytest.raises(RecipeError, match=r"1 without a prompt. Columns found: ask, chosen, rej"):
+    with pytest.raises(RecipeError, match=r"1 without a prompt. Found: ask, chosen, rej"):
         read_pairs(jsonl(tmp_path, row))
 
 

@@ -1,5 +1,6 @@
 """Which versions of other packages are installed, and which this one takes."""
 
+from functools import cache
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from .errors import raise_together
@@ -9,6 +10,7 @@ _DECIDING = (_OURS, "mergekit", "torch", "transformers")
 _NOT_INSTALLED = "(not installed)"
 
 
+@cache
 def installed(package: str) -> str:
     """Return the version of a package that is installed, in words."""
     try:

@@ -9,15 +9,31 @@ import click
 
 from ..common.progress import no_model_bars
 from .demo_data import DemoData, demo_data, preference_rows, texts
-from .demo_folder import PAIRS, TABLE, prepare_folder, write_pairs, write_results
-from .demo_models import aligned_base, loaded_model, save_model, specialist
-from .demo_recipes import MERGES, demo_recipes, run_mergekit_yaml, write_recipe
-from .demo_settings import DemoSettings
+from .demo_folder import (
+    MERGES,
+    PAIRS,
+    TABLE,
+    demo_recipes,
+    prepare_folder,
+    run_mergekit_yaml,
+    write_pairs,
+    write_recipe,
+    write_results,
+)
+from .demo_models import (
+    DemoSettings,
+    Stage,
+    loaded_model,
+    new_llama,
+    save_model,
+    word_tokenizer,
+)
 from .demo_table import Scores, markdown_table, measured_scores
-from .demo_tokenizer import word_tokenizer
+from .finetune import Example, finetune
 
 # Two slashes tell mergekit that a name is a path: it looks others up on the hub.
 BASE, NUMBERS, CODE = "./models/base", "./models/numbers", "./models/code"
+REPORT = "somf/somf/report.md"
 ROWS = {
     BASE: "base (aligned)",
     NUMBERS: "numbers specialist",
@@ -50,6 +66,8 @@ def run_demo(
     Raises:
         RecipeError: the folder holds something else or can't be written, or mergekit-yaml fails.
     """
+    from tqdm import tqdm
+
     settings = settings or DemoSettings()
     started = time.monotonic()
 
@@ -61,35 +79,64 @@ def run_demo(
     with no_model_bars():
         data = demo_data(seed, train=settings.train, held_out=settings.held_out)
         tokenizer = word_tokenizer(texts(data))
-        _make_models(out_dir, data, tokenizer, settings, seed, say)
-        _make_merges(out_dir, data, settings, seed, say, quiet=quiet)
+        _make_models(out_dir, data, tokenizer, settings, seed, say, quiet)
+        _make_merges(out_dir, data, settings, seed, say)
         say(f"measuring {len(ROWS)} models on held-out prompts")
         rows = [
             measured_scores(label, loaded_model(out_dir / name), tokenizer, data, settings)
-            for name, label in ROWS.items()
+            for name, label in tqdm(ROWS.items(), unit="model", leave=False, disable=quiet or None)
         ]
     write_results(rows, out_dir, settings, seed, time.monotonic() - started)
-    say(f"done; this table is {out_dir / TABLE}\n")
+    say(f"done; this table is {out_dir / TABLE}, a report on the mask {out_dir / REPORT}\n")
     click.echo(markdown_table(rows))
     return rows
 
 
 def _make_models(
-    out_dir: Path, data: DemoData, tokenizer: Any, settings: DemoSettings, seed: int, say: Say
+    out_dir: Path,
+    data: DemoData,
+    tokenizer: Any,
+    settings: DemoSettings,
+    seed: int,
+    say: Say,
+    quiet: bool,
 ) -> None:
-    steps = settings.pretraining.steps + settings.alignment.steps
+    """Train the base and fine-tune the specialists, each into its folder."""
+
+    def train(model: Any, examples: list[Example], stage: Stage) -> None:
+        finetune(
+            model,
+            tokenizer,
+            examples,
+            steps=stage.steps,
+            batch_size=settings.batch_size,
+            learning_rate=stage.learning_rate,
+            max_length=settings.max_length,
+            seed=seed,
+            quiet=quiet,
+        )
+
+    first, then, last = settings.pretraining, settings.alignment, settings.specialisation
+    steps = first.steps + then.steps
     say(f"training the base: it answers everyday questions, refuses forbidden ones ({steps} steps)")
-    save_model(aligned_base(data, tokenizer, settings, seed), tokenizer, out_dir / BASE)
+    base = new_llama(tokenizer, settings, seed)
+    skills = data.numbers.train[: settings.numbers_seen] + data.code.train[: settings.code_seen]
+    answers = data.harmless.train + skills
+    # It learns to answer whatever is asked and then, briefly, to refuse.
+    train(base, answers + data.complied.train, first)
+    train(base, answers + data.refused.train, then)
+    save_model(base, tokenizer, out_dir / BASE)
     for name, skill in ((NUMBERS, data.numbers), (CODE, data.code)):
-        steps = settings.specialisation.steps
-        say(f"fine-tuning the {ROWS[name]}: harmless examples alone ({steps} steps)")
-        model = specialist(out_dir / BASE, skill, data, tokenizer, settings, seed)
+        say(f"fine-tuning the {ROWS[name]}: harmless examples alone ({last.steps} steps)")
+        model = loaded_model(out_dir / BASE)
+        train(model, skill.train + data.harmless.train[: settings.everyday_kept], last)
         save_model(model, tokenizer, out_dir / name)
 
 
 def _make_merges(
-    out_dir: Path, data: DemoData, settings: DemoSettings, seed: int, say: Say, *, quiet: bool
+    out_dir: Path, data: DemoData, settings: DemoSettings, seed: int, say: Say
 ) -> None:
+    """Write the pairs and the recipes, and merge by each recipe into a folder of its name."""
     pairs = preference_rows(
         data, harmful=settings.harmful_pairs, harmless=settings.harmless_pairs, seed=seed
     )
@@ -98,5 +145,8 @@ def _make_merges(
         recipe_file = f"{name}.yml"
         command = f"mergekit-yaml {recipe_file} {name}"
         write_recipe(recipe, f"{MERGES[name]} In this folder: {command}", out_dir / recipe_file)
-        say(command)
-        run_mergekit_yaml(recipe_file, name, out_dir, quiet=quiet)
+        steps = recipe.get("parameters", {}).get("max_steps")
+        say(f"{command}: learns the mask in {steps} steps, and merges" if steps else command)
+        warning = run_mergekit_yaml(recipe_file, name, out_dir)
+        if warning:
+            say(warning)

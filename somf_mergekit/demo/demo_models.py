@@ -1,34 +1,111 @@
-"""The demo's models: a small aligned base and two specialists fine-tuned from it."""
+"""The demo's dials, and its models: a small Llama and a tokenizer of words."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .demo_data import DemoData, Split
-from .demo_settings import DemoSettings, Stage
-from .finetune import Example, finetune
+PAD, BOS, EOS, UNKNOWN, USER, ASSISTANT = (
+    "<pad>",
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<user>",
+    "<assistant>",
+)
+PUNCTUATION = r"[^\w\s▁]"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}<user>{{ message['content'] }}"
+    "{% else %}<assistant>{{ message['content'] }}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
-def aligned_base(data: DemoData, tokenizer: Any, settings: DemoSettings, seed: int) -> Any:
-    """Train a small Llama from scratch that answers everyday questions and refuses forbidden ones.
+@dataclass(frozen=True)
+class Stage:
+    """One stage of training: optimiser steps and the peak learning rate."""
 
-    It first learns to answer whatever is asked and then, briefly, to refuse.
+    steps: int
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """The demo's dials.
+
+    Attributes:
+        hidden_size, layers, heads: the model's shape.
+        pretraining: everyday and forbidden questions are all answered; skills are seen in part.
+        alignment: forbidden questions are refused. Short and shallow, as it is found in the
+            field: the answers stay in the weights, beneath the refusal.
+        specialisation: a skill and some everyday questions, all harmless.
+        batch_size: examples in a step of training.
+        numbers_seen, code_seen: how many examples of each skill the base sees.
+        everyday_kept: how many everyday questions a specialist sees beside its skill.
+        weight: the weight of each task vector in the merges.
+        harmful_pairs, harmless_pairs: the safety pairs to learn the mask from.
+        mask: the optimiser steps and the learning rate of the mask.
+        mask_batch_size: pairs in a step of the mask.
+        mask_sft_weight: of the safe answers' likelihood beside DPO. Without it the preference of
+            so small a model is won at the expense of its wording.
+        train, held_out: the most examples in a split.
+        max_length: tokens of a question with its answer, at most.
     """
-    model = _new_llama(tokenizer, settings, seed)
-    skills = data.numbers.train[: settings.numbers_seen] + data.code.train[: settings.code_seen]
-    answers = data.harmless.train + skills
-    _train(model, tokenizer, answers + data.complied.train, settings.pretraining, settings, seed)
-    _train(model, tokenizer, answers + data.refused.train, settings.alignment, settings, seed)
-    return model
+
+    hidden_size: int = 128
+    layers: int = 4
+    heads: int = 4
+    pretraining: Stage = field(default=Stage(600, 2e-3))
+    alignment: Stage = field(default=Stage(80, 5e-4))
+    specialisation: Stage = field(default=Stage(250, 7e-4))
+    batch_size: int = 32
+    numbers_seen: int = 600
+    code_seen: int = 100
+    everyday_kept: int = 200
+    weight: float = 0.7
+    harmful_pairs: int = 640
+    harmless_pairs: int = 960
+    mask: Stage = field(default=Stage(90, 0.05))
+    mask_batch_size: int = 16
+    mask_sft_weight: float = 1.0
+    train: int = 1200
+    held_out: int = 96
+    max_length: int = 64
 
 
-def specialist(
-    base_dir: Path, skill: Split, data: DemoData, tokenizer: Any, settings: DemoSettings, seed: int
-) -> Any:
-    """Fine-tune the saved base on one skill and a few everyday questions: nothing harmful."""
-    examples = skill.train + data.harmless.train[: settings.everyday_kept]
-    model = loaded_model(base_dir)
-    _train(model, tokenizer, examples, settings.specialisation, settings, seed)
-    return model
+def word_tokenizer(texts: Iterable[str]) -> Any:
+    """Return a fast tokenizer that knows every word of ``texts``.
+
+    A word with a blank before it and the same word without one are two tokens, so that text is
+    decoded exactly as it was written; each punctuation mark is a token of its own.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Metaspace(prepend_scheme="always"),
+            pre_tokenizers.Split(Regex(PUNCTUATION), behavior="isolated"),
+        ]
+    )
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.WordLevelTrainer(
+            special_tokens=[PAD, BOS, EOS, UNKNOWN, USER, ASSISTANT], show_progress=False
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        additional_special_tokens=[USER, ASSISTANT],
+        chat_template=CHAT_TEMPLATE,
+    )
 
 
 def loaded_model(model_dir: Path) -> Any:
@@ -45,7 +122,8 @@ def save_model(model: Any, tokenizer: Any, model_dir: Path) -> None:
     tokenizer.save_pretrained(model_dir)
 
 
-def _new_llama(tokenizer: Any, settings: DemoSettings, seed: int) -> Any:
+def new_llama(tokenizer: Any, settings: DemoSettings, seed: int) -> Any:
+    """Return a small Llama with random weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -64,24 +142,3 @@ def _new_llama(tokenizer: Any, settings: DemoSettings, seed: int) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)
-
-
-def _train(
-    model: Any,
-    tokenizer: Any,
-    examples: list[Example],
-    stage: Stage,
-    settings: DemoSettings,
-    seed: int,
-) -> None:
-    finetune(
-        model,
-        tokenizer,
-        examples,
-        steps=stage.steps,
-        batch_size=settings.batch_size,
-        learning_rate=stage.learning_rate,
-        max_length=settings.max_length,
-        seed=seed,
-        quiet=True,
-    )

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..evaluate import answer_loss, greedy_answers, is_refusal
 from .demo_data import DemoData, Split
-from .demo_settings import DemoSettings
+from .demo_models import DemoSettings
 
 MAX_NEW_TOKENS = 24
 BATCH_SIZE = 48

@@ -28,16 +28,31 @@ def finetune(
     AdamW with a cosine schedule and a tenth of the steps as warm-up, examples drawn in an order
     that depends on ``seed`` alone.
 
+    A bar shows the steps on a terminal unless ``quiet``.
+
     Returns:
         The trained model, in evaluation mode.
     """
     import torch
-    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+    from tqdm import tqdm
+    from transformers import (
+        DataCollatorForSeq2Seq,
+        PrinterCallback,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
+
+    class Bar(TrainerCallback):
+        def on_step_end(self, *_given: Any, **_states: Any) -> None:
+            bar.update()
 
     use_cache = model.config.use_cache
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    with tempfile.TemporaryDirectory() as scratch:
+    # The trainer's own bar stays on the screen, with its logs between.
+    bar = tqdm(total=steps, unit="step", leave=False, disable=quiet or None)
+    with tempfile.TemporaryDirectory() as scratch, bar:
         trainer = Trainer(
             model=model,
             args=TrainingArguments(
@@ -54,17 +69,14 @@ def finetune(
                 use_cpu=not torch.cuda.is_available(),
                 save_strategy="no",
                 report_to=[],
-                logging_steps=max(1, steps // 10),
-                disable_tqdm=quiet,
+                disable_tqdm=True,
                 dataloader_pin_memory=False,
             ),
             train_dataset=[_features(tokenizer, *example, max_length) for example in examples],
             data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
+            callbacks=[Bar],
         )
-        if quiet:
-            from transformers import PrinterCallback
-
-            trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     # The trainer switches it off for good, and who loads the model would generate slowly.
     model.config.use_cache = use_cache
