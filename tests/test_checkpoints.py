@@ -280,7 +280,10 @@ def test_a_disk_without_room_for_a_mask_or_a_merge_loses_nothing(family_recipe, 
     assert not list(tmp_path.glob("*somf-*"))
 
 
-def test_a_folder_that_can_not_be_written_is_told_and_what_is_kept_stays(family_recipe, tmp_path):
+@pytest.mark.slow
+def test_a_folder_that_can_not_be_written_is_reported_and_what_is_stored_stays(
+    family_recipe, tmp_path
+):
     place = tmp_path / "place"
     place.mkdir()
     file = tiny.write_recipe(tmp_path / "recipe.yml", many_steps(family_recipe))
@@ -491,7 +494,7 @@ def wait_for(condition, process):
     ("number", "code", "command"),
     [
         (signal.SIGINT, 130, [tiny.command("mergekit-yaml")]),
-        (signal.SIGTERM, 143, [sys.executable, "-m", "somf_mergekit", "learn"]),
+        pytest.param(signal.SIGTERM, 143, [*LEARN], marks=pytest.mark.slow),
     ],
     ids=["SIGINT", "SIGTERM"],
 )

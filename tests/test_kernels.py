@@ -121,6 +121,7 @@ for kernel in (getattr(kernels, name) for name in names):
 """
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_gpus_and_read_four_entries_at_once(tmp_path):
     from triton.compiler import ASTSource
 
