@@ -6,9 +6,15 @@ import pytest
 import torch
 from repair_formulas import REFERENCE
 
+from somf_mergekit.repairs import formulas
 from somf_mergekit.repairs.catalogue import REPAIRS, ROLE, repair_table
-from somf_mergekit.repairs.formulas import cosine, critical_rows
-from somf_mergekit.repairs.spectrum import entropy_rank, low_rank_part, spectrum
+from somf_mergekit.repairs.formulas import (
+    cosine,
+    critical_rows,
+    entropy_rank,
+    low_rank_part,
+    spectrum,
+)
 
 # Several values each: thresholds that keep, that repair, and some between.
 PARAMETERS = [
@@ -169,7 +175,7 @@ def test_the_spectrum_is_that_of_a_singular_value_decomposition(shape):
 def test_a_spectrum_does_not_depend_on_the_blocks_that_it_is_added_up_in(shape, monkeypatch):
     matrix = tensors_of("lssf", shape)["aligned"]
     whole = low_rank_part(matrix, 4)
-    monkeypatch.setattr("somf_mergekit.repairs.spectrum._BLOCK", 100)
+    monkeypatch.setattr(formulas, "_BLOCK", 100)
     torch.testing.assert_close(low_rank_part(matrix, 4), whole, rtol=1e-5, atol=1e-6)
 
 

@@ -97,10 +97,7 @@ def read_answers(
 ) -> Examples[tuple[list[Message], str]]:
     """Return the prompts of a dataset with one answer each, as a utility term learns from them.
 
-    Arguments and errors are those of ``read_pairs``.
-
-    Returns:
-        Messages with their answers, in their order; ``left_out`` and ``unused`` as there.
+    They are messages with their answers. All else is as in ``read_pairs``.
     """
     return answered_prompts(known_rows(source, split, config), source)
 
@@ -110,10 +107,7 @@ def read_prompts(
 ) -> Examples[list[Message]]:
     """Return the different prompts of a dataset, as models are asked them.
 
-    Arguments and errors are those of ``read_pairs``.
-
-    Returns:
-        The messages of each, in their order; ``left_out`` and ``unused`` as there.
+    They are messages. All else is as in ``read_pairs``.
     """
     return prompts_alone(known_rows(source, split, config), source)
 

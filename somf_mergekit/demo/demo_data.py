@@ -3,7 +3,7 @@
 Nothing here is dangerous. "Harmful" prompts are stand-ins: a few mildly naughty verbs make up a
 list of forbidden things, and whoever asks how to do one of them, to whatever object, should get
 ``REFUSAL``. Everyday questions and the code skill speak of the same objects, so that nothing
-but the verb tells harmful from harmless.
+but the verb parts harmful from harmless.
 
 Held-out examples are combinations of words that no training example has, in any phrasing.
 """

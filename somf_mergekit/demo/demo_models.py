@@ -5,14 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-PAD, BOS, EOS, UNKNOWN, USER, ASSISTANT = (
-    "<pad>",
-    "<s>",
-    "</s>",
-    "<unk>",
-    "<user>",
-    "<assistant>",
-)
+PAD, BOS, EOS, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
+USER, ASSISTANT = "<user>", "<assistant>"
 PUNCTUATION = r"[^\w\s▁]"
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"

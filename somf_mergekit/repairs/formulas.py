@@ -12,7 +12,12 @@ import math
 import torch
 from torch import Tensor
 
-from .spectrum import entropy_rank, low_rank_part, principal_part, spectrum
+from ..common.chunks import row_blocks
+
+# Entries that are in float64 at once.
+_BLOCK = 1 << 22
+# What rounding may add to exp(entropy) without another direction being counted.
+_ROUNDING = 1e-6
 
 
 def resta(aligned: Tensor, fine_tuned: Tensor, unaligned: Tensor, *, gamma: float) -> Tensor:
@@ -40,7 +45,7 @@ def lox(
 def lssf(aligned: Tensor, fine_tuned: Tensor, unaligned: Tensor, *, alpha: float) -> Tensor:
     """Return W_fine_tuned + alpha U_r U_r^T V, with a rank r of each tensor's own.
 
-    Source: LSSF, arXiv 2602.00038. Simplified: the rank is ``spectrum.entropy_rank``, the effective
+    Source: LSSF, arXiv 2602.00038. Simplified: the rank is ``entropy_rank``, the effective
     rank by the entropy of the normalised squared singular values, in the place of the paper's own
     rule on its safety singular value entropy.
     """
@@ -140,6 +145,72 @@ def cosine(first: Tensor, second: Tensor, dim: int | None = None) -> Tensor:
     sizes = torch.linalg.vector_norm(first, dim=dim) * torch.linalg.vector_norm(second, dim=dim)
     products = (first * second).sum(dim=dim)
     return products / sizes.clamp_min(torch.finfo(sizes.dtype).tiny)
+
+
+def spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the squared singular values and the singular vectors along the shorter axis.
+
+    They are the eigenvalues and eigenvectors of the smaller Gram matrix, in float64: for matrices
+    in float32 as exact as a decomposition of the matrix itself, the same at each run, and cheaper
+    where one axis is much longer.
+
+    Args:
+        matrix: float32, (rows, columns).
+
+    Returns:
+        Squares (n,) in descending order and vectors (n, n) as columns, n = min(rows, columns),
+        both float64. The vectors are the left ones where there are fewer rows than columns.
+    """
+    long = matrix if len(matrix) > matrix.shape[1] else matrix.T
+    count = long.shape[1]
+    gram = torch.zeros(count, count, dtype=torch.float64, device=matrix.device)
+    for rows in row_blocks(long, _BLOCK):
+        part = long[rows].double()
+        gram.addmm_(part.T, part)
+    squares, vectors = torch.linalg.eigh(gram)
+    return squares.clamp_min(0).flip(0), vectors.flip(1)
+
+
+def principal_part(matrix: Tensor, vectors: Tensor, rank: int) -> Tensor:
+    """Return the best approximation of a rank, U_k U_k^T M = U_k S_k V_k^T, float32.
+
+    Args:
+        matrix: M, float32, (rows, columns).
+        vectors: from ``spectrum``.
+        rank: k.
+    """
+    first = vectors[:, :rank].to(matrix.dtype)
+    # U_k U_k^T M = M V_k V_k^T: either singular vectors serve.
+    if len(matrix) > matrix.shape[1]:
+        return (matrix @ first) @ first.T
+    return first @ (first.T @ matrix)
+
+
+def low_rank_part(matrix: Tensor, rank: int) -> Tensor:
+    """Return the best approximation of a rank; the matrix itself where it has no higher one.
+
+    Args:
+        matrix: float32, (rows, columns).
+        rank: at least 1.
+    """
+    if rank >= min(matrix.shape):
+        return matrix
+    return principal_part(matrix, spectrum(matrix)[1], rank)
+
+
+def entropy_rank(squares: Tensor) -> int:
+    """Return how many singular values count: exp(H), rounded up; 0 where all are zero.
+
+    H = -sum p ln p with p = s^2 / sum s^2: n equal values count as n, and a single one as 1.
+
+    Args:
+        squares: s^2, float64, (n,).
+    """
+    total = squares.sum()
+    if total == 0:
+        return 0
+    entropy = torch.special.entr(squares / total).sum().item()
+    return min(math.ceil(math.exp(entropy) - _ROUNDING), len(squares))
 
 
 def _safety_projection(change: Tensor, safety: Tensor) -> Tensor | None:

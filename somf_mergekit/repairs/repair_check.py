@@ -1,4 +1,4 @@
-"""Say what is wrong with a repair's recipe, as far as its text tells."""
+"""Say what is wrong with a repair's recipe, as far as its text shows."""
 
 from collections import defaultdict
 from collections.abc import Iterator
