@@ -14,11 +14,11 @@ demo: $(VENV)/ready
 	@$(BIN)/mergekit-somf demo $(DEMO)
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 # What starts many processes, or takes long for other reasons.
 test-slow: $(VENV)/ready
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 # Thousands of examples for each property that `make test` tries with a few.
 test-hostile: $(VENV)/ready
