@@ -1,3 +1,4 @@
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,6 +26,11 @@ hypothesis.settings.register_profile(
     print_blob=True,
 )
 hypothesis.settings.load_profile(os.environ.get("HOSTILE_PROFILE", "fast"))
+
+
+def pytest_collection_finish():
+    """Leave what the imported libraries made out of each collection of garbage from here on."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from repair_formulas import REFERENCE
 
+from somf_mergekit.recipe.schema import table_rows
 from somf_mergekit.repairs import formulas
-from somf_mergekit.repairs.catalogue import REPAIRS, ROLE, repair_table
+from somf_mergekit.repairs.catalogue import REPAIRS, ROLE
 from somf_mergekit.repairs.formulas import (
     cosine,
     critical_rows,
@@ -208,7 +209,13 @@ def test_cosine_of_rows_and_of_all():
 
 def test_documentation_has_the_parameters_of_every_repair():
     text = (Path(__file__).parent.parent / "docs/repairs.md").read_text()
-    assert repair_table() in text
+    rows = ["| method | parameter | type | default | meaning |", "|---|---|---|---|---|"]
+    role, *_ = REPAIRS["resta"].parameters
+    assert role.name == ROLE
+    rows += [f"| all, of a model {row}" for row in table_rows([role])]
+    for repair in REPAIRS.values():
+        rows += [f"| {repair.name} {row}" for row in table_rows(repair.parameters[1:])]
+    assert "\n".join(rows) in text
     for repair in REPAIRS.values():
         assert f"| `{repair.name}` |" in text
         assert f"({repair.source})" in text

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from ..recipe.schema import Parameter, parameters_of, table_rows
+from ..recipe.schema import Parameter, parameters_of
 from .formulas import lox, lssf, nlsr, resta, safe_lora, safemerge
 
 ROLE = "role"
@@ -140,14 +140,3 @@ REPAIRS = {
         Repair("nlsr", "NLSR", "https://arxiv.org/abs/2412.12497", nlsr, _Nlsr),
     )
 }
-
-
-def repair_table() -> str:
-    """Return the parameters of all repairs as a markdown table, as docs/repairs.md shows it."""
-    head = ["| method | parameter | type | default | meaning |", "|---|---|---|---|---|"]
-    (shared,) = table_rows(parameters_of(_Settings))
-    rows = [f"| all, of a model {shared}"]
-    for repair in REPAIRS.values():
-        own = [parameter for parameter in repair.parameters if parameter.name != ROLE]
-        rows += [f"| {repair.name} {row}" for row in table_rows(own)]
-    return "\n".join([*head, *rows])
