@@ -22,6 +22,22 @@ MARKER = "demo.json"
 PAIRS = "safety_pairs.jsonl"
 TABLE, RESULTS = "table.md", "results.json"
 
+MERGES = {
+    "task_arithmetic": "The plain merge of both specialists.",
+    "somf_untrained": "The control: the same merge under a random mask that learned nothing.",
+    "somf": "The same merge under a mask learned on the safety pairs.",
+}
+# Lines of a failed command's output that are worth showing.
+SHOWN_LINES = 15
+# Besides what --quiet silences: bars of mergekit's tokenizers and of datasets, and what
+# transformers says of how mergekit calls it.
+_SILENT = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
 
 def prepare_folder(out_dir: Path, models: Sequence[str], settings: DemoSettings, seed: int) -> None:
     """Make the folder, or clear what an earlier demo left in it.
@@ -68,23 +84,6 @@ def write_results(
 
 def _write_json(content: Any, path: Path) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-MERGES = {
-    "task_arithmetic": "The plain merge of both specialists.",
-    "somf_untrained": "The control: the same merge under a random mask that learned nothing.",
-    "somf": "The same merge under a mask learned on the safety pairs.",
-}
-# Lines of a failed command's output that are worth showing.
-SHOWN_LINES = 15
-# Besides what --quiet silences: bars of mergekit's tokenizers and of datasets, and what
-# transformers says of how mergekit calls it.
-_SILENT = {
-    "HF_HUB_OFFLINE": "1",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "TQDM_DISABLE": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-}
 
 
 def recipe(
@@ -155,10 +154,10 @@ def run_mergekit_yaml(recipe_file: str, merged: str, folder: Path) -> str:
     )
     said = done.stdout.strip()
     if done.returncode:
-        words = "\n".join(["", *said.splitlines()[-SHOWN_LINES:]])
+        words = "\n".join(said.splitlines()[-SHOWN_LINES:])
         raise RecipeError(
-            f"mergekit-yaml {recipe_file} {merged} failed in {folder} "
-            f"with exit code {done.returncode}{words}"
+            f"mergekit-yaml {recipe_file} {merged} failed in {folder} with exit code "
+            f"{done.returncode}: {words or 'it says nothing'}"
         )
     return said
 
