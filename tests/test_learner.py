@@ -315,7 +315,7 @@ def test_weights_merged_without_a_mask_are_the_bases_only_while_it_is_the_refere
     merged = LinearWeight(other, torch.zeros_like(other))
     fixed = FixedTensor(first.weight, first.shard, first.base, merged)
     seen = []
-    real = engine.chosen_token_log_probs
+    real = engine.answer_token_log_probs
 
     def watching(*arguments):
         seen.append(torch.equal(first.weight, first.base))
