@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -94,11 +94,10 @@ class _Checks:
                 yield name, f"failed: {type(error).__name__}: {str(error)[:600]}"
 
     def _kernels(self, dtype: torch.dtype, rescale: str) -> dict[str, float]:
+        from somf_mergekit.fusion.merges import LinearMerge
         from somf_mergekit.fusion.shards import Shard
-        from somf_mergekit.fusion.weights import LinearWeight
         from somf_mergekit.learner import triton_check
-        from somf_mergekit.learner.draws import Draw
-        from somf_mergekit.learner.optimizer import logit_gradient, signsgd_step
+        from somf_mergekit.learner.optimizer import FactorGradient, logit_gradient, signsgd_step
         from somf_mergekit.mask import masking, noise
 
         kernels = triton_check.kernels_for(torch.device(self.device))
@@ -106,25 +105,27 @@ class _Checks:
             raise RuntimeError("Triton is not used here")
         seeded = torch.Generator().manual_seed(0)
         values = torch.randn(4, ENTRIES, generator=seeded).to(self.device)
-        start, fused, gradient = (v.to(dtype) for v in values[:3])
-        merged, shard = LinearWeight(start, fused), Shard((ENTRIES,))
+        start, delta, gradient = (v.to(dtype) for v in values[:3])
+        merge, shard = LinearMerge(start, delta), Shard((ENTRIES,))
         worst = {"mask": 0.0, "weight": 0.0, "gradient's square, relative": 0.0, "other steps": 0.0}
         key = noise.noise_key(seed=0, step=3, name="w")
-        for draw in (Draw(values[3], key, 0, 0.5), Draw(values[3].clone(), key, 4099, 0.5)):
-            mask = draw.part(slice(0, ENTRIES))
-            room, stepped = torch.empty_like(mask), draw.logits.clone()
-            formula = logit_gradient(gradient.float() + 0, fused, room, draw, rescale, shard)
-            square = signsgd_step(stepped, formula, 1.0)
+        for first in (0, 4099):
+            sampler = masking.MaskSampler(values[3].clone(), 0.5, key, first)
+            mask = sampler.whole()
+            room, stepped = torch.empty_like(mask), sampler.logits.clone()
+            given = FactorGradient(gradient.float() + 0, delta, sampler, rescale, shard, room)
+            square = signsgd_step(stepped, logit_gradient(given), 1.0)
             weight = torch.empty_like(start)
-            kernels.write_masked(weight, merged, draw, rescale, shard)
-            expected = start.float() + fused.float() * masking.mask_factor(mask, rescale)
-            whole = kernels.whole_mask(draw)
-            found = kernels.update_logits(gradient, fused, draw, rescale, shard, 1.0)
+            kernels.write_sampled(merge, weight, sampler, rescale, shard)
+            expected = start.float() + delta.float() * masking.mask_factor(mask, rescale)
+            whole = kernels.whole_mask(sampler)
+            given = FactorGradient(gradient, delta, sampler, rescale, shard, room)
+            found = kernels.update_logits(given, 1.0)
             apart = {
                 "mask": (whole - mask).abs().max(),
                 "weight": (weight - expected.to(dtype)).abs().max(),
                 "gradient's square, relative": (found / square - 1).abs(),
-                "other steps": ((draw.logits - stepped).abs() > 1e-3).float().mean(),
+                "other steps": ((sampler.logits - stepped).abs() > 1e-3).float().mean(),
             }
             worst = {name: max(value, float(apart[name])) for name, value in worst.items()}
         return worst
@@ -135,13 +136,10 @@ class _Checks:
         return _difference(self._learned(name, engine, self.device), expected)
 
     def _without_kernels(self) -> dict[str, Any]:
-        from somf_mergekit.learner import entrywise, tensors, whole
+        from somf_mergekit.learner import tensors
 
         with_kernels = self._learned("one entry a weight", "resident", self.device)
-        with ExitStack() as torch_alone:
-            for module in (entrywise, whole, tensors):
-                patch = mock.patch.object(module, "kernels_for", return_value=None)
-                torch_alone.enter_context(patch)
+        with mock.patch.object(tensors, "kernels_for", return_value=None):
             other = self._learned("one entry a weight", "resident", self.device, "torch")
         return _difference(with_kernels, other)
 

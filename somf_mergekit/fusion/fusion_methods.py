@@ -15,7 +15,6 @@ from mergekit.merge_methods.base import (
 )
 
 from ..common.errors import RecipeError
-from ..recipe.settings import parameters
 
 
 class OwnMethod(GroupMergeMethod):
@@ -49,13 +48,16 @@ def takes_base(method: MergeMethod) -> bool:
     return method.spec.contract.base not in (BasePolicy.IGNORED, BasePolicy.FORBIDDEN)
 
 
-def fusion_specs() -> tuple[ParameterSpec, ...]:
+def fusion_specs(taken: frozenset[str]) -> tuple[ParameterSpec, ...]:
     """Return the specs of all fusions' parameters, one per name, unset by default.
 
     Unset, the chosen fusion's own default applies. A name that some fusion takes per model can be
     given per model.
+
+    Args:
+        taken: names that are left out.
     """
-    return _fusion_specs(tuple(registry.registered_methods()))
+    return _fusion_specs(tuple(registry.registered_methods()), taken)
 
 
 def _fusing(methods: Iterable[MergeMethod]) -> dict[str, MergeMethod]:
@@ -63,14 +65,15 @@ def _fusing(methods: Iterable[MergeMethod]) -> dict[str, MergeMethod]:
 
 
 @lru_cache(maxsize=4)
-def _fusion_specs(registered: tuple[MergeMethod, ...]) -> tuple[ParameterSpec, ...]:
-    ours = {parameter.name for parameter in parameters()}
+def _fusion_specs(
+    registered: tuple[MergeMethod, ...], taken: frozenset[str]
+) -> tuple[ParameterSpec, ...]:
     types: dict[str, list[Any]] = {}
     scopes: dict[str, ParameterScope] = {}
     helps: dict[str, str | None] = {}
     for method in _fusing(registered).values():
         for spec in method.spec.parameters:
-            if spec.name in ours:
+            if spec.name in taken:
                 continue
             types.setdefault(spec.name, [])
             if spec.value_type not in types[spec.name]:
@@ -93,7 +96,7 @@ def own_arguments(
 
     Args:
         method: the fusion.
-        values: as for ``fusions.fused``.
+        values: as for ``fuse.fused``.
         models: ids of the fine-tuned models.
 
     Raises:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,10 +10,10 @@ from torch import Tensor
 from ..data.logprobs import answer_sums
 from ..data.sequences import pair_log_probs
 from .comparison import Comparison
-from .divergence import LearningDiverged
-from .engine import LossNotFinite, Part, gradient_squares
+from .engine import Part, gradient_squares
 from .objectives import PREFERENCES, divergences, preference_losses, sft_losses
-from .problem import LearningProblem
+from .stopping import LearningDiverged
+from .training_setup import TrainingSetup
 
 
 @dataclass
@@ -24,93 +24,73 @@ class Losses:
         loss: mean over the pairs of the objective.
         margins: of each pair; none where the objective has no margin.
         utility: mean divergence over the tokens of the utility examples; None without them.
-        wrong_rows: rows of this process' pairs whose loss is not finite.
-        wrong_utility: rows of its utility examples whose divergence is not finite.
     """
 
     loss: float
     margins: list[float]
     utility: float | None
-    wrong_rows: list[int] = field(default_factory=list)
-    wrong_utility: list[int] = field(default_factory=list)
 
 
 class Passes:
     """The passes of learning."""
 
-    def __init__(self, problem: LearningProblem, comparison: Comparison):
+    def __init__(self, setup: TrainingSetup, comparison: Comparison):
         """Take what is learned from, and what it is compared with."""
-        self.problem = problem
-        self.settings = problem.settings
+        self.setup = setup
+        self.settings = setup.settings
         self.comparison = comparison
 
-    def learn(self, batch: list[int], utility: list[int], step: int, rate_share: float) -> Losses:
+    def learn(self, batch: list[int], utility: list[int], step: int, multiplier: float) -> Losses:
         """Take a step by a batch's mean loss and its weighted utility term; return what it showed.
 
         Args:
             batch: rows of the pairs, of all processes.
             utility: rows of the utility examples, likewise; none for no utility term.
             step: its number.
-            rate_share: of the learning rate at its peak, from 0 to 1.
+            multiplier: of the learning rate, from 0 to 1.
 
         Raises:
             LearningDiverged: the loss is not finite, and no logit has changed; or a gradient is
                 not, and some have.
         """
-        together = self.problem.together
+        setup, process_group = self.setup, self.setup.process_group
         shown = Losses(0.0, [], 0.0 if utility else None)
         is_safe_alone = self.settings.objective not in PREFERENCES
         parts = [
             Part(
-                self.problem.pair_batch(rows, is_safe_alone),
+                setup.pair_batch(rows, is_safe_alone),
                 self._pair_loss(rows, 1 / len(batch), step, shown),
             )
-            for rows in self.problem.pair_parts(together.share(batch))
+            for rows in setup.pair_parts(process_group.share(batch))
         ]
-        tokens = sum(len(self.problem.utility[row].answer) for row in utility)
+        tokens = sum(len(setup.utility[row].answer) for row in utility)
         parts += [
-            Part(
-                self.problem.utility_batch(rows),
-                self._utility_loss(rows, 1 / tokens, step, shown),
-            )
-            for rows in self.problem.utility_parts(together.share(utility))
+            Part(setup.utility_batch(rows), self._utility_loss(rows, 1 / tokens, step, shown))
+            for rows in setup.utility_parts(process_group.share(utility))
         ]
-        try:
-            self.problem.engine.learn(parts, step, rate_share)
-        except LossNotFinite as error:
-            raise LearningDiverged(
-                step,
-                rows=sorted(together.gathered(shown.wrong_rows)),
-                utility_rows=sorted(together.gathered(shown.wrong_utility)),
-            ) from error
-        wrong = self._wrong_gradients()
+        setup.engine.learn(parts, step, multiplier)
+        squares = gradient_squares(setup.tensors, process_group, setup.engine.device)
+        pairs = zip(setup.tensors, squares.tolist(), strict=True)
+        wrong = [tensor.name for tensor, square in pairs if not math.isfinite(square)]
         if wrong:
             raise LearningDiverged(step, tensors=wrong)
         return Losses(
-            sum(together.gathered([shown.loss])),
-            together.gathered(shown.margins),
-            None if shown.utility is None else sum(together.gathered([shown.utility])),
+            sum(process_group.gathered([shown.loss])),
+            process_group.gathered(shown.margins),
+            None if shown.utility is None else sum(process_group.gathered([shown.utility])),
         )
-
-    def _wrong_gradients(self) -> list[str]:
-        """Return the tensors whose logits' gradient in the latest update is not finite."""
-        problem = self.problem
-        squares = gradient_squares(problem.tensors, problem.together, problem.engine.device)
-        pairs = zip(problem.tensors, squares.tolist(), strict=True)
-        return [tensor.name for tensor, square in pairs if not math.isfinite(square)]
 
     def _pair_loss(
         self, rows: list[int], share: float, step: int, shown: Losses
     ) -> Callable[[Tensor, Tensor], Tensor]:
         def loss(log_probs: Tensor, owners: Tensor) -> Tensor:
             losses, margins = self._pair_losses(rows, log_probs, owners)
-            finite = torch.isfinite(losses).tolist()
-            shown.wrong_rows += [
-                self.problem.pairs[row].row
-                for row, good in zip(rows, finite, strict=True)
-                if not good
-            ]
-            total = _finite_sum(losses, step) * share
+            wrong = (~torch.isfinite(losses)).nonzero().flatten().tolist()
+            if wrong:
+                raise LearningDiverged(
+                    step, rows=[self.setup.pairs[rows[place]].row for place in wrong]
+                )
+            total = losses.sum() * share
             shown.loss += float(total.detach())
             shown.margins += margins
             return total
@@ -125,8 +105,11 @@ class Passes:
                 log_probs, torch.cat([self.comparison.unmasked[row] for row in rows])
             )
             wrong = owners[~torch.isfinite(apart)].unique().tolist()
-            shown.wrong_utility += [self.problem.utility[rows[place]].row for place in wrong]
-            total = _finite_sum(apart, step) * share
+            if wrong:
+                raise LearningDiverged(
+                    step, utility_rows=[self.setup.utility[rows[place]].row for place in wrong]
+                )
+            total = apart.sum() * share
             shown.utility = (shown.utility or 0.0) + float(total.detach())
             return total * self.settings.utility_weight
 
@@ -145,9 +128,3 @@ class Passes:
             likelihoods = sft_losses(found.chosen, found.chosen_tokens)
             losses = losses + settings.sft_weight * likelihoods
         return losses, margins.tolist()
-
-
-def _finite_sum(losses: Tensor, step: int) -> Tensor:
-    if not torch.isfinite(losses).all():
-        raise LossNotFinite(step)
-    return losses.sum()

@@ -38,21 +38,21 @@ class Layout:
     repeat: int = 1
 
     @property
-    def spread_shape(self) -> tuple[int, ...]:
+    def expanded_shape(self) -> tuple[int, ...]:
         """The shape that broadcasts to the weight."""
         return tuple(
             size * (self.repeat if axis == self.axis else 1) for axis, size in enumerate(self.shape)
         )
 
-    def spread(self, entries: Tensor) -> Tensor:
+    def expand(self, entries: Tensor) -> Tensor:
         """Return one value per entry in a shape that broadcasts to the weight."""
         if self.repeat == 1:
             return entries
         return entries.repeat_interleave(self.repeat, dim=self.axis)
 
-    def collected(self, values: Tensor) -> Tensor:
+    def reduce(self, values: Tensor) -> Tensor:
         """Return the sum, for each entry, of the values in the weight's shape that it covers."""
-        summed = values.sum_to_size(self.spread_shape)
+        summed = values.sum_to_size(self.expanded_shape)
         if self.repeat == 1:
             return summed
         return summed.unflatten(self.axis, (-1, self.repeat)).sum(self.axis + 1)

@@ -1,4 +1,4 @@
-"""What a mask is learned from."""
+"""What a mask is learned from, and how: handed to all that takes part in learning."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from .tensors import MaskedTensor, State
 
 
 @dataclass(frozen=True)
-class LearningProblem:
+class TrainingSetup:
     """Everything a mask is learned from.
 
     Attributes:
@@ -24,7 +24,7 @@ class LearningProblem:
         utility: tokenised harmless prompts with answers.
         settings: of the recipe.
         micro_batch: pairs that go through the model at once.
-        together: this process among those that learn; all have the same of the above.
+        process_group: this process among those that learn; all have the same of the above.
         held_out: tokenised pairs that are not learned from.
     """
 
@@ -34,7 +34,7 @@ class LearningProblem:
     utility: Sequence[EncodedAnswer]
     settings: Settings
     micro_batch: int
-    together: Processes = ALONE
+    process_group: Processes = ALONE
     held_out: Sequence[EncodedPair] = ()
 
     def evaluated(
@@ -42,15 +42,15 @@ class LearningProblem:
     ) -> Iterable[TokenLogProbs]:
         """Return what the engine makes of this process' batches, of which there are ``count``."""
         # An engine may need all processes where one has something to evaluate.
-        if not any(self.together.gathered([count])):
+        if not any(self.process_group.gathered([count])):
             return ()
         return self.engine.evaluate(batches, state)
 
-    def pair_parts(self, rows: Iterable[int]) -> Iterator[list[int]]:
+    def pair_parts(self, rows: Iterable[int]) -> list[list[int]]:
         """Cut rows of the pairs into micro-batches, see ``parts``."""
         return self.parts(rows, lambda row: pair_length(self.pairs[row]))
 
-    def utility_parts(self, rows: Iterable[int]) -> Iterator[list[int]]:
+    def utility_parts(self, rows: Iterable[int]) -> list[list[int]]:
         """Cut rows of the utility examples into micro-batches, see ``parts``."""
         return self.parts(rows, lambda row: example_length(self.utility[row]))
 
@@ -62,8 +62,7 @@ class LearningProblem:
         """Return rows of the utility examples as a batch."""
         return example_batch([self.utility[row] for row in rows], self.engine.device)
 
-    def parts(self, rows: Iterable[int], length: Callable[[int], int]) -> Iterator[list[int]]:
+    def parts(self, rows: Iterable[int], length: Callable[[int], int]) -> list[list[int]]:
         """Cut rows into micro-batches of like length, so that little of them is padding."""
-        order = sorted(rows, key=length)
-        for start in range(0, len(order), self.micro_batch):
-            yield order[start : start + self.micro_batch]
+        order, size = sorted(rows, key=length), self.micro_batch
+        return [order[start : start + size] for start in range(0, len(order), size)]
