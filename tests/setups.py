@@ -120,3 +120,19 @@ TRAJECTORIES = {
     "adamw, ties": {"optimizer": "adamw", "objective": "dpo", "fusion": "ties"},
     "ties by rows": {"fusion": "ties", "granularity": "row"},
 }
+# Those in which engines have something else to do: the other objectives are the same to them.
+FOR_ENGINES = {
+    name: TRAJECTORIES[name]
+    for name in (
+        "defaults",
+        "reference redrawn",
+        "sft",
+        "utility",
+        "ties",
+        "row",
+        "head",
+        "adamw",
+        "adamw, clipped, by rows",
+        "adamw, ties",
+    )
+}

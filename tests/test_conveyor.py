@@ -5,7 +5,7 @@ There is no GPU here: the device is the CPU too, but what is brought is copied a
 
 import pytest
 import torch
-from setups import TRAJECTORIES, make_setup, trajectory
+from setups import FOR_ENGINES, make_setup, trajectory
 from test_streaming import FakeCuda
 
 from somf_mergekit import learn
@@ -56,11 +56,11 @@ def elsewhere(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "is_late"), [*((name, True) for name in TRAJECTORIES), ("defaults", False)]
+    ("name", "is_late"), [*((name, True) for name in FOR_ENGINES), ("defaults", False)]
 )
 def test_trajectory_is_that_of_the_engine_without(name, is_late, elsewhere, monkeypatch):
     # More layers than slots.
-    changes = {"max_steps": 3, "micro_batch": 2, "layers": 4} | TRAJECTORIES[name]
+    changes = {"max_steps": 3, "micro_batch": 2, "layers": 4} | FOR_ENGINES[name]
     with monkeypatch.context() as without:
         without.setattr(streaming, "_are_elsewhere", lambda weights, device: False)
         expected = trajectory(make_setup(runs=StreamingEngine, **changes))

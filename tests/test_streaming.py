@@ -13,7 +13,7 @@ import tiny
 import torch
 from mergekit.options import MergeOptions
 from safetensors.torch import save_file
-from setups import TRAJECTORIES, VOCABULARY, make_setup, make_utility, trajectory
+from setups import FOR_ENGINES, VOCABULARY, make_setup, make_utility, trajectory
 
 from somf_mergekit.common import machine
 from somf_mergekit.common.errors import RecipeError
@@ -30,9 +30,9 @@ from somf_mergekit.recipe.validate import read_recipe
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-@pytest.mark.parametrize("name", TRAJECTORIES)
+@pytest.mark.parametrize("name", FOR_ENGINES)
 def test_trajectory_is_that_of_the_resident_engine_bit_for_bit(name, autocast):
-    changes = {"max_steps": 3, "micro_batch": 2, "autocast": autocast} | TRAJECTORIES[name]
+    changes = {"max_steps": 3, "micro_batch": 2, "autocast": autocast} | FOR_ENGINES[name]
     losses, logits = trajectory(make_setup(**changes))
     other_losses, other = trajectory(make_setup(runs=streaming.StreamingEngine, **changes))
     assert losses == other_losses

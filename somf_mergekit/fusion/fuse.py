@@ -131,8 +131,8 @@ def _trimmed(
         density = 1.0 if given.is_base else densities[given.id]
         if not 0 < density < 1 or given.tensor.numel() == 0:
             return given
-        kept = largest((given.tensor - base).detach(), density)
-        return TensorEntry(given.id, torch.where(kept, given.tensor, base), given.is_base)
+        stays = largest((given.tensor - base).detach(), density)
+        return TensorEntry(given.id, torch.where(stays, given.tensor, base), given.is_base)
 
     entries = tuple(map(entry, group.entries))
     whole = {model: 1.0 if density > 0 else density for model, density in densities.items()}
@@ -154,7 +154,7 @@ def largest(values: Tensor, density: float) -> Tensor:
         threshold = float(np.partition(sizes.numpy(), place)[place])
     else:
         threshold = float(sizes.kthvalue(place + 1).values)
-    kept = ~(sizes <= threshold)
+    found = ~(sizes <= threshold)
     equal = (sizes == threshold).nonzero().flatten()
-    kept[equal[: count - int(kept.sum())]] = True
-    return kept.view(values.shape)
+    found[equal[: count - int(found.sum())]] = True
+    return found.view(values.shape)

@@ -54,10 +54,10 @@ class LinearMerge:
         """Set ``weight`` to W(c) for a mask with one entry a weight, which is never stored whole.
 
         Args:
-            weight: the rows that are kept.
+            weight: the rows that this process has.
             sampler: the mask of these rows.
             rescale: see ``masking.mask_scale``; the mean is the whole mask's.
-            shard: the rows that are kept.
+            shard: these rows.
         """
         total = torch.zeros((), device=weight.device)
         if rescale == "mean":
@@ -79,12 +79,12 @@ class LinearMerge:
         """Return dL/dc, float32, one value per mask entry, from dL/dW at the weight W(c).
 
         Args:
-            weight_gradient: in the shape of the rows that are kept.
+            weight_gradient: in the shape of the rows that this process has.
             factor: c, one value per mask entry.
             layout: how the entries lie on the whole weight.
-            shard: the rows that are kept.
+            shard: these rows.
         """
-        # Of a tensor that has one entry in all rows, the blocks are summed; else laid together.
+        # With one entry for all rows, the blocks add up; else each has entries of its own.
         expanded = torch.zeros(layout.expanded_shape, device=self.delta.device)
         own, in_all_rows = shard.own(expanded), expanded.shape[:1] == (1,)
         for rows in row_blocks(self.delta):
@@ -144,7 +144,7 @@ class LoadedTensor:
     Attributes:
         name: in the merged checkpoint.
         shape: of the tensor.
-        base: the base model's tensor, in the recipe's dtype, or the rows of it that are kept.
+        base: the base model's tensor, in the recipe's dtype, or this process' rows of it.
         merge: the merged weight as a function of the mask; None where the merge is the base's
             whatever the mask (also buffers of integers, or of infinity in every model).
         changed: whether any model differs from the base.

@@ -14,7 +14,7 @@ class Shard:
     """This process' rows of one weight, places on its first axis, as FSDP deals them out.
 
     Every process has as many, but for the last ones, which may have fewer or none. A weight that is
-    kept whole, or has no axis, is a shard of one.
+    not shared, or has no axis, is a shard of one.
 
     Attributes:
         shape: of the whole weight.
@@ -26,12 +26,12 @@ class Shard:
 
     @property
     def is_whole(self) -> bool:
-        """Whether this process keeps all rows."""
+        """Whether this process has all rows."""
         return self.process_group.count == 1 or not self.shape
 
     @property
     def rows(self) -> slice:
-        """The rows that this process keeps."""
+        """The rows that this process has."""
         if self.is_whole:
             return slice(0, self.shape[0] if self.shape else 1)
         start = self.process_group.rank * self._dealt
@@ -39,7 +39,7 @@ class Shard:
 
     @property
     def first_entry(self) -> int:
-        """The first entry that this process keeps, in the flattened weight."""
+        """The first entry that this process has, in the flattened weight."""
         return self.rows.start * math.prod(self.shape[1:])
 
     @property
@@ -58,7 +58,7 @@ class Shard:
         return (self.rows.stop - self.rows.start, *self.shape[1:]) if self.shape else ()
 
     def add_up(self, tensor: Tensor) -> Tensor:
-        """Return the sum over the processes that keep the weight, float32."""
+        """Return the sum over the processes that share the weight, float32."""
         return tensor.float() if self.is_whole else self.process_group.add_up(tensor)
 
     def gather(self, weight: Tensor) -> None:

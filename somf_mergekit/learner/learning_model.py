@@ -99,7 +99,7 @@ def learning_model(
         trust_remote_code: as mergekit's option.
 
     Raises:
-        RecipeError: the merge is no model of the base's architecture, or nothing has changed.
+        RecipeError: the merge isn't a model of the base's architecture, or nothing has changed.
     """
     loaded = [placement.placed(tensor) for tensor in loaded]
     model = _empty_model(config, loaded, trust_remote_code)

@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..recipe.settings import Settings
-from .checkpoints import Checkpoints, Progress
-from .comparison import Comparison
-from .objectives import PREFERENCES
+from .checkpoint_file import Progress
+from .checkpoints import Checkpoints
 from .passes import Passes
 from .training_setup import TrainingSetup
 
@@ -41,6 +40,7 @@ class StepReport:
     def row(self) -> dict[str, Any]:
         """Return the step as a row of the training history, under the names of its columns."""
         row = asdict(self)
+        # The name of this column in the training history of older masks too.
         row["rate_share"] = row.pop("multiplier")
         return row
 
@@ -109,15 +109,12 @@ def learn_logits(
     plan = batches(len(setup.pairs), settings, steps)
     has_utility = setup.utility and settings.utility_weight > 0
     utility_plan = batches(len(setup.utility), settings, steps, "utility/") if has_utility else []
-    comparison = Comparison(setup, progress.reference, progress.unmasked)
-    comparison.compute(_used(setup, plan), _used(setup, utility_plan), on_reference)
-    passes = Passes(setup, comparison)
+    passes = Passes(setup, progress)
+    passes.compare(_used(setup, plan), _used(setup, utility_plan), on_reference)
     for step, batch in enumerate(plan):
         if step < progress.step:
             continue
         start = time.perf_counter()
-        if settings.objective in PREFERENCES and settings.reference == "redrawn":
-            comparison.redraw(step, batch)
         multiplier = learning_rate_multiplier(step, schedule, settings.warmup)
         shown = passes.learn(batch, utility_plan[step] if has_utility else [], step, multiplier)
         margins = shown.margins

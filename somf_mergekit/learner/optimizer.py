@@ -119,7 +119,7 @@ def signsgd_step(logits: Tensor, found: LogitGradient, rate: float) -> Tensor:
 
     Returns:
         The squared norm of the gradient, float32: not finite where some entry of the gradient is
-        not, or none can tell (above 1e19).
+        not, or it overflows (above 1e19).
     """
     square = torch.zeros((), device=logits.device)
     floor = max(EPS * found.size, TINY)

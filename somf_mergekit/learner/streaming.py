@@ -22,9 +22,9 @@ GROUP_TOKENS = 1 << 15
 class StreamingEngine:
     """A layer is written, all micro-batches go through it, and its memory is freed.
 
-    Between layers, hidden states alone are kept. On the way back each layer is computed again, its
-    gradients are completed, and its logits updated while it is there. What is outside the layers
-    (embeddings, last norm, head) stays in memory.
+    Between layers, only hidden states stay in memory. On the way back each layer is computed again,
+    its gradients are completed, and its logits updated while it is there. What is outside the
+    layers (embeddings, last norm, head) stays in memory.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class StreamingEngine:
             last = self._loss_gradients(parts, inputs.pop())
         back = partial(self._back_through, state, multiplier, calls, last)
         if needs_norm(self._tensors):
-            # The layers' gradients are computed twice, for there is no memory to keep them in.
+            # The layers' gradients are computed twice, for there is no memory to hold them in.
             self._into_embeddings(batches, back(list(inputs), None, changes=False))
             clip = clip_of(self._tensors, self._process_group, self.device)
             self._outer_updates.take(clip)
@@ -246,7 +246,7 @@ def _masked(tensors: Iterable[FixedTensor]) -> list[MaskedTensor]:
 
 
 def _groups(batches: Iterable[TokenBatch]) -> Iterator[list[TokenBatch]]:
-    """Put batches together until their tokens are many."""
+    """Group batches until their tokens are many."""
     group: list[TokenBatch] = []
     for batch in batches:
         group.append(batch)

@@ -248,7 +248,7 @@ class MaskedTensor(FixedTensor):
         return MaskSampler(logits, self.temperature, key, first, kind)
 
     def _mask(self, sampler: MaskSampler) -> Tensor:
-        """Return a mask that is drawn whole: it has few entries, or its fusion is no sum."""
+        """Return a mask that is drawn whole: it has few entries, or its fusion isn't linear."""
         kernels = kernels_for(sampler.logits.device) if sampler.kind is None else None
         found = kernels.whole_mask(sampler) if kernels else sampler.whole()
         return found.view(self.layout.shape)

@@ -7,10 +7,16 @@ from ..common.process_group import ALONE, Processes
 from ..data.logprobs import TokenBatch
 from ..data.pairs import EncodedPair
 from ..data.prompts import EncodedAnswer
-from ..data.sequences import example_batch, example_length, pair_batch, pair_length
+from ..data.sequences import (
+    example_batch,
+    example_length,
+    pair_batch,
+    pair_length,
+    pair_log_probs,
+)
 from ..recipe.settings import Settings
 from .engine import Engine, TokenLogProbs
-from .tensors import MaskedTensor, State
+from .tensors import Content, MaskedTensor, State
 
 
 @dataclass(frozen=True)
@@ -66,3 +72,29 @@ class TrainingSetup:
         """Cut rows into micro-batches of like length, so that little of them is padding."""
         order, size = sorted(rows, key=length), self.micro_batch
         return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def held_out_margins(
+    setup: TrainingSetup, content: Content, on_pairs: Callable[[int], object]
+) -> list[float]:
+    """Return by how many nats a token the safe answer of each held-out pair is the likelier one.
+
+    The measure of ``evaluate.likelihood.preference_margins``. Each process takes its share of the
+    pairs, and gets the margins of all.
+
+    Args:
+        setup: what was learned from.
+        content: what the weights are.
+        on_pairs: called with the number of pairs after each micro-batch.
+    """
+    pairs, process_group = setup.held_out, setup.process_group
+    own_rows = process_group.share(list(range(len(pairs))))
+    parts = setup.parts(own_rows, lambda row: pair_length(pairs[row]))
+    batches = (pair_batch([pairs[row] for row in part], setup.engine.device) for part in parts)
+    own: list[tuple[int, float]] = []
+    found = setup.evaluated(batches, len(parts), State(content))
+    for part, result in zip(parts, found, strict=True):
+        margins = pair_log_probs(*result, len(part)).per_token().ratios
+        own += zip(part, margins.tolist(), strict=True)
+        on_pairs(len(part))
+    return [margin for _, margin in sorted(process_group.gathered(own))]

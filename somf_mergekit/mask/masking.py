@@ -106,7 +106,7 @@ def _concrete_part(logits: Tensor, key: int, start: int, temperature: float) -> 
 def mask_scale(mean: Tensor, rescale: str) -> Tensor:
     """Return the factor that goes with a mask of this mean: 1 / mean, or 1 for ``rescale`` none.
 
-    An empty mask (mean 0) keeps nothing of the task vector: its factor is 0, not 1/0.
+    An empty mask (mean 0) leaves nothing of the task vector: its factor is 0, not 1/0.
 
     Args:
         mean: a scalar on any device, which is not waited for.

@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..data.held_out import HeldOut
-from ..learner.comparison import held_out_margins
 from ..learner.stopping import LearningDiverged
 from ..learner.tensors import Content
-from ..learner.training_setup import TrainingSetup
+from ..learner.training_setup import TrainingSetup, held_out_margins
 from ..mask.artifact import MaskSet
 from ..mask.census import MaskCensus
 from .plan import PlannedMerge
