@@ -137,18 +137,18 @@ def steps_in(folder):
     return sorted(int(path.name.split("-")[1]) for path in folder.glob("step-*"))
 
 
-def test_damaged_and_foreign_checkpoints_are_reported_and_go(tmp_path):
+def test_damaged_and_foreign_checkpoints_are_reported_and_go(tmp_path, capsys):
     setup = make_setup(**SETTINGS)
     trajectory(setup, Progress(), kept(setup, tmp_path), until=1)
     key = newest(tmp_path).name.split("-")[2]
     # As a bad disk leaves them, with higher numbers than what is written next.
     for name in (f"step-100-{key}", f"step-110-{key}", "step-7-0123456789ab.safetensors"):
         (tmp_path / name).write_bytes(b"no checkpoint")
-    said = []
     again = make_setup(**SETTINGS)
     checkpoints = kept(again, tmp_path)
-    progress = checkpoints.latest(said.append)
+    progress = checkpoints.latest()
     assert progress.step == 1
+    said = capsys.readouterr().err.splitlines()
     assert "1 checkpoints in" in said[0]
     assert "are of another recipe" in said[0]
     passed = [line.split(" is passed over: ")[0] for line in said[1:]]

@@ -52,14 +52,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor to be written.
-
-    Attributes:
-        name: of the tensor.
-        shape: of it.
-        dtype: of it, one that the file knows by _TYPES.
-        content: gives it when it is written.
-    """
+    """A tensor to be written, of a dtype in _TYPES; ``content`` gives it when it is its turn."""
 
     name: str
     shape: tuple[int, ...]

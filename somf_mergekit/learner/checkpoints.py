@@ -8,7 +8,7 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import click
@@ -75,10 +75,6 @@ def newest_fingerprint(folder: str) -> Any:
     return None
 
 
-def _to_stderr(text: str) -> None:
-    click.echo(text, err=True)
-
-
 class Checkpoints:
     """The checkpoints of one training run, of which the newest two stay.
 
@@ -116,23 +112,19 @@ class Checkpoints:
         self._seconds = seconds
         self._written = time.monotonic()
 
-    def latest(self, say: Callable[[str], object] = _to_stderr) -> Progress:
+    def latest(self) -> Progress:
         """Return how far learning had come, and set the logits to what they were then.
 
         The first process names the files, the newest first, and all go on from the same one. A
-        damaged one is passed over.
-
-        Args:
-            say: takes what the user should know of checkpoints that do not count.
+        damaged one is passed over, and what does not count is reported on stderr.
 
         Raises:
             RecipeError: a process can't open a file: what is in it may be hours of learning.
         """
-        say = say if self._process_group.is_first else lambda _: None
         found = self._process_group.of_first(self._found())
         own = [path for _, key, path in found if key == self._key]
         if len(own) < len(found):
-            say(
+            self._say(
                 f"somf: {len(found) - len(own)} checkpoints in {self._folder} are of another "
                 "recipe: they are removed when the first one of this recipe is written"
             )
@@ -141,9 +133,9 @@ class Checkpoints:
             if problem is None:
                 self._good = [path]
                 return progress
-            say(f"somf: checkpoint {path} is passed over: {problem}")
+            self._say(f"somf: checkpoint {path} is passed over: {problem}")
         if own:
-            say("somf: no checkpoint can be used: learning begins anew")
+            self._say("somf: no checkpoint can be used: learning begins anew")
         for tensor in self._tensors:
             tensor.restart()
         return Progress()
@@ -242,6 +234,10 @@ class Checkpoints:
         except _UNREADABLE as error:
             problem = first_line(error) or type(error).__name__
         return progress, self._first_of_all(problem)
+
+    def _say(self, text: str) -> None:
+        if self._process_group.is_first:
+            click.echo(text, err=True)
 
     def _first_of_all(self, problem: str | None) -> str | None:
         return next(filter(None, self._process_group.gathered([problem])), None)

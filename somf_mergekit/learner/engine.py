@@ -71,9 +71,8 @@ def own_parts(tensor: MaskedTensor) -> AbstractContextManager[Parts]:
 class Updates:
     """Updates each tensor as soon as its gradient is complete, so that few exist at once.
 
-    Where several processes learn, it is complete when all have added theirs. AdamW clips
-    the norm of the gradient of all tensors, so that under it gradients are measured when they are
-    complete, and wait for that norm.
+    Where several processes learn, it is complete when all have added theirs. AdamW clips the norm
+    of the gradient of all tensors, so that under it gradients wait for that norm.
     """
 
     def __init__(self, tensors: Sequence[MaskedTensor], process_group: Processes):

@@ -82,7 +82,8 @@ class LayeredModel:
         self.device = next(model.parameters()).device
         self._model, self._layers, self._autocast_type = model, layers, autocast
         probe = token_batch([([0], [0])], self.device)
-        self._gives_tuples = self._probed(probe)
+        self._gives_tuples = False
+        self._note_form(probe)
         self._check_calls(probe)
         with self._replaced(lambda number: self._as_output), self._autocast():
             self._head = output_head(model)
@@ -163,26 +164,20 @@ class LayeredModel:
     def _autocast(self) -> AbstractContextManager[Any]:
         return autocast_to(self._autocast_type, self.device)
 
-    def _probed(self, probe: TokenBatch) -> bool:
-        """Return whether layers give tuples."""
-        outputs: list[Any] = []
+    def _note_form(self, probe: TokenBatch) -> None:
+        """Note whether layers give tuples, by what the first one gives."""
+        first = self._layers[0].forward
 
-        class Known(Exception):
-            pass
+        def noting(hidden_states: Tensor, *arguments: Any, **keywords: Any) -> Any:
+            output = first(hidden_states, *arguments, **keywords)
+            self._gives_tuples = isinstance(output, tuple)
+            return output
 
-        def note(module: nn.Module, arguments: Any, output: Any) -> None:
-            outputs.append(output)
-            raise Known
+        def forward_of(number: int) -> Forward:
+            return self._as_output if number else noting
 
-        hook = self._layers[0].register_forward_hook(note)
-        try:
-            with torch.no_grad(), self._autocast():
-                self._model.base_model(input_ids=probe.input_ids, use_cache=False)
-        except Known:
-            pass
-        finally:
-            hook.remove()
-        return isinstance(outputs[0], tuple)
+        with self._replaced(forward_of), self._autocast(), torch.no_grad():
+            self._model.base_model(input_ids=probe.input_ids, use_cache=False)
 
     def _check_calls(self, probe: TokenBatch) -> None:
         """Check that hidden states go through all layers, and are all that is learned through.

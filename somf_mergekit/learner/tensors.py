@@ -155,9 +155,7 @@ class MaskedTensor(FixedTensor):
         return not self.is_entrywise or self.shard.is_whole
 
     @torch.no_grad()
-    def update(
-        self, gradient: Tensor, step: int, multiplier: float, parts: Parts | None = None
-    ) -> None:
+    def update(self, gradient: Tensor, step: int, multiplier: float, parts: Parts) -> None:
         """Take a step of signSGD on the logits from the weight's gradient.
 
         The weight's own values and the gradient's are lost: the next step makes them anew.
@@ -166,9 +164,9 @@ class MaskedTensor(FixedTensor):
             gradient: dL/dW of the rows that this process has, complete.
             step: whose sample the weight was written with.
             multiplier: of the learning rate, from 0 to 1.
-            parts: what to compute with; the tensor's own where not given.
+            parts: what to compute with.
         """
-        found = self._factor_gradient(gradient, step, parts or self.parts)
+        found = self._factor_gradient(gradient, step, parts)
         rate = multiplier * self.learning_rate
         kernels = kernels_for(gradient.device)
         if kernels:
@@ -177,25 +175,18 @@ class MaskedTensor(FixedTensor):
             self.gradient_square = signsgd_step(found.sampler.logits, logit_gradient(found), rate)
 
     @torch.no_grad()
-    def logit_gradient(
-        self, gradient: Tensor, step: int, parts: Parts | None = None
-    ) -> LogitGradient:
+    def logit_gradient(self, gradient: Tensor, step: int, parts: Parts) -> LogitGradient:
         """Return the logits' gradient; arguments, and what is lost, are those of ``update``."""
-        found = logit_gradient(self._factor_gradient(gradient, step, parts or self.parts))
+        found = logit_gradient(self._factor_gradient(gradient, step, parts))
         self.gradient_square = found.square()
         return found
 
     @torch.no_grad()
     def adamw_step(
-        self,
-        found: LogitGradient,
-        step: int,
-        multiplier: float,
-        clip: float,
-        parts: Parts | None = None,
+        self, found: LogitGradient, step: int, multiplier: float, clip: float, parts: Parts
     ) -> None:
         """Take a step of AdamW; arguments as of ``update`` and ``optimizer.adamw_step``."""
-        logits, moments = (parts or self.parts).learned
+        logits, moments = parts.learned
         rate = multiplier * self.learning_rate
         adamw_step(logits.view(-1), moments.view(2, -1), found, rate, step, clip)
 
