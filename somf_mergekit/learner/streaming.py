@@ -140,11 +140,7 @@ class StreamingEngine:
         for number in reversed(range(len(self._model))):
             updates = self._updates[number]
             with self._loaded(number, state, number - 1, changes=changes) as parts:
-
-                def own_parts(tensor: MaskedTensor, own: Any = parts) -> Any:
-                    return nullcontext(own[tensor])
-
-                updates.begin(state.step, multiplier, clip, own_parts)
+                updates.begin(state.step, multiplier, clip, partial(_parts_in, parts))
                 gradients = self._back_through_layer(number, inputs.pop(), calls, gradients)
                 updates.finish()
                 updates.drop()
@@ -234,6 +230,12 @@ class StreamingEngine:
 def _are_elsewhere(weights: Iterable[FixedTensor], device: torch.device) -> bool:
     """Return whether what weights are made of is not where the model is."""
     return any(tensor.parts.base.device != device for tensor in weights)
+
+
+def _parts_in(
+    parts: Mapping[FixedTensor, Parts], tensor: FixedTensor
+) -> AbstractContextManager[Parts]:
+    return nullcontext(parts[tensor])
 
 
 def _no_leaf(tensor: Tensor) -> Tensor:
