@@ -264,7 +264,7 @@ def test_what_one_process_sees_stops_all_and_is_told_by_the_first(
     monkeypatch.setattr(
         tensors.MaskedTensor,
         "update",
-        lambda self, gradient, number, share: number < step and real(self, gradient, number, share),
+        lambda self, given, number, *rest: number < step and real(self, given, number, *rest),
     )
     alone = tiny.invoke("mergekit-somf", "learn", file, tmp_path / "one")
     assert alone.exit_code == 0, alone.output
