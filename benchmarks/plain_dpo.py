@@ -134,7 +134,7 @@ def batches_of_pairs(source: Path, tokenizer: Any, settings: Any) -> list[list[E
 @click.option("--objective", default="dpo")
 def main(model: Path, out: Path, pairs: Path, **given: Any) -> None:
     """Train MODEL into OUT on the pairs, and in the order, that a mask learns from."""
-    from somf_mergekit.learner.loop import rate_share
+    from somf_mergekit.learner.loop import learning_rate_multiplier
     from somf_mergekit.recipe.settings import Settings
 
     from .real_training import load_saved, save_whole
@@ -147,7 +147,9 @@ def main(model: Path, out: Path, pairs: Path, **given: Any) -> None:
     def before_step(step: int) -> None:
         torch.nn.utils.clip_grad_norm_(loaded.parameters(), _CLIPPED)
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * rate_share(step, len(plan), settings.warmup)
+            group["lr"] = settings.learning_rate * learning_rate_multiplier(
+                step, len(plan), settings.warmup
+            )
 
     dpo_seconds(loaded, optimizer, plan, before_step, settings.objective, settings.beta)
     save_whole(loaded, tokenizer, out, given)

@@ -230,7 +230,7 @@ def covered_by(layout, entry, shape):
     """Truth values in the weight's shape: what one entry covers."""
     chosen = torch.zeros(layout.shape).flatten()
     chosen[entry] = 1
-    return layout.spread(chosen.reshape(layout.shape)).expand(shape) > 0
+    return layout.expand(chosen.reshape(layout.shape)).expand(shape) > 0
 
 
 @pytest.mark.parametrize("architecture", REACHED)

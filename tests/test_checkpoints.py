@@ -18,17 +18,16 @@ import tiny
 import torch
 from filelock import FileLock
 from safetensors import safe_open
-from test_learner import make_problem
+from setups import make_setup
 
 from somf_mergekit import RecipeError, learn
 from somf_mergekit.common.process_group import ALONE, Processes
 from somf_mergekit.learner import checkpoints as module
-from somf_mergekit.learner.checkpoints import Checkpoints, Progress
+from somf_mergekit.learner.checkpoint_file import Progress, StoredTensor, write_safetensors
+from somf_mergekit.learner.checkpoints import Checkpoints, learning_folder
 from somf_mergekit.learner.engine import ResidentEngine
-from somf_mergekit.learner.interruption import LearningInterrupted
-from somf_mergekit.learner.learning_folder import learning_folder
 from somf_mergekit.learner.loop import learn_logits
-from somf_mergekit.learner.safetensors_file import StoredTensor, write_safetensors
+from somf_mergekit.learner.stopping import LearningInterrupted
 from somf_mergekit.prepass import construction, prepass
 
 FINGERPRINT = {"models": ["a", "b"]}
@@ -41,15 +40,15 @@ SETTINGS = {
 }
 
 
-def kept(problem, folder, seconds=0.0, fingerprint=FINGERPRINT):
-    return Checkpoints(str(folder), fingerprint, problem.tensors, ALONE, seconds=seconds)
+def kept(setup, folder, seconds=0.0, fingerprint=FINGERPRINT):
+    return Checkpoints(str(folder), fingerprint, setup.tensors, ALONE, seconds=seconds)
 
 
 def nothing(*_):
     return None
 
 
-def trajectory(problem, progress=None, checkpoints=None, until=None):
+def trajectory(setup, progress=None, checkpoints=None, until=None):
     """Learn, at most until a step, and return losses and logits."""
     losses = []
 
@@ -60,10 +59,10 @@ def trajectory(problem, progress=None, checkpoints=None, until=None):
 
     if until:
         with pytest.raises(LearningInterrupted):
-            learn_logits(problem, on_step, nothing, progress, checkpoints)
+            learn_logits(setup, on_step, nothing, progress, checkpoints)
     else:
-        learn_logits(problem, on_step, nothing, progress, checkpoints)
-    return losses, [tensor.logits.clone() for tensor in problem.tensors]
+        learn_logits(setup, on_step, nothing, progress, checkpoints)
+    return losses, [tensor.logits.clone() for tensor in setup.tensors]
 
 
 @pytest.mark.parametrize(
@@ -76,10 +75,10 @@ def trajectory(problem, progress=None, checkpoints=None, until=None):
     ids=str,
 )
 def test_a_learning_that_was_stopped_ends_as_one_that_was_not(settings, tmp_path):
-    losses, logits = trajectory(make_problem(**settings))
-    first = make_problem(**settings)
+    losses, logits = trajectory(make_setup(**settings))
+    first = make_setup(**settings)
     before, _ = trajectory(first, Progress(), kept(first, tmp_path, seconds=1e9), until=2)
-    second = make_problem(**settings)
+    second = make_setup(**settings)
     checkpoints = kept(second, tmp_path)
     progress = checkpoints.latest()
     assert (progress.step, [row["loss"] for row in progress.history]) == (2, before)
@@ -114,17 +113,17 @@ def test_a_mask_learned_once_more_is_the_same_byte_for_byte_with_its_record(
 
 
 def test_what_was_compared_with_is_not_computed_again(tmp_path, monkeypatch):
-    first = make_problem(**SETTINGS)
+    first = make_setup(**SETTINGS)
     trajectory(first, Progress(), kept(first, tmp_path), until=1)
-    second = make_problem(**SETTINGS)
+    second = make_setup(**SETTINGS)
     monkeypatch.setattr(type(second.engine), "evaluate", None)
     trajectory(second, kept(second, tmp_path).latest(), kept(second, tmp_path))
 
 
 def test_a_checkpoint_that_does_not_count_is_passed_over(tmp_path):
-    first = make_problem(**SETTINGS)
+    first = make_setup(**SETTINGS)
     trajectory(first, Progress(), kept(first, tmp_path), until=3)
-    other = make_problem(**SETTINGS)
+    other = make_setup(**SETTINGS)
     assert kept(other, tmp_path, fingerprint={"models": ["a", "c"]}).latest().step == 0
     newest, older = sorted(tmp_path.iterdir(), reverse=True)
     newest.write_bytes(newest.read_bytes()[:-1])
@@ -138,18 +137,18 @@ def steps_in(folder):
     return sorted(int(path.name.split("-")[1]) for path in folder.glob("step-*"))
 
 
-def test_damaged_and_foreign_checkpoints_are_reported_and_go(tmp_path):
-    problem = make_problem(**SETTINGS)
-    trajectory(problem, Progress(), kept(problem, tmp_path), until=1)
+def test_damaged_and_foreign_checkpoints_are_reported_and_go(tmp_path, capsys):
+    setup = make_setup(**SETTINGS)
+    trajectory(setup, Progress(), kept(setup, tmp_path), until=1)
     key = newest(tmp_path).name.split("-")[2]
     # As a bad disk leaves them, with higher numbers than what is written next.
     for name in (f"step-100-{key}", f"step-110-{key}", "step-7-0123456789ab.safetensors"):
         (tmp_path / name).write_bytes(b"no checkpoint")
-    said = []
-    again = make_problem(**SETTINGS)
+    again = make_setup(**SETTINGS)
     checkpoints = kept(again, tmp_path)
-    progress = checkpoints.latest(said.append)
+    progress = checkpoints.latest()
     assert progress.step == 1
+    said = capsys.readouterr().err.splitlines()
     assert "1 checkpoints in" in said[0]
     assert "are of another recipe" in said[0]
     passed = [line.split(" is passed over: ")[0] for line in said[1:]]
@@ -160,8 +159,8 @@ def test_damaged_and_foreign_checkpoints_are_reported_and_go(tmp_path):
 
 
 def test_a_checkpoint_that_can_not_be_opened_stops_rather_than_begin_anew(tmp_path, monkeypatch):
-    problem = make_problem(**SETTINGS)
-    trajectory(problem, Progress(), kept(problem, tmp_path), until=2)
+    setup = make_setup(**SETTINGS)
+    trajectory(setup, Progress(), kept(setup, tmp_path), until=2)
     real = open
 
     def refusing(path, *arguments, **options):
@@ -169,7 +168,7 @@ def test_a_checkpoint_that_can_not_be_opened_stops_rather_than_begin_anew(tmp_pa
             raise PermissionError(13, "Permission denied", path)
         return real(path, *arguments, **options)
 
-    checkpoints = kept(make_problem(**SETTINGS), tmp_path)
+    checkpoints = kept(make_setup(**SETTINGS), tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr("builtins.open", refusing)
         with pytest.raises(RecipeError, match=r"step-2-\S+ can't be read: Permission denied"):
@@ -193,14 +192,14 @@ class Second(Processes):
 
 
 def test_all_processes_go_on_from_the_file_that_the_first_one_names(tmp_path):
-    problem = make_problem(**SETTINGS)
-    trajectory(problem, Progress(), kept(problem, tmp_path), until=3)
-    found = kept(problem, tmp_path)._found()
+    setup = make_setup(**SETTINGS)
+    trajectory(setup, Progress(), kept(setup, tmp_path), until=3)
+    found = kept(setup, tmp_path)._found()
     assert [step for step, _, _ in found] == [2, 3]
     gone = (4, found[0][1], str(tmp_path / f"step-4-{found[0][1]}.safetensors"))
 
     def of_second(*listed):
-        again = make_problem(**SETTINGS)
+        again = make_setup(**SETTINGS)
         together = Second(listed=listed)
         return Checkpoints(str(tmp_path), FINGERPRINT, again.tensors, together, seconds=0)
 
@@ -225,9 +224,9 @@ def room_for(count):
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
-    _, logits = trajectory(make_problem(**SETTINGS))
-    problem = make_problem(**SETTINGS)
-    checkpoints = kept(problem, tmp_path)
+    _, logits = trajectory(make_setup(**SETTINGS))
+    setup = make_setup(**SETTINGS)
+    checkpoints = kept(setup, tmp_path)
 
     def on_step(report):
         if report.step == 3:
@@ -239,12 +238,12 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
         room_for(hard),
         pytest.raises(RecipeError, match=r"File too large. The last one\s+is as it was"),
     ):
-        learn_logits(problem, on_step, nothing, Progress(), checkpoints)
+        learn_logits(setup, on_step, nothing, Progress(), checkpoints)
     assert sorted(path.name.rsplit("-", 1)[0] for path in tmp_path.iterdir()) == [
         "step-1",
         "step-2",
     ]
-    again = make_problem(**SETTINGS)
+    again = make_setup(**SETTINGS)
     checkpoints = kept(again, tmp_path)
     _, ends = trajectory(again, checkpoints.latest(), checkpoints)
     assert all(map(torch.equal, ends, logits))
@@ -369,21 +368,21 @@ def test_a_file_is_on_the_disk_before_it_has_its_name_and_before_others_go(
 
 
 def test_a_checkpoint_is_written_at_the_end_where_much_would_be_lost(tmp_path, monkeypatch):
-    problem = make_problem(**SETTINGS)
-    trajectory(problem, Progress(), kept(problem, tmp_path, seconds=1e9))
+    setup = make_setup(**SETTINGS)
+    trajectory(setup, Progress(), kept(setup, tmp_path, seconds=1e9))
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(module, "_END_SECONDS", 0)
-    trajectory(problem, Progress(), kept(problem, tmp_path, seconds=1e9))
+    trajectory(setup, Progress(), kept(setup, tmp_path, seconds=1e9))
     assert [path.name.rsplit("-", 1)[0] for path in tmp_path.iterdir()] == ["step-6"]
 
 
 def test_a_checkpoint_that_a_disk_has_damaged_does_not_count(tmp_path):
-    problem = make_problem(**SETTINGS)
-    checkpoints = kept(problem, tmp_path)
-    trajectory(problem, Progress(), checkpoints, until=2)
+    setup = make_setup(**SETTINGS)
+    checkpoints = kept(setup, tmp_path)
+    trajectory(setup, Progress(), checkpoints, until=2)
     path = newest(tmp_path)
     intact = path.read_bytes()
-    good = (vars(checkpoints.latest()), [tensor.logits.clone() for tensor in problem.tensors])
+    good = (vars(checkpoints.latest()), [tensor.logits.clone() for tensor in setup.tensors])
     header = 8 + int.from_bytes(intact[:8], "little")
     counted = []
     for place in [*range(0, header, 41), *range(header, len(intact), 4999), len(intact) - 1]:
@@ -395,7 +394,7 @@ def test_a_checkpoint_that_a_disk_has_damaged_does_not_count(tmp_path):
             continue
         counted.append(place)
         assert same(vars(progress), good[0]), place
-        assert all(map(torch.equal, (t.logits for t in problem.tensors), good[1])), place
+        assert all(map(torch.equal, (t.logits for t in setup.tensors), good[1])), place
     # Only blanks between the parts can change.
     assert len(counted) < 3
 
@@ -411,7 +410,9 @@ def same(one, other):
 def test_a_file_that_fails_half_way_is_not_there(tmp_path):
     path = tmp_path / "a.safetensors"
     values = torch.arange(6.0).view(2, 3)
-    write_safetensors(str(path), [StoredTensor.of("a", values)], {"k": "v"})
+    write_safetensors(
+        str(path), [StoredTensor("a", (2, 3), torch.float32, values.clone)], {"k": "v"}
+    )
     before = path.read_bytes()
 
     def fails():
@@ -517,7 +518,7 @@ def test_a_signal_ends_after_a_step_and_the_same_command_goes_on(
     assert process.returncode == code, told
     assert "Traceback" not in told
     (step,) = re.findall(
-        r"stopped after step (\d+), which is kept: give the same command again", told
+        r"stopped after step (\d+), which is stored: give the same command again", told
     )
     assert 2 <= int(step) < 40
     assert not mask.exists()
@@ -550,10 +551,10 @@ def test_where_memory_runs_out_the_same_command_goes_on(
     monkeypatch.setenv("SOMF_CHECKPOINT_MINUTES", "0")
     real = ResidentEngine.learn
 
-    def failing(self, parts, step, rate_share):
+    def failing(self, parts, step, multiplier):
         if step == 2:
             raise error
-        real(self, parts, step, rate_share)
+        real(self, parts, step, multiplier)
 
     with monkeypatch.context() as without_memory:
         without_memory.setattr(ResidentEngine, "learn", failing)
@@ -587,7 +588,7 @@ def test_memory_that_runs_out_before_or_after_the_steps_is_told(
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(family_recipe, tmp_path, monkeypatch):
-    def failing(self, parts, step, rate_share):
+    def failing(self, parts, step, multiplier):
         raise RuntimeError("a fault")
 
     monkeypatch.setattr(ResidentEngine, "learn", failing)

@@ -5,7 +5,7 @@ There is no GPU here: the device is the CPU too, but what is brought is copied a
 
 import pytest
 import torch
-from test_learner import TRAJECTORIES, make_problem, trajectory
+from setups import FOR_ENGINES, make_setup, trajectory
 from test_streaming import FakeCuda
 
 from somf_mergekit import learn
@@ -13,7 +13,7 @@ from somf_mergekit.learner import conveyor, streaming
 from somf_mergekit.learner import learning_model as model
 from somf_mergekit.learner.layered import LayeredModel
 from somf_mergekit.learner.loop import learn_logits
-from somf_mergekit.learner.pinned import PinnedMemory
+from somf_mergekit.learner.stores import PinnedMemory
 from somf_mergekit.learner.streaming import StreamingEngine
 from somf_mergekit.prepass import construction
 
@@ -56,33 +56,33 @@ def elsewhere(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "is_late"), [*((name, True) for name in TRAJECTORIES), ("defaults", False)]
+    ("name", "is_late"), [*((name, True) for name in FOR_ENGINES), ("defaults", False)]
 )
 def test_trajectory_is_that_of_the_engine_without(name, is_late, elsewhere, monkeypatch):
     # More layers than slots.
-    changes = {"max_steps": 3, "micro_batch": 2, "layers": 4} | TRAJECTORIES[name]
+    changes = {"max_steps": 3, "micro_batch": 2, "layers": 4} | FOR_ENGINES[name]
     with monkeypatch.context() as without:
         without.setattr(streaming, "_are_elsewhere", lambda weights, device: False)
-        expected = trajectory(make_problem(runs=StreamingEngine, **changes))
+        expected = trajectory(make_setup(runs=StreamingEngine, **changes))
     if is_late:
         monkeypatch.setattr(conveyor, "_Stream", LateStream)
-    problem = make_problem(runs=StreamingEngine, **changes)
-    assert problem.engine._conveyor
-    losses, logits = trajectory(problem)
+    setup = make_setup(runs=StreamingEngine, **changes)
+    assert setup.engine._conveyor
+    losses, logits = trajectory(setup)
     assert losses == expected[0]
     assert all(torch.equal(a, b) for a, b in zip(logits, expected[1], strict=True))
 
 
 def test_layers_are_computed_with_on_the_device_alone(elsewhere, monkeypatch):
-    problem = make_problem(runs=StreamingEngine, max_steps=2, layers=4)
-    engine = problem.engine
+    setup = make_setup(runs=StreamingEngine, max_steps=2, layers=4)
+    engine = setup.engine
     rooms = [slot.room for slot in engine._conveyor._slots]
     seen = set()
     real = LayeredModel.called
 
     def watched(self, number, *arguments):
-        for tensor in engine._of_layer[number]:
-            for own in (tensor.base, tensor.merged.fused, tensor.logits):
+        for parts in engine._conveyor._slot_of(number).parts.values():
+            for own in (parts.base, parts.merge.delta, parts.logits):
                 places = [own.data_ptr() - room.data_ptr() for room in rooms]
                 inside = [
                     0 <= place < room.nbytes for place, room in zip(places, rooms, strict=True)
@@ -92,25 +92,22 @@ def test_layers_are_computed_with_on_the_device_alone(elsewhere, monkeypatch):
         return real(self, number, *arguments)
 
     monkeypatch.setattr(LayeredModel, "called", watched)
-    homes = [(t.base, t.merged, t.logits) for t in problem.tensors]
-    trajectory(problem)
+    homes = [t.parts for t in setup.tensors]
+    trajectory(setup)
     assert seen == {0, 1}
-    for tensor, home in zip(problem.tensors, homes, strict=True):
-        assert all(
-            a is b for a, b in zip((tensor.base, tensor.merged, tensor.logits), home, strict=True)
-        )
+    assert all(t.parts is home for t, home in zip(setup.tensors, homes, strict=True))
 
 
 def test_logits_set_from_outside_are_brought_anew(elsewhere):
     def learned(sets):
-        problem = make_problem(runs=StreamingEngine, max_steps=1, layers=4)
+        setup = make_setup(runs=StreamingEngine, max_steps=1, layers=4)
         if sets:
             # As a checkpoint does, after the engine has looked at the model.
-            for tensor in problem.tensors:
+            for tensor in setup.tensors:
                 tensor.set_whole(torch.full(tensor.layout.shape, 2.0))
         reports = []
-        learn_logits(problem, reports.append, lambda done, total: None)
-        return reports[0].loss, [t.logits for t in problem.tensors]
+        learn_logits(setup, reports.append, lambda done, total: None)
+        return reports[0].loss, [t.logits for t in setup.tensors]
 
     first, second = learned(False), learned(True)
     assert first[0] != second[0]
@@ -120,8 +117,8 @@ def test_logits_set_from_outside_are_brought_anew(elsewhere):
 def test_a_layer_comes_while_the_one_before_is_computed_with(elsewhere, monkeypatch):
     asked = []
     real = conveyor._Slot.fill
-    problem = make_problem(runs=StreamingEngine, max_steps=1, layers=4)
-    engine = problem.engine
+    setup = make_setup(runs=StreamingEngine, max_steps=1, layers=4)
+    engine = setup.engine
 
     def noted(self, number, layer):
         asked.append(("comes", number))
@@ -136,7 +133,7 @@ def test_a_layer_comes_while_the_one_before_is_computed_with(elsewhere, monkeypa
 
     monkeypatch.setattr(LayeredModel, "called", computed)
     engine._conveyor.forget()
-    learn_logits(problem, lambda report: None, lambda done, total: None)
+    learn_logits(setup, lambda report: None, lambda done, total: None)
     last = len(engine._model) - 1
     for number in range(1, last + 1):
         assert asked.index(("comes", number)) < asked.index(("computed", number - 1))

@@ -15,7 +15,7 @@ from test_streaming import FakeCuda
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from somf_mergekit.learner import learning_model as model
-from somf_mergekit.learner.pinned import PinnedMemory
+from somf_mergekit.learner.stores import PinnedMemory
 
 # Older releases ask every device but the CPU for a module of its own.
 pytestmark = pytest.mark.skipif(

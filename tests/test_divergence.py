@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from test_learner import make_problem
+from setups import make_setup
 
 from somf_mergekit import MaskSet
 from somf_mergekit.learner import engine, passes, streaming
-from somf_mergekit.learner.checkpoints import Progress
-from somf_mergekit.learner.divergence import LearningDiverged
+from somf_mergekit.learner.checkpoint_file import Progress
 from somf_mergekit.learner.loop import learn_logits
+from somf_mergekit.learner.stopping import LearningDiverged
 from somf_mergekit.learner.tensors import MaskedTensor
 
 ENGINES = {"resident": engine.ResidentEngine, "streaming": streaming.StreamingEngine}
@@ -31,21 +31,21 @@ def test_a_loss_that_is_not_finite_names_its_rows(runs, monkeypatch):
         losses, margins = real(self, rows, *arguments)
         calls.append(1)
         if len(calls) == 3:
-            wrong.append(self.problem.pairs[rows[2]].row)
+            wrong.append(self.setup.pairs[rows[2]].row)
             losses = losses * torch.tensor([1, 1, math.nan, 1])
         return losses, margins
 
     monkeypatch.setattr(passes.Passes, "_pair_losses", changed)
-    problem = make_problem(runs=ENGINES[runs])
+    setup = make_setup(runs=ENGINES[runs])
     with pytest.raises(LearningDiverged) as caught:
-        learn_logits(problem, nothing, nothing)
+        learn_logits(setup, nothing, nothing)
     found = caught.value
     assert (found.step, found.rows, found.is_intact) == (2, wrong, True)
 
 
 def test_a_utility_term_that_is_not_finite_names_its_rows():
-    problem = make_problem(utility_dataset="y")
-    problem.utility[3] = SimpleNamespace(**vars(problem.utility[3]) | {"row": 77})
+    setup = make_setup(utility_dataset="y")
+    setup.utility[3] = SimpleNamespace(**vars(setup.utility[3]) | {"row": 77})
     progress = Progress()
 
     def on_reference(done, total):
@@ -53,7 +53,7 @@ def test_a_utility_term_that_is_not_finite_names_its_rows():
             progress.unmasked[3][0] = math.nan
 
     with pytest.raises(LearningDiverged) as caught:
-        learn_logits(problem, nothing, on_reference, progress)
+        learn_logits(setup, nothing, on_reference, progress)
     found = caught.value
     assert (found.step, found.rows, found.utility_rows) == (0, [], [77])
 
@@ -75,7 +75,7 @@ def test_the_row_that_is_named_is_that_of_the_file(family_recipe, tmp_path, monk
 
     def broken(self, batch, *arguments):
         losses, margins = real(self, batch, *arguments)
-        texts = [tokenizer.decode(self.problem.pairs[row].chosen) for row in batch]
+        texts = [tokenizer.decode(self.setup.pairs[row].chosen) for row in batch]
         found = ["cake cake cake" in text for text in texts]
         return losses.masked_fill(torch.tensor(found), math.inf), margins
 

@@ -19,9 +19,8 @@ from mergekit.merge_methods.easy_define import merge_method
 from somf_mergekit import MaskSet, RecipeError
 from somf_mergekit.common import chunks as pieces
 from somf_mergekit.fusion import fuse as fusions
-from somf_mergekit.fusion import fusion_methods, weights
+from somf_mergekit.fusion import fusion_methods, merges
 from somf_mergekit.fusion.shards import Shard
-from somf_mergekit.fusion.trimming import largest
 from somf_mergekit.mask.granularity import Storage, mask_layout
 
 # Every fusion with its own parameters, as a recipe gives them: to all models, or once.
@@ -79,7 +78,7 @@ def group_of(models=2, shape=(12, 16), seed=0):
 def values_of(fusion, models=2, **changes):
     """Parameters as the planner resolves them: those that a fusion takes per model as mappings."""
     values = {"fusion": fusion, "seed": 0}
-    for spec in fusion_methods.fusion_specs():
+    for spec in fusion_methods.fusion_specs(frozenset()):
         value = {**own_parameters(fusion), **changes}.get(spec.name)
         shared = spec.scope.value == "shared"
         values[spec.name] = value if shared else dict.fromkeys(range(models), value)
@@ -139,7 +138,7 @@ def written(weight, factor):
 @pytest.mark.parametrize("granularity", ["weight", "row"])
 def test_learning_sees_the_fusions_weights_and_gradients(fusion, models, granularity):
     group, base, changed = group_of(models)
-    weight = weights.merged_weight(group, values_of(fusion, models))
+    weight = merges.merge_of(group, values_of(fusion, models))
     layout = mask_layout(granularity, "w", (12, 16), Storage(4))
     draw = torch.Generator().manual_seed(5)
     factor = 0.5 + torch.rand(layout.shape, generator=draw)
@@ -148,7 +147,7 @@ def test_learning_sees_the_fusions_weights_and_gradients(fusion, models, granula
     expected = reference(fusion, base, changed, leaf)
     (expected_gradient,) = torch.autograd.grad(expected, leaf, gradient)
     torch.testing.assert_close(
-        written(weight, layout.spread(factor)), expected.detach(), rtol=1e-5, atol=1e-6
+        written(weight, layout.expand(factor)), expected.detach(), rtol=1e-5, atol=1e-6
     )
     found = weight.factor_gradient(gradient, factor, layout, Shard((12, 16)))
     torch.testing.assert_close(found, expected_gradient, rtol=1e-4, atol=1e-5)
@@ -177,8 +176,8 @@ def test_the_closed_form_is_used_where_the_fusion_is_linear(fusion, changes, lin
     group, _, _ = group_of()
     values = values_of(fusion, **changes)
     assert fusions.is_linear(values) is linear
-    weight = weights.merged_weight(group, values)
-    assert isinstance(weight, weights.LinearWeight) is linear
+    weight = merges.merge_of(group, values)
+    assert isinstance(weight, merges.LinearMerge) is linear
     draw = torch.Generator().manual_seed(3)
     for factor in (torch.ones(()), torch.rand(12, 16, generator=draw), torch.zeros(12, 16)):
         expected = fusions.fused(fusions.masked_group(group, factor), values)
@@ -202,17 +201,17 @@ def test_sums_are_what_mergekit_gives_however_they_are_cut(fusion, models, chang
     for mask in (factor, factor[:, :1], factor[:1], torch.ones(())):
         expected = fusions.fused(fusions.masked_group(group, mask), values)
         monkeypatch.setattr(pieces, "PIECE", 1 << 20)
-        whole = weights.fused_masked(group, mask, values)
+        whole = merges.fused_masked(group, mask, values)
         torch.testing.assert_close(whole, expected, rtol=1e-6, atol=1e-6)
         monkeypatch.setattr(pieces, "PIECE", 5 * 16)
-        assert torch.equal(weights.fused_masked(group, mask, values), whole)
+        assert torch.equal(merges.fused_masked(group, mask, values), whole)
 
 
 def test_models_that_are_averaged_keep_the_base_itself():
     group, base, _ = group_of(3)
     values = values_of("linear", 3, weight=0.1, normalize=True)
-    assert weights.merged_weight(group, values).start is base
-    halved = weights.merged_weight(group, values_of("linear", 3, weight=0.2, normalize=False))
+    assert merges.merge_of(group, values).start is base
+    halved = merges.merge_of(group, values_of("linear", 3, weight=0.2, normalize=False))
     torch.testing.assert_close(halved.start, 0.6 * base)
 
 
@@ -229,10 +228,10 @@ def test_trimming_by_a_threshold_is_what_mergekit_sorts_out(density, rescale):
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.01])
 def test_as_many_entries_are_kept_also_of_equal_ones(share):
     values = torch.tensor([0.0, 1.0, -1.0, 1.0, -2.0, 0.5, 1.0, 0.0]).view(2, 4)
-    kept = largest(values, share)
+    kept = fusions.largest(values, share)
     assert int(kept.sum()) == max(1, int(share * 8))
     assert values.abs()[kept].min() >= values.abs()[~kept].max()
-    assert not largest(torch.zeros(3, 3), 0.5)[2].any()
+    assert not fusions.largest(torch.zeros(3, 3), 0.5)[2].any()
 
 
 @pytest.mark.parametrize("fusion", ["task_arithmetic", "linear", "passthrough"])
@@ -242,7 +241,7 @@ def test_fusing_leaves_its_inputs_as_they_were(fusion):
     before = [tensor.clone() for tensor in (base, *changed)]
     values = values_of(fusion, models, scale=None)
     factor = torch.rand(12, 16, generator=torch.Generator().manual_seed(3))
-    result = weights.fused_masked(group, factor, values)
+    result = merges.fused_masked(group, factor, values)
     assert all(map(torch.equal, before, (base, *changed)))
     if fusion == "passthrough":
         torch.testing.assert_close(result, base + (changed[0] - base) * factor)

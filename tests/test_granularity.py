@@ -71,7 +71,7 @@ def test_what_an_entry_covers(granularity, name, shape, layout):
     ],
     ids=str,
 )
-def test_spreading_and_collecting_are_each_others_transpose(layout):
+def test_expanding_and_reducing_are_each_others_transpose(layout):
     entries = torch.randn(layout.shape, generator=torch.Generator().manual_seed(0))
     values = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
     owner = torch.zeros(6, 8, dtype=torch.int64)
@@ -80,10 +80,10 @@ def test_spreading_and_collecting_are_each_others_transpose(layout):
         if layout.repeat > 1:
             place[layout.axis] = (row, column)[layout.axis] // layout.repeat
         owner[row, column] = place[0] * layout.shape[1] + place[1]
-    whole = layout.spread(entries).expand(6, 8)
+    whole = layout.expand(entries).expand(6, 8)
     assert torch.equal(whole, entries.flatten()[owner])
     summed = torch.zeros(entries.numel()).index_add(0, owner.flatten(), values.flatten())
-    torch.testing.assert_close(layout.collected(values), summed.view(layout.shape))
+    torch.testing.assert_close(layout.reduce(values), summed.view(layout.shape))
 
 
 def test_storage_is_the_configurations():
@@ -113,7 +113,7 @@ def test_whole_merges(family, family_recipe, tmp_path, granularity):
         entries += masks.entries(name).numel()
         mask = masks.probabilities(name)
         assert tuple(mask.shape) == masks.shape(name)
-        assert torch.equal(mask, layout.spread(masks.entries(name)))
+        assert torch.equal(mask, layout.expand(masks.entries(name)))
         factor = mask / mask.mean() if rescale == "mean" else mask
         change = 0.5 * (math[name] - start) + 0.5 * (code[name] - start)
         torch.testing.assert_close(found[name], start + change * factor, rtol=1e-5, atol=1e-6)

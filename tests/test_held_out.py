@@ -267,7 +267,7 @@ def test_a_learning_that_was_stopped_tells_the_same_of_held_out_pairs(
     content = recipe(max_steps=4)
     learn(content, tmp_path / "whole")
     monkeypatch.setenv("SOMF_CHECKPOINT_MINUTES", "0")
-    real = loop.rate_share
+    real = loop.learning_rate_multiplier
 
     class Stop(Exception):
         pass
@@ -278,7 +278,7 @@ def test_a_learning_that_was_stopped_tells_the_same_of_held_out_pairs(
         return real(step, *schedule)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "rate_share", stopping)
+        patch.setattr(loop, "learning_rate_multiplier", stopping)
         with pytest.raises(Stop):
             learn(content, tmp_path / "mask")
     assert (tmp_path / "mask.learning").exists()

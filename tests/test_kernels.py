@@ -8,14 +8,14 @@ import sys
 
 import pytest
 import torch
-from test_learner import TRAJECTORIES, make_problem, trajectory
+from setups import TRAJECTORIES, make_setup, trajectory
 from test_masking import logit_gradient, signsgd
 
+from somf_mergekit.fusion.merges import LinearMerge
 from somf_mergekit.fusion.shards import Shard
-from somf_mergekit.fusion.weights import LinearWeight
-from somf_mergekit.learner import entrywise, optimizer, tensors, triton_check, whole
-from somf_mergekit.learner.draws import Draw
+from somf_mergekit.learner import optimizer, tensors, triton_check
 from somf_mergekit.mask import masking, noise
+from somf_mergekit.mask.masking import MaskSampler
 
 pytest.importorskip("triton")
 
@@ -26,18 +26,18 @@ def kernels():
     return importlib.import_module("somf_mergekit.learner.kernels")
 
 
-DRAWS = {
-    "sample": lambda logits, key: Draw(logits, key, 0, 0.5),
-    "another temperature": lambda logits, key: Draw(logits, key, 0, 0.2),
-    "soft": lambda logits, key: Draw(logits, None, 0, 0.5),
-    "untrained": lambda logits, key: Draw(torch.tensor(0.3).expand(len(logits)), key, 0, 0.5),
-    "later rows": lambda logits, key: Draw(logits, key, 4099, 0.5),
+SAMPLERS = {
+    "sample": lambda logits, key: MaskSampler(logits, 0.5, key),
+    "another temperature": lambda logits, key: MaskSampler(logits, 0.2, key),
+    "soft": lambda logits, key: MaskSampler(logits, 0.5),
+    "untrained": lambda logits, key: MaskSampler(torch.tensor(0.3).expand(len(logits)), 0.5, key),
+    "later rows": lambda logits, key: MaskSampler(logits, 0.5, key, 4099),
 }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rescale", ["mean", "none"])
-@pytest.mark.parametrize("name", DRAWS)
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_kernels_compute_the_formulas(kernels, name, rescale, dtype, monkeypatch):
     # A step is then as long as its gradient tells, and not about as long as the rate.
     for module in (kernels, optimizer):
@@ -45,15 +45,15 @@ def test_kernels_compute_the_formulas(kernels, name, rescale, dtype, monkeypatch
     # The last program has few entries.
     shape = (37, 97)
     generator = torch.Generator().manual_seed(0)
-    start, fused, gradient, logits = torch.randn(4, *shape, generator=generator)
-    merged, shard = LinearWeight(start.to(dtype), fused.to(dtype)), Shard(shape)
+    start, delta, gradient, logits = torch.randn(4, *shape, generator=generator)
+    merge, shard = LinearMerge(start.to(dtype), delta.to(dtype)), Shard(shape)
     logits_before = logits.clone()
-    draw = DRAWS[name](logits.view(-1), noise.noise_key(seed=0, step=3, name="w"))
-    mask = draw.part(slice(0, start.numel())).view(shape)
-    torch.testing.assert_close(kernels.whole_mask(draw).view(shape), mask)
+    sampler = SAMPLERS[name](logits.view(-1), noise.noise_key(seed=0, step=3, name="w"))
+    mask = sampler.whole().view(shape)
+    torch.testing.assert_close(kernels.whole_mask(sampler).view(shape), mask)
     weight = torch.full(shape, torch.nan, dtype=dtype)
-    kernels.write_masked(weight, merged, draw, rescale, shard)
-    expected = merged.start.float() + merged.fused.float() * masking.mask_factor(mask, rescale)
+    kernels.write_sampled(merge, weight, sampler, rescale, shard)
+    expected = merge.start.float() + merge.delta.float() * masking.mask_factor(mask, rescale)
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {}
     torch.testing.assert_close(weight, expected.to(dtype), **tolerance)
     if name == "untrained":
@@ -61,26 +61,25 @@ def test_kernels_compute_the_formulas(kernels, name, rescale, dtype, monkeypatch
     kept = gradient.to(dtype)
     # Rows of tokens that no pair has.
     kept[::3] = 0
-    own_product = kept.float() * merged.fused.float()
-    formula, own = logit_gradient(own_product, mask, draw.temperature, rescale)
+    own_product = kept.float() * merge.delta.float()
+    formula, own = logit_gradient(own_product, mask, sampler.temperature, rescale)
     expected = signsgd(logits, formula, own, 0.25, 1.0).float()
     given = kept.clone()
-    found = kernels.update_logits(kept, merged.fused, draw, rescale, shard, 0.25)
+    of_factor = optimizer.FactorGradient(kept, merge.delta, sampler, rescale, shard, weight)
+    found = kernels.update_logits(of_factor, 0.25)
     assert float(found) == pytest.approx(float(formula.square().sum()), rel=1e-4)
     assert torch.equal(kept, given)
-    assert torch.equal(draw.logits.view(shape)[::3], logits_before[::3])
+    assert torch.equal(sampler.logits.view(shape)[::3], logits_before[::3])
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["defaults", "row", "no rescale", "ties"])
+@pytest.mark.parametrize("name", ["defaults", "row"])
 def test_learning_with_kernels_goes_the_same_way(kernels, name, monkeypatch):
     changes = TRAJECTORIES[name] | {"max_steps": 2}
-    losses, logits = trajectory(make_problem(**changes))
+    losses, logits = trajectory(make_setup(**changes))
     used = []
-    for module in (entrywise, whole, tensors):
-        found = lambda device: used.append(device) or kernels  # noqa: E731
-        monkeypatch.setattr(module, "kernels_for", found)
-    other_losses, other = trajectory(make_problem(**changes))
+    monkeypatch.setattr(tensors, "kernels_for", lambda device: used.append(device) or kernels)
+    other_losses, other = trajectory(make_setup(**changes))
     assert used
     assert other_losses == pytest.approx(losses, abs=1e-5)
     difference = torch.cat([(a - b).flatten() for a, b in zip(logits, other, strict=True)])
@@ -97,7 +96,7 @@ from somf_mergekit.learner import kernels
 TYPES = {"blocks": "i32", "key": "i64", "word": "i32", "count": "i32"}
 TYPES |= dict.fromkeys(("sharpness", "entries", "rate"), "fp32")
 FLOATS = ("sums", "totals", "squares", "found", "logits")
-MADE_FOR = dict.fromkeys(("WEIGHTED", "FUSED", "RESCALED", "DRAWN"), True)
+MADE_FOR = dict.fromkeys(("WEIGHTED", "HAS_DELTA", "RESCALED", "DRAWN"), True)
 MADE_FOR |= {"STRIDE": 1, "SKIPPED": 0, "WORDS": 256, "EPS": 1e-5, "TINY": 1e-38}
 names = ("_mask_kernel", "_totals_kernel", "_write_kernel", "_update_kernel")
 for kernel in (getattr(kernels, name) for name in names):

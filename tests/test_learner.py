@@ -1,4 +1,3 @@
-import copy
 import dataclasses
 import itertools
 import math
@@ -7,7 +6,7 @@ import pytest
 import tiny
 import torch
 from mergekit.merge_methods import merge_tensors
-from mergekit.merge_methods.base import TensorEntry, TensorGroup, TensorMetadata
+from setups import TRAJECTORIES, VOCABULARY, make_setup, trajectory
 from test_masking import logit_gradient, signsgd
 from transformers import get_cosine_schedule_with_warmup
 
@@ -18,96 +17,13 @@ from somf_mergekit.data.logprobs import (
     output_head,
     token_batch,
 )
-from somf_mergekit.data.pairs import EncodedPair
+from somf_mergekit.fusion.merges import LinearMerge
 from somf_mergekit.fusion.shards import Shard
-from somf_mergekit.fusion.weights import FusedWeight, LinearWeight
-from somf_mergekit.learner import engine, entrywise, loop, optimizer, passes
-from somf_mergekit.learner.divergence import LearningDiverged
-from somf_mergekit.learner.draws import Draw
-from somf_mergekit.learner.problem import LearningProblem
-from somf_mergekit.learner.tensors import Content, FixedTensor, MaskedTensor, State
+from somf_mergekit.learner import engine, loop, optimizer, passes
+from somf_mergekit.learner.stopping import LearningDiverged
+from somf_mergekit.learner.tensors import Content, FixedTensor, Parts, State
 from somf_mergekit.mask import masking, noise
-from somf_mergekit.mask.granularity import Storage, mask_layout
 from somf_mergekit.recipe.settings import Settings
-
-VOCABULARY = 64
-
-
-def make_pairs(count=12, seed=0):
-    draw = torch.Generator().manual_seed(seed)
-
-    def tokens(low, high):
-        length = int(torch.randint(low, high, (1,), generator=draw))
-        return torch.randint(3, VOCABULARY, (length,), generator=draw).tolist()
-
-    return [
-        EncodedPair(tokens(3, 9), tokens(2, 7), tokens(2, 7), 100 + number)
-        for number in range(count)
-    ]
-
-
-TIES = {"weight": {1: 0.5, 2: 0.5}, "density": {1: 0.6, 2: 0.6}}
-
-
-def make_utility(count=6, seed=9):
-    return [EncodedPair(pair.prompt, pair.chosen) for pair in make_pairs(count, seed)]
-
-
-def make_problem(
-    micro_batch=4,
-    fusion=None,
-    autocast=None,
-    runs=engine.ResidentEngine,
-    layers=2,
-    tied=False,
-    **parameters,
-):
-    """A tiny Llama, two random task vectors, and random pairs and utility examples."""
-    values = {"safety_dataset": "x", "max_steps": 4, "learning_rate": 0.1, "batch_size": 4}
-    values |= parameters
-    settings = Settings(**values)
-    base = tiny.tiny_llama(0, VOCABULARY, layers=layers, tied=tied)
-    others = {seed: tiny.perturbed(base, seed) for seed in (1, 2)}
-    model = copy.deepcopy(base).eval().requires_grad_(False)
-    masked = []
-    for name, weight in model.named_parameters():
-        start = base.get_parameter(name).detach().clone()
-        changed = {n: other.get_parameter(name).detach() for n, other in others.items()}
-        if fusion:
-            entries = [TensorEntry("base", start, True)]
-            entries += [TensorEntry(number, tensor) for number, tensor in changed.items()]
-            group = TensorGroup(tuple(entries), TensorMetadata(name=name))
-            merged = FusedWeight(group, {"fusion": fusion, "seed": 0, **TIES})
-        else:
-            merged = LinearWeight(start, sum(0.5 * (one - start) for one in changed.values()))
-        layout = mask_layout(settings.granularity, name, tuple(weight.shape), Storage(8))
-        masked.append(
-            MaskedTensor(
-                name=name,
-                weight=weight,
-                shard=Shard(tuple(weight.shape)),
-                base=start,
-                merged=merged,
-                layout=layout,
-                logits=torch.full(layout.shape, settings.init_logit),
-                temperature=settings.temperature,
-                rescale=settings.mask_rescale,
-                seed=settings.seed,
-                init_logit=settings.init_logit,
-                learning_rate=settings.learning_rate,
-                moments=torch.zeros(2, *layout.shape) if settings.optimizer == "adamw" else None,
-            )
-        )
-    utility = make_utility() if settings.utility_dataset else []
-    return LearningProblem(
-        runs(model, masked, [], autocast), masked, make_pairs(), utility, settings, micro_batch
-    )
-
-
-def trajectory(problem):
-    reports = []
-    loop.learn_logits(problem, reports.append, lambda done, total: None)
-    return [r.loss for r in reports], [t.logits.clone() for t in problem.tensors]
 
 
 def token_log_probs(model, weights, prompt, answer):
@@ -137,12 +53,13 @@ def plain_weight(tensor, mask, mean=None):
             ],
             dim=tensor.layout.axis,
         )
-    if isinstance(tensor.merged, LinearWeight):
-        return tensor.base + tensor.merged.fused * factor
-    models = [e.tensor for e in tensor.merged.group.non_base]
-    masked = [tensor.base + (model - tensor.base) * factor for model in models]
+    base, merge = tensor.parts.base, tensor.parts.merge
+    if isinstance(merge, LinearMerge):
+        return base + merge.delta * factor
+    models = [e.tensor for e in merge.group.non_base]
+    masked = [base + (model - base) * factor for model in models]
     own = {"weight": 0.5, "density": 0.6}
-    return merge_tensors([tensor.base, *masked], "ties", parameters=own, base_index=0)
+    return merge_tensors([base, *masked], "ties", parameters=own, base_index=0)
 
 
 def plain_loss(settings, chosen, rejected, reference):
@@ -163,11 +80,11 @@ def plain_loss(settings, chosen, rejected, reference):
     return loss + settings.sft_weight * likelihood
 
 
-def reference_trajectory(problem):
+def reference_trajectory(setup):
     """The same learning, written plainly: autograd through the mask, one pair at a time."""
-    settings, pairs = problem.settings, problem.pairs
+    settings, pairs = setup.settings, setup.pairs
     model = tiny.tiny_llama(0, VOCABULARY)
-    weights_of = {t.name: t for t in problem.tensors}
+    weights_of = {t.name: t for t in setup.tensors}
     logits = {
         n: torch.full(t.layout.shape, settings.init_logit).requires_grad_()
         for n, t in weights_of.items()
@@ -191,11 +108,11 @@ def reference_trajectory(problem):
 
     untrained = {n: x.detach().clone() for n, x in logits.items()}
     with torch.no_grad():
-        fixed = {n: t.base for n, t in weights_of.items()}
+        fixed = {n: t.parts.base for n, t in weights_of.items()}
         if settings.reference == "merged":
             fixed = merged({n: torch.sigmoid(x) for n, x in untrained.items()})
         unmasked = merged({n: torch.ones_like(x) for n, x in untrained.items()})
-        plain = [token_log_probs(model, unmasked, e.prompt, e.chosen) for e in problem.utility]
+        plain = [token_log_probs(model, unmasked, e.prompt, e.chosen) for e in setup.utility]
     losses, divergences, norms = [], [], []
     adamw = torch.optim.AdamW(list(logits.values()), weight_decay=0.0)
     for step in range(settings.max_steps):
@@ -211,11 +128,11 @@ def reference_trajectory(problem):
             terms.append(plain_loss(settings, *answers(weights, pair), reference))
         loss = torch.stack(terms).mean()
         losses.append(loss.item())
-        if problem.utility:
+        if setup.utility:
             apart = []
             for row in range(step * settings.batch_size, (step + 1) * settings.batch_size):
                 if row < len(plain):
-                    example = problem.utility[row]
+                    example = setup.utility[row]
                     now = token_log_probs(model, weights, example.prompt, example.chosen)
                     apart.append(0.5 * (now - plain[row]) ** 2)
             divergence = torch.cat(apart).mean()
@@ -245,45 +162,20 @@ def reference_trajectory(problem):
     return losses, divergences, [x.detach() for x in logits.values()]
 
 
-TRAJECTORIES = {
-    "defaults": {},
-    "no rescale": {"mask_rescale": "none", "temperature": 0.8, "init_logit": 1.0},
-    "reference merged": {"reference": "merged", "mask_rescale": "none", "beta": 0.5},
-    "reference base": {"reference": "base"},
-    "reference redrawn": {"reference": "redrawn"},
-    "dpo_norm": {"objective": "dpo_norm"},
-    "ipo": {"objective": "ipo", "beta": 0.2},
-    "hinge": {"objective": "hinge", "beta": 0.5},
-    "sft": {"objective": "sft"},
-    "dpo with sft": {"sft_weight": 0.5},
-    "ipo with sft": {"objective": "ipo", "beta": 0.5, "sft_weight": 2.0},
-    "utility": {"utility_dataset": "y", "utility_weight": 3.0, "max_steps": 2},
-    "ties": {"fusion": "ties"},
-    "row": {"granularity": "row"},
-    "column": {"granularity": "column"},
-    "head": {"granularity": "head"},
-    "tensor": {"granularity": "tensor", "mask_rescale": "none"},
-    "adamw": {"optimizer": "adamw", "objective": "dpo", "warmup": 0.0},
-    "adamw, clipped, by rows": {"optimizer": "adamw", "beta": 40.0, "granularity": "row"},
-    "adamw, ties": {"optimizer": "adamw", "objective": "dpo", "fusion": "ties"},
-    "ties by rows": {"fusion": "ties", "granularity": "row"},
-}
-
-
 @pytest.mark.parametrize("name", TRAJECTORIES)
 def test_whole_trajectory_is_that_of_plain_autograd(name):
     # The sign of a gradient that is rounding noise is almost a whole step: so all losses are
     # compared closely, but of the logits the few with such gradients may differ.
     changes = {"max_steps": 3} | TRAJECTORIES[name]
-    expected_losses, expected_divergences, expected = reference_trajectory(make_problem(**changes))
-    problem = make_problem(**changes)
+    expected_losses, expected_divergences, expected = reference_trajectory(make_setup(**changes))
+    setup = make_setup(**changes)
     reports = []
-    loop.learn_logits(problem, reports.append, lambda done, total: None)
+    loop.learn_logits(setup, reports.append, lambda done, total: None)
     assert [r.loss for r in reports] == pytest.approx(expected_losses, rel=1e-5, abs=1e-5)
-    if problem.utility:
+    if setup.utility:
         assert [r.utility for r in reports] == pytest.approx(expected_divergences, abs=1e-5)
         assert max(expected_divergences) > 1e-3
-    found = [t.logits for t in problem.tensors]
+    found = [t.logits for t in setup.tensors]
     difference = torch.cat([(a - b).flatten() for a, b in zip(found, expected, strict=True)])
     moved = torch.cat([(a - changes.get("init_logit", 0)).flatten() for a in found])
     assert moved.abs().max() > 0.05
@@ -294,13 +186,13 @@ def test_whole_trajectory_is_that_of_plain_autograd(name):
 def test_a_larger_utility_weight_keeps_the_merge_closer_to_the_unmasked_one():
     ends = []
     for weight in (0.0, 30.0):
-        problem = make_problem(
+        setup = make_setup(
             utility_dataset="y", utility_weight=weight, max_steps=30, epochs=30, batch_size=12
         )
-        loop.learn_logits(problem, lambda report: None, lambda done, total: None)
-        batch = token_batch([(e.prompt, e.chosen) for e in problem.utility])
+        loop.learn_logits(setup, lambda report: None, lambda done, total: None)
+        batch = token_batch([(e.prompt, e.chosen) for e in setup.utility])
         found = {
-            content: next(problem.engine.evaluate([batch], State(content)))[0]
+            content: next(setup.engine.evaluate([batch], State(content)))[0]
             for content in (Content.UNMASKED, Content.SOFT)
         }
         soft, unmasked = found[Content.SOFT], found[Content.UNMASKED]
@@ -309,29 +201,30 @@ def test_a_larger_utility_weight_keeps_the_merge_closer_to_the_unmasked_one():
 
 
 def test_weights_merged_without_a_mask_are_the_bases_only_while_it_is_the_reference(monkeypatch):
-    problem = make_problem(max_steps=1, reference="base")
-    first, *masked = problem.tensors
-    other = first.base + 1.0
-    merged = LinearWeight(other, torch.zeros_like(other))
-    fixed = FixedTensor(first.weight, first.shard, first.base, merged)
+    setup = make_setup(max_steps=1, reference="base")
+    first, *masked = setup.tensors
+    base = first.parts.base
+    other = base + 1.0
+    parts = Parts(base, LinearMerge(other, torch.zeros_like(other)))
+    fixed = FixedTensor(first.weight, first.shard, parts)
     seen = []
     real = engine.answer_token_log_probs
 
     def watching(*arguments):
-        seen.append(torch.equal(first.weight, first.base))
+        seen.append(torch.equal(first.weight, base))
         return real(*arguments)
 
     monkeypatch.setattr(engine, "answer_token_log_probs", watching)
-    runs = engine.ResidentEngine(problem.engine._model, masked, [fixed], None)
-    trajectory(dataclasses.replace(problem, tensors=masked, engine=runs))
+    runs = engine.ResidentEngine(setup.engine._model, masked, [fixed], None)
+    trajectory(dataclasses.replace(setup, tensors=masked, engine=runs))
     assert seen == [True, False]
     assert torch.equal(first.weight, other)
 
 
 def test_how_a_batch_is_cut_up_changes_nothing():
-    losses, logits = trajectory(make_problem(micro_batch=4))
+    losses, logits = trajectory(make_setup(micro_batch=4))
     for micro_batch in (1, 2):
-        other_losses, other = trajectory(make_problem(micro_batch=micro_batch))
+        other_losses, other = trajectory(make_setup(micro_batch=micro_batch))
         assert other_losses == pytest.approx(losses, abs=1e-5)
         difference = torch.cat([(a - b).flatten() for a, b in zip(logits, other, strict=True)])
         assert (difference.abs() < 1e-3).float().mean() > 0.995
@@ -340,11 +233,11 @@ def test_how_a_batch_is_cut_up_changes_nothing():
 
 @pytest.mark.parametrize("name", ["defaults", "no rescale", "head", "column", "row"])
 def test_the_pieces_that_a_tensor_is_worked_through_in_change_nothing(name, monkeypatch):
-    whole = make_problem(**TRAJECTORIES[name], max_steps=2)
+    whole = make_setup(**TRAJECTORIES[name], max_steps=2)
     losses, logits = trajectory(whole)
     assert max(t.weight.numel() for t in whole.tensors) > 200
     monkeypatch.setattr(pieces, "PIECE", 100)
-    other_losses, other = trajectory(make_problem(**TRAJECTORIES[name], max_steps=2))
+    other_losses, other = trajectory(make_setup(**TRAJECTORIES[name], max_steps=2))
     assert other_losses == pytest.approx(losses, abs=1e-5)
     difference = torch.cat([(a - b).flatten() for a, b in zip(logits, other, strict=True)])
     assert (difference.abs() < 1e-3).float().mean() > 0.99
@@ -353,21 +246,23 @@ def test_the_pieces_that_a_tensor_is_worked_through_in_change_nothing(name, monk
 @pytest.mark.parametrize("rescale", ["mean", "none"])
 def test_gradients_are_those_of_the_formula_in_bfloat16_too(rescale):
     draw = torch.Generator().manual_seed(0)
-    start, fused, gradient, logits = (torch.randn(70, 9, generator=draw) for _ in range(4))
+    start, delta, gradient, logits = (torch.randn(70, 9, generator=draw) for _ in range(4))
     key = noise.noise_key(seed=0, step=0, name="w")
-    drawn = Draw(logits.view(-1), key, 0, 0.5)
-    sample = masking.concrete_sample(logits, key, 0.5)
+    sampler = masking.MaskSampler(logits.view(-1), 0.5, key)
+    sample = sampler.whole().view(70, 9)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
-        merged = LinearWeight(start, fused.to(dtype))
+        merge = LinearMerge(start, delta.to(dtype))
         weight = torch.full((70, 9), torch.nan, dtype=dtype)
         shard = Shard((70, 9))
-        entrywise.write_masked(weight, merged, drawn, rescale, shard)
-        expected = start + fused * masking.mask_factor(sample, rescale)
+        merge.write_sampled(weight, sampler, rescale, shard)
+        expected = start + delta * masking.mask_factor(sample, rescale)
         torch.testing.assert_close(weight.float(), expected, rtol=tolerance, atol=tolerance)
-        kept = gradient.to(dtype, copy=True)
-        found = optimizer.logit_gradient(kept, merged.fused, weight, drawn, rescale, shard)
+        given = gradient.to(dtype, copy=True)
+        found = optimizer.logit_gradient(
+            optimizer.FactorGradient(given, merge.delta, sampler, rescale, shard, weight)
+        )
         ((_, *both),) = found.parts()
-        formulas = logit_gradient(gradient * fused, sample, 0.5, rescale)
+        formulas = logit_gradient(gradient * delta, sample, 0.5, rescale)
         for one, expected in zip(both, formulas, strict=True):
             torch.testing.assert_close(
                 one.view(70, 9), expected.float(), rtol=tolerance, atol=tolerance
@@ -375,26 +270,26 @@ def test_gradients_are_those_of_the_formula_in_bfloat16_too(rescale):
 
 
 def test_a_second_run_is_equal_bit_for_bit_and_another_seed_is_not():
-    first, second = trajectory(make_problem()), trajectory(make_problem())
+    first, second = trajectory(make_setup()), trajectory(make_setup())
     assert first[0] == second[0]
     assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
-    other = trajectory(make_problem(seed=1))
+    other = trajectory(make_setup(seed=1))
     assert first[0] != other[0]
 
 
 def test_learning_lowers_the_loss_of_its_pairs():
-    losses, _ = trajectory(make_problem(max_steps=30, batch_size=12, epochs=30))
+    losses, _ = trajectory(make_setup(max_steps=30, batch_size=12, epochs=30))
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
 def test_no_step_leaves_the_mask_untrained():
-    losses, logits = trajectory(make_problem(max_steps=0, init_logit=0.7))
+    losses, logits = trajectory(make_setup(max_steps=0, init_logit=0.7))
     assert losses == []
     assert all(torch.equal(x, torch.full_like(x, 0.7)) for x in logits)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update():
-    problem = make_problem()
+    setup = make_setup()
     reports = []
     real = passes.preference_losses
 
@@ -405,15 +300,15 @@ def test_a_loss_that_is_not_finite_stops_before_the_update():
     passes.preference_losses = broken
     try:
         with pytest.raises(LearningDiverged) as error:
-            loop.learn_logits(problem, reports.append, lambda done, total: None)
+            loop.learn_logits(setup, reports.append, lambda done, total: None)
     finally:
         passes.preference_losses = real
     assert (error.value.step, error.value.is_intact) == (2, True)
-    good = make_problem(max_steps=4)
+    good = make_setup(max_steps=4)
     steps = iter(range(4))
     with pytest.raises(StopIteration):
         loop.learn_logits(good, lambda r: stop_after(next(steps), 1), lambda done, total: None)
-    for one, other in zip(problem.tensors, good.tensors, strict=True):
+    for one, other in zip(setup.tensors, good.tensors, strict=True):
         assert torch.equal(one.logits, other.logits)
 
 
@@ -434,13 +329,13 @@ def test_steps_epochs_and_batches():
 
 
 def test_learning_rate_warms_up_and_falls_to_almost_nothing():
-    rates = [0.1 * loop.rate_share(step, 60, 0.08) for step in range(60)]
+    rates = [0.1 * loop.learning_rate_multiplier(step, 60, 0.08) for step in range(60)]
     assert rates[:5] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])
     assert all(a > b for a, b in itertools.pairwise(rates[4:]))
     assert rates[-1] < 0.001
-    assert loop.rate_share(0, 1, 0.08) == 1
+    assert loop.learning_rate_multiplier(0, 1, 0.08) == 1
     # Without a warm-up, what transformers has for a cosine.
-    rates = [loop.rate_share(step, 963, 0) for step in range(963)]
+    rates = [loop.learning_rate_multiplier(step, 963, 0) for step in range(963)]
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     cosine = get_cosine_schedule_with_warmup(optimizer, 0, 963)
     for rate in rates:
@@ -452,15 +347,15 @@ def test_learning_rate_warms_up_and_falls_to_almost_nothing():
 def test_learning_may_end_before_its_schedule():
     changes = {"learning_rate": 0.1, "warmup": 0.0, "max_steps": 2}
     reports = []
-    problem = make_problem(**changes, schedule_steps=963)
-    loop.learn_logits(problem, reports.append, lambda done, total: None)
-    assert [r.rate_share for r in reports] == [1, loop.rate_share(1, 963, 0)]
+    setup = make_setup(**changes, schedule_steps=963)
+    loop.learn_logits(setup, reports.append, lambda done, total: None)
+    assert [r.multiplier for r in reports] == [1, loop.learning_rate_multiplier(1, 963, 0)]
     # One that is shorter than learning has no effect.
     short, plain = [], []
     for shares, more in ((short, {"schedule_steps": 1}), (plain, {})):
-        problem = make_problem(**changes, **more)
-        loop.learn_logits(problem, shares.append, lambda done, total: None)
-    assert [r.rate_share for r in short] == [r.rate_share for r in plain] == [1, 0.5]
+        setup = make_setup(**changes, **more)
+        loop.learn_logits(setup, shares.append, lambda done, total: None)
+    assert [r.multiplier for r in short] == [r.multiplier for r in plain] == [1, 0.5]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "granite"])

@@ -89,7 +89,10 @@ def test_each_fusion_ends_where_the_authors_took_its_mask(
 ):
     settings = planned(models, preset="paper", **parameters).settings
     assert loop.step_count(settings, 5135) == settings.max_steps == steps
-    shares = [loop.rate_share(n, settings.schedule_steps, settings.warmup) for n in range(steps)]
+    shares = [
+        loop.learning_rate_multiplier(n, settings.schedule_steps, settings.warmup)
+        for n in range(steps)
+    ]
     assert settings.learning_rate * sum(shares) == pytest.approx(sum_of_rates, abs=0.05)
     own = planned(models, preset="paper", max_steps=7, learning_rate=0.5, **parameters).settings
     assert (own.max_steps, own.learning_rate) == (7, 0.5)

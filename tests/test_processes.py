@@ -13,7 +13,8 @@ import torch
 from somf_mergekit import MaskSet, RecipeError
 from somf_mergekit.common.process_group import Processes, own_device, processes
 from somf_mergekit.learner import tensors
-from somf_mergekit.learner.engine import LossNotFinite, agreed
+from somf_mergekit.learner.engine import agreed
+from somf_mergekit.learner.stopping import LearningDiverged
 from somf_mergekit.prepass import prepass
 
 pytestmark = pytest.mark.slow
@@ -120,15 +121,18 @@ def test_a_merge_in_several_processes_is_refused(family_recipe, tmp_path):
 class Two(Processes):
     """This process and one whose loss is not finite."""
 
-    def add_up(self, tensor):
-        return tensor + 1
+    def gathered(self, values):
+        return [*values, (3, [7], [])]
 
 
 def test_a_loss_that_is_not_finite_in_one_process_stops_all():
-    with pytest.raises(LossNotFinite) as error, agreed(Two(), 3, torch.device("cpu")):
+    with pytest.raises(LearningDiverged) as error, agreed(Two()):
         pass
-    assert error.value.step == 3
-    with agreed(Processes(), 3, torch.device("cpu")):
+    assert (error.value.step, error.value.rows) == (3, [7])
+    with pytest.raises(LearningDiverged) as error, agreed(Two()):
+        raise LearningDiverged(3, rows=[9, 8])
+    assert error.value.rows == [7, 8, 9]
+    with agreed(Processes()):
         pass
 
 
@@ -214,7 +218,7 @@ real = passes.Passes._pair_losses
 def losses_of(self, rows, *arguments):
     losses, margins = real(self, rows, *arguments)
     for place, row in enumerate(rows):
-        if how == "loss" and self.problem.pairs[row].row == 11:
+        if how == "loss" and self.setup.pairs[row].row == 11:
             losses = losses.clone()
             losses[place] *= math.nan
     return losses, margins
@@ -260,7 +264,7 @@ def test_what_one_process_sees_stops_all_and_is_told_by_the_first(
     monkeypatch.setattr(
         tensors.MaskedTensor,
         "update",
-        lambda self, gradient, number, share: number < step and real(self, gradient, number, share),
+        lambda self, given, number, *rest: number < step and real(self, given, number, *rest),
     )
     alone = tiny.invoke("mergekit-somf", "learn", file, tmp_path / "one")
     assert alone.exit_code == 0, alone.output

@@ -13,7 +13,7 @@ from mergekit.merge_methods import TensorEntry, TensorGroup, TensorMetadata, mer
 from PIL import Image
 
 from somf_mergekit import MaskSet
-from somf_mergekit.fusion.sums import show_task_vectors
+from somf_mergekit.fusion.merges import show_task_vectors
 from somf_mergekit.mask.census import Collapse
 from somf_mergekit.mask.tensor_groups import kind_of, layer_of
 from somf_mergekit.mask.writing import write_masks

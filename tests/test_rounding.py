@@ -6,41 +6,38 @@ import pytest
 import torch
 from mergekit.merge_methods.base import TensorEntry, TensorGroup, TensorMetadata
 
+from somf_mergekit.fusion.merges import LinearMerge, fused_masked
 from somf_mergekit.fusion.shards import Shard
-from somf_mergekit.fusion.sums import WeightedSum
-from somf_mergekit.fusion.weights import LinearWeight
-from somf_mergekit.learner import entrywise
-from somf_mergekit.learner.draws import Draw, MergedMask
 from somf_mergekit.mask import masking, noise
 
 SHAPE = (64, 64)
 
 
-def by_sum(weight, merged, draw, rescale):
+def by_sum(weight, merge, sampler, rescale):
     """As a merge does: D is the difference of two models here."""
-    base, tuned = merged.start, merged.start + merged.fused
+    base, tuned = merge.start, merge.start + merge.delta
     group = TensorGroup(
         (TensorEntry("base", base, True), TensorEntry("tuned", tuned)), TensorMetadata(name="w")
     )
-    factor = masking.mask_factor(draw.part(slice(0, weight.numel())).view(SHAPE), rescale)
-    weight.copy_(WeightedSum(1.0, (1.0,)).masked(group, factor))
+    factor = masking.mask_factor(sampler.whole().view(SHAPE), rescale)
+    values = {"fusion": "task_arithmetic", "weight": {"tuned": 1.0}, "seed": 0}
+    weight.copy_(fused_masked(group, factor, values))
 
 
-def by_factor(weight, merged, draw, rescale):
-    factor = masking.mask_factor(draw.part(slice(0, weight.numel())).view(SHAPE), rescale)
-    merged.write(weight, factor)
+def by_factor(weight, merge, sampler, rescale):
+    merge.write(weight, masking.mask_factor(sampler.whole().view(SHAPE), rescale))
 
 
-def by_entry(weight, merged, draw, rescale):
-    entrywise.write_masked(weight, merged, draw, rescale, Shard(SHAPE))
+def by_entry(weight, merge, sampler, rescale):
+    merge.write_sampled(weight, sampler, rescale, Shard(SHAPE))
 
 
-def by_kernel(weight, merged, draw, rescale):
+def by_kernel(weight, merge, sampler, rescale):
     pytest.importorskip("triton")
     kernels = importlib.import_module("somf_mergekit.learner.kernels")
-    if not isinstance(draw, Draw):
+    if sampler.kind:
         pytest.skip("kernels write masks that are learned, not those of a merge")
-    kernels.write_masked(weight, merged, draw, rescale, Shard(SHAPE))
+    kernels.write_sampled(merge, weight, sampler, rescale, Shard(SHAPE))
 
 
 @pytest.mark.parametrize("kind", ["soft", "sample", "merged sample"])
@@ -50,18 +47,16 @@ def by_kernel(weight, merged, draw, rescale):
 def test_a_weight_is_rounded_once(write, rescale, kind, dtype):
     generator = torch.Generator().manual_seed(0)
     # Sums of multiples of 1/8 and of 1/16 below 8 are exact in both types: D is what it says.
-    start, fused = (torch.randint(-16, 17, SHAPE, generator=generator).to(dtype) for _ in range(2))
-    merged = LinearWeight(start / 8, fused / 16)
+    start, delta = (torch.randint(-16, 17, SHAPE, generator=generator).to(dtype) for _ in range(2))
+    merge = LinearMerge(start / 8, delta / 16)
     logits = torch.randn(SHAPE, generator=generator).view(-1)
-    draw = Draw(logits, noise.noise_key(seed=0, step=3, name="w"), 0, 0.5)
-    if kind == "soft":
-        draw = Draw(logits, None, 0, 0.5)
-    elif kind == "merged sample":
-        draw = MergedMask(draw, "sampled")
+    key = None if kind == "soft" else noise.noise_key(seed=0, step=3, name="w")
+    of_merge = "sampled" if kind == "merged sample" else None
+    sampler = masking.MaskSampler(logits, 0.5, key, kind=of_merge)
     weight = torch.full(SHAPE, torch.nan, dtype=dtype)
-    write(weight, merged, draw, rescale)
-    factor = masking.mask_factor(draw.part(slice(0, weight.numel())).view(SHAPE), rescale)
-    exact = merged.start.float() + merged.fused.float() * factor
+    write(weight, merge, sampler, rescale)
+    factor = masking.mask_factor(sampler.whole().view(SHAPE), rescale)
+    exact = merge.start.float() + merge.delta.float() * factor
     if write is by_kernel:
         if dtype == torch.bfloat16:
             # Triton's interpreter cuts digits off, where a GPU rounds.

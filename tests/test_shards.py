@@ -9,13 +9,12 @@ from mergekit.options import MergeOptions
 from somf_mergekit import RecipeError
 from somf_mergekit.common import machine
 from somf_mergekit.common.process_group import Processes
+from somf_mergekit.fusion.merges import AutogradMerge, LinearMerge, LoadedTensor
 from somf_mergekit.fusion.shards import Shard
-from somf_mergekit.fusion.weights import FusedWeight, LinearWeight
 from somf_mergekit.learner.learning_model import Placement
 from somf_mergekit.plugin.planner import planned_merge
 from somf_mergekit.prepass.forecast import forecast
 from somf_mergekit.prepass.learning_data import checked_data
-from somf_mergekit.prepass.task_vectors import LoadedTensor
 from somf_mergekit.recipe.validate import read_recipe
 
 
@@ -47,16 +46,16 @@ def test_what_is_one_for_all_rows_is_kept_by_all():
 
 def test_a_process_keeps_its_rows_alone_unless_the_fusion_needs_all():
     base, change = torch.ones(9, 4), torch.full((9, 4), 0.5)
-    linear = LinearWeight(base, change)
-    placement = Placement("cpu", torch.bfloat16, keepers=Processes(2, 3))
+    linear = LinearMerge(base, change)
+    placement = Placement("cpu", torch.bfloat16, shard_group=Processes(2, 3))
     loaded = LoadedTensor("w", (9, 4), base, linear, True, {}, None)
     kept = placement.placed(loaded)
-    assert kept.base is kept.weight.start
-    assert kept.weight.fused.dtype == torch.bfloat16
-    for tensor, size in ((kept.base, 4), (kept.weight.fused, 2)):
+    assert kept.base is kept.merge.start
+    assert kept.merge.delta.dtype == torch.bfloat16
+    for tensor, size in ((kept.base, 4), (kept.merge.delta, 2)):
         assert tensor.shape == (3, 4)
         assert tensor.untyped_storage().nbytes() == 12 * size
-    fused = FusedWeight(group=None, values={})
+    fused = AutogradMerge(group=None, values={})
     assert placement.shard(LoadedTensor("w", (9, 4), base, fused, True, {}, None)).is_whole
 
 

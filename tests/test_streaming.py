@@ -13,16 +13,14 @@ import tiny
 import torch
 from mergekit.options import MergeOptions
 from safetensors.torch import save_file
-from test_learner import TRAJECTORIES, VOCABULARY, make_problem, make_utility, trajectory
+from setups import FOR_ENGINES, VOCABULARY, make_setup, make_utility, trajectory
 
 from somf_mergekit.common import machine
 from somf_mergekit.common.errors import RecipeError
 from somf_mergekit.data.logprobs import token_batch
 from somf_mergekit.learner import engine, streaming
-from somf_mergekit.learner.layered import LayeredModel
-from somf_mergekit.learner.layers import StreamingImpossible
-from somf_mergekit.learner.mapped import MappedFiles
-from somf_mergekit.learner.pinned import PinnedMemory
+from somf_mergekit.learner.layered import LayeredModel, StreamingImpossible
+from somf_mergekit.learner.stores import MappedFiles, PinnedMemory
 from somf_mergekit.learner.tensors import Content, State
 from somf_mergekit.plugin.planner import planned_merge
 from somf_mergekit.prepass import construction
@@ -32,11 +30,11 @@ from somf_mergekit.recipe.validate import read_recipe
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-@pytest.mark.parametrize("name", TRAJECTORIES)
+@pytest.mark.parametrize("name", FOR_ENGINES)
 def test_trajectory_is_that_of_the_resident_engine_bit_for_bit(name, autocast):
-    changes = {"max_steps": 3, "micro_batch": 2, "autocast": autocast} | TRAJECTORIES[name]
-    losses, logits = trajectory(make_problem(**changes))
-    other_losses, other = trajectory(make_problem(runs=streaming.StreamingEngine, **changes))
+    changes = {"max_steps": 3, "micro_batch": 2, "autocast": autocast} | FOR_ENGINES[name]
+    losses, logits = trajectory(make_setup(**changes))
+    other_losses, other = trajectory(make_setup(runs=streaming.StreamingEngine, **changes))
     assert losses == other_losses
     assert all(torch.equal(a, b) for a, b in zip(logits, other, strict=True))
 
@@ -45,12 +43,12 @@ def test_trajectory_is_that_of_the_resident_engine_bit_for_bit(name, autocast):
 @pytest.mark.parametrize("micro_batch", [1, 4])
 @pytest.mark.parametrize("runs", [engine.ResidentEngine, streaming.StreamingEngine])
 def test_entries_without_a_gradient_of_their_own_stay(runs, micro_batch, changes):
-    problem = make_problem(runs=runs, micro_batch=micro_batch, max_steps=3, **changes)
-    trajectory(problem)
-    seen = {t for p in problem.pairs for t in [*p.prompt, *p.chosen, *p.rejected]}
+    setup = make_setup(runs=runs, micro_batch=micro_batch, max_steps=3, **changes)
+    trajectory(setup)
+    seen = {t for p in setup.pairs for t in [*p.prompt, *p.chosen, *p.rejected]}
     unseen = sorted(set(range(VOCABULARY)) - seen)
     assert len(unseen) > 2
-    moved = {t.name: t.logits != 0 for t in problem.tensors}
+    moved = {t.name: t.logits != 0 for t in setup.tensors}
     assert not moved["model.embed_tokens.weight"][unseen].any()
     assert moved["model.embed_tokens.weight"][sorted(seen)].any()
     if changes.get("fusion") == "ties":
@@ -68,8 +66,8 @@ def test_entries_without_a_gradient_of_their_own_stay(runs, micro_batch, changes
 )
 def test_tied_embeddings_are_learned_alike_up_to_the_order_of_a_sum(further, is_equal):
     changes = {"max_steps": 3, "tied": True} | further
-    losses, logits = trajectory(make_problem(**changes))
-    other_losses, other = trajectory(make_problem(runs=streaming.StreamingEngine, **changes))
+    losses, logits = trajectory(make_setup(**changes))
+    other_losses, other = trajectory(make_setup(runs=streaming.StreamingEngine, **changes))
     apart = torch.cat([(a - b).abs().flatten() for a, b in zip(logits, other, strict=True)])
     if is_equal:
         assert losses == other_losses
@@ -84,7 +82,7 @@ def test_batches_that_go_through_in_groups_give_the_same(monkeypatch):
     batches = [token_batch([(e.prompt, e.chosen)]) for e in make_utility()]
     found = {}
     for runs in (engine.ResidentEngine, streaming.StreamingEngine):
-        with_engine = make_problem(runs=runs).engine
+        with_engine = make_setup(runs=runs).engine
         found[runs] = list(with_engine.evaluate(iter(batches), State(Content.UNMASKED)))
     assert len(list(streaming._groups(batches))) > 2
     for one, other in zip(*found.values(), strict=True):
@@ -96,8 +94,8 @@ def held_bytes(tensor):
 
 
 def test_one_layer_has_weights_at_a_time(monkeypatch):
-    problem = make_problem(runs=streaming.StreamingEngine, max_steps=2)
-    runs = problem.engine
+    setup = make_setup(runs=streaming.StreamingEngine, max_steps=2)
+    runs = setup.engine
     layers = [set(map(id, layer.parameters())) for layer in runs._model._layers]
     most = []
     real = LayeredModel.called
@@ -106,17 +104,17 @@ def test_one_layer_has_weights_at_a_time(monkeypatch):
         held = [
             number
             for number, own in enumerate(layers)
-            if any(held_bytes(t) for t in problem.tensors if id(t.weight) in own)
+            if any(held_bytes(t) for t in setup.tensors if id(t.weight) in own)
         ]
         most.append(len(held))
         return real(self, *arguments)
 
     monkeypatch.setattr(LayeredModel, "called", watching)
-    trajectory(problem)
+    trajectory(setup)
     assert set(most) == {1}
     assert all(
         t.weight.grad is None and held_bytes(t) == 0
-        for t in problem.tensors
+        for t in setup.tensors
         if any(id(t.weight) in own for own in layers)
     )
 
@@ -148,10 +146,10 @@ def test_models_that_pass_more_than_hidden_states_are_refused():
                 input_ids=input_ids, gate=self.embed_tokens.weight.sum(), **keywords
             )
 
-    problem = make_problem()
+    setup = make_setup()
     model = tiny.tiny_llama(0, VOCABULARY)
     model.model.__class__ = Gated
-    tensors = [dataclasses.replace(t, weight=model.get_parameter(t.name)) for t in problem.tensors]
+    tensors = [dataclasses.replace(t, weight=model.get_parameter(t.name)) for t in setup.tensors]
     with pytest.raises(StreamingImpossible, match="more than hidden states"):
         streaming.StreamingEngine(model, tensors, [], None)
 
@@ -258,7 +256,7 @@ def test_pinned_tensors_take_pages_of_their_own_until_they_are_given_back(monkey
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
     values = torch.arange(12, dtype=torch.bfloat16).view(3, 4)
     with PinnedMemory(torch.device("cuda")) as memory:
-        kept = memory.kept(values)
+        kept = memory.copy(values)
         assert torch.equal(kept, values)
         room = memory.empty((5, 7), torch.float32)
         assert not room.any()
@@ -272,7 +270,7 @@ def test_memory_beside_another_kind_of_device_is_not_pinned(monkeypatch):
     monkeypatch.setattr(torch.cuda, "cudart", None)
     with PinnedMemory(torch.device("xpu")) as memory:
         values = torch.arange(12.0).view(3, 4)
-        assert torch.equal(memory.kept(values), values)
+        assert torch.equal(memory.copy(values), values)
 
 
 def test_memory_that_can_not_be_pinned_is_told(monkeypatch):
@@ -300,7 +298,7 @@ def test_mapped_tensors_keep_what_is_written_and_refuse_a_full_disk(
 ):
     files = MappedFiles(str(tmp_path))
     values = torch.arange(12, dtype=torch.bfloat16).view(3, 4)
-    kept = files.kept(values)
+    kept = files.copy(values)
     assert torch.equal(kept, values)
     kept.mul_(2)
     assert torch.equal(kept, values * 2)

@@ -1,19 +1,18 @@
-"""What the mergekit methods make of masked models."""
+"""What mergekit's methods make of masked models."""
 
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from mergekit.merge_methods import registry
 from mergekit.merge_methods.base import TensorEntry, TensorGroup
 from torch import Tensor
 
 from ..common.errors import RecipeError
-from ..mask.masking import masked_task_vector
 from .fusion_methods import own_arguments, takes_base
-from .trimming import TRIMMING, trimmed
 
 # Fusions that are Fuse(base; task vectors * c) = start + D * c for every c >= 0 that the models
 # share: sums, and also sign elections, which a shared positive factor can't turn.
@@ -49,8 +48,8 @@ def fused(group: TensorGroup, values: Mapping[str, Any]) -> Tensor:
     if not takes_base(method):
         group = TensorGroup(group.non_base, group.metadata)
     arguments = own_arguments(method, values, [entry.id for entry in group.non_base])
-    if values["fusion"] in TRIMMING:
-        group, arguments = trimmed(with_tensors(group, lambda e: e.tensor.float()), arguments)
+    if values["fusion"] == "ties":
+        group, arguments = _trimmed(with_tensors(group, lambda e: e.tensor.float()), arguments)
     try:
         with _seeded(f"fusion/{values['seed']}/{name}", group.entries[0].tensor.device):
             (result,) = method((group,), parameters=arguments, dtype=torch.float32)
@@ -69,25 +68,8 @@ def masked_group(group: TensorGroup, factor: Tensor) -> TensorGroup:
     base = group.base.tensor.float()
     return with_tensors(
         group,
-        lambda entry: (
-            base
-            if entry.is_base
-            else base + masked_task_vector(entry.tensor.float() - base, factor)
-        ),
+        lambda entry: base if entry.is_base else base + (entry.tensor.float() - base) * factor,
     )
-
-
-def fused_bases(group: TensorGroup, values: Mapping[str, Any]) -> Tensor:
-    """Return the fusion of models that equal the base, float32."""
-    base = group.base.tensor.float()
-    return fused(with_tensors(group, lambda entry: base), values)
-
-
-def fused_differences(group: TensorGroup, values: Mapping[str, Any]) -> Tensor:
-    """Return D, float32, of a fusion that is start + D c in a shared factor c."""
-    base = group.base.tensor.float()
-    # What is linear in all of its inputs gives D when its base is zero.
-    return fused(with_tensors(group, lambda entry: entry.tensor.float() - base), values)
 
 
 def with_tensors(group: TensorGroup, tensor_of: Callable[[TensorEntry], Tensor]) -> TensorGroup:
@@ -123,3 +105,56 @@ def _seeded(text: str, device: torch.device) -> Iterator[None]:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
+
+
+def _trimmed(
+    group: TensorGroup, arguments: Mapping[str, Any]
+) -> tuple[TensorGroup, Mapping[str, Any]]:
+    """Trim task vectors as TIES does; return also arguments that ask for no more trimming.
+
+    Of each task vector, the entries of the largest magnitude stay (arXiv 2306.01708). mergekit
+    sorts whole task vectors for it, which takes most of the time where a mask is learned, since
+    each step trims anew; a threshold gives the same at a fraction. As many entries stay; which of
+    equal ones at the threshold do may differ, as mergekit's sort leaves open. Where trimmed task
+    vectors are to be rescaled, it is left to mergekit.
+
+    Args:
+        group: with a base; float32.
+        arguments: of TIES.
+    """
+    densities = arguments.get("density")
+    if not densities or arguments.get("rescale"):
+        return group, arguments
+    base = group.base.tensor
+
+    def entry(given: TensorEntry) -> TensorEntry:
+        density = 1.0 if given.is_base else densities[given.id]
+        if not 0 < density < 1 or given.tensor.numel() == 0:
+            return given
+        stays = largest((given.tensor - base).detach(), density)
+        return TensorEntry(given.id, torch.where(stays, given.tensor, base), given.is_base)
+
+    entries = tuple(map(entry, group.entries))
+    whole = {model: 1.0 if density > 0 else density for model, density in densities.items()}
+    return TensorGroup(entries, group.metadata), {**arguments, "density": whole}
+
+
+def largest(values: Tensor, density: float) -> Tensor:
+    """Return which entries have the largest magnitude, bool in the shape of ``values``.
+
+    Args:
+        values: float32; NaN counts as the largest.
+        density: their share, rounded down to whole entries, at least one.
+    """
+    sizes = values.abs().flatten()
+    count = max(1, int(density * len(sizes)))
+    place = len(sizes) - count
+    if sizes.device.type == "cpu":
+        # A fraction of the time of torch's kthvalue.
+        threshold = float(np.partition(sizes.numpy(), place)[place])
+    else:
+        threshold = float(sizes.kthvalue(place + 1).values)
+    found = ~(sizes <= threshold)
+    equal = (sizes == threshold).nonzero().flatten()
+    found[equal[: count - int(found.sum())]] = True
+    return found.view(values.shape)

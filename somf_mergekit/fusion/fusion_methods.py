@@ -15,7 +15,6 @@ from mergekit.merge_methods.base import (
 )
 
 from ..common.errors import RecipeError
-from ..recipe.settings import parameters
 
 
 class OwnMethod(GroupMergeMethod):
@@ -49,13 +48,16 @@ def takes_base(method: MergeMethod) -> bool:
     return method.spec.contract.base not in (BasePolicy.IGNORED, BasePolicy.FORBIDDEN)
 
 
-def fusion_specs() -> tuple[ParameterSpec, ...]:
+def fusion_specs(taken: frozenset[str]) -> tuple[ParameterSpec, ...]:
     """Return the specs of all fusions' parameters, one per name, unset by default.
 
     Unset, the chosen fusion's own default applies. A name that some fusion takes per model can be
     given per model.
+
+    Args:
+        taken: names that are left out.
     """
-    return _fusion_specs(tuple(registry.registered_methods()))
+    return _fusion_specs(tuple(registry.registered_methods()), taken)
 
 
 def _fusing(methods: Iterable[MergeMethod]) -> dict[str, MergeMethod]:
@@ -63,27 +65,24 @@ def _fusing(methods: Iterable[MergeMethod]) -> dict[str, MergeMethod]:
 
 
 @lru_cache(maxsize=4)
-def _fusion_specs(registered: tuple[MergeMethod, ...]) -> tuple[ParameterSpec, ...]:
-    ours = {parameter.name for parameter in parameters()}
-    types: dict[str, list[Any]] = {}
-    scopes: dict[str, ParameterScope] = {}
-    helps: dict[str, str | None] = {}
+def _fusion_specs(
+    registered: tuple[MergeMethod, ...], taken: frozenset[str]
+) -> tuple[ParameterSpec, ...]:
+    by_name: dict[str, list[ParameterSpec]] = {}
     for method in _fusing(registered).values():
         for spec in method.spec.parameters:
-            if spec.name in ours:
-                continue
-            types.setdefault(spec.name, [])
-            if spec.value_type not in types[spec.name]:
-                types[spec.name].append(spec.value_type)
-            per_model = spec.scope is not ParameterScope.SHARED
-            if per_model or spec.name not in scopes:
-                # The base is masked by nothing and has no value of its own.
-                scopes[spec.name] = ParameterScope.NON_BASE if per_model else spec.scope
-            helps.setdefault(spec.name, spec.description)
-    return tuple(
-        ParameterSpec(name, reduce(operator.or_, [*kinds, None]), scopes[name], None, helps[name])
-        for name, kinds in types.items()
-    )
+            if spec.name not in taken:
+                by_name.setdefault(spec.name, []).append(spec)
+    return tuple(_common_spec(name, specs) for name, specs in by_name.items())
+
+
+def _common_spec(name: str, specs: Sequence[ParameterSpec]) -> ParameterSpec:
+    types = dict.fromkeys(spec.value_type for spec in specs)
+    is_shared = all(spec.scope is ParameterScope.SHARED for spec in specs)
+    # The base is masked by nothing and has no value of its own.
+    scope = ParameterScope.SHARED if is_shared else ParameterScope.NON_BASE
+    value_type: Any = reduce(operator.or_, [*types, None])
+    return ParameterSpec(name, value_type, scope, None, specs[0].description)
 
 
 def own_arguments(
@@ -93,7 +92,7 @@ def own_arguments(
 
     Args:
         method: the fusion.
-        values: as for ``fusions.fused``.
+        values: as for ``fuse.fused``.
         models: ids of the fine-tuned models.
 
     Raises:

@@ -9,7 +9,7 @@ from mergekit.merge_methods.base import TensorGroup
 def is_shared_buffer(group: TensorGroup) -> bool:
     """Return whether a tensor holds no numbers to fuse, and all models have the same.
 
-    Older checkpoints keep attention's causal mask: truth values, and -inf in float16.
+    Older checkpoints store attention's causal mask: truth values, and -inf in float16.
     """
     base = group.base.tensor
     if base.is_floating_point() and is_finite(base):
@@ -27,7 +27,7 @@ def are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def is_finite(tensor: torch.Tensor) -> bool:
     """Return whether a tensor has neither NaN nor infinity."""
-    # NaN and infinity spread to the extremes, which cost a fraction of a look at each entry.
+    # NaN and infinity reach the extremes, which cost a fraction of a look at each entry.
     if tensor.numel() == 0:
         return True
     if _is_float8(tensor.dtype):

@@ -1,4 +1,4 @@
-"""What a process keeps of a weight's state, where several keep it together: some of its rows."""
+"""What a process has of a weight's state, where a shard group shares it: some of its rows."""
 
 import math
 from dataclasses import dataclass, field
@@ -14,32 +14,32 @@ class Shard:
     """This process' rows of one weight, places on its first axis, as FSDP deals them out.
 
     Every process has as many, but for the last ones, which may have fewer or none. A weight that is
-    kept whole, or has no axis, is a shard of one.
+    not shared, or has no axis, is a shard of one.
 
     Attributes:
         shape: of the whole weight.
-        together: the processes that keep it.
+        process_group: the processes that share it.
     """
 
     shape: tuple[int, ...]
-    together: Processes = field(default=ALONE)
+    process_group: Processes = field(default=ALONE)
 
     @property
     def is_whole(self) -> bool:
-        """Whether this process keeps all rows."""
-        return self.together.count == 1 or not self.shape
+        """Whether this process has all rows."""
+        return self.process_group.count == 1 or not self.shape
 
     @property
     def rows(self) -> slice:
-        """The rows that this process keeps."""
+        """The rows that this process has."""
         if self.is_whole:
             return slice(0, self.shape[0] if self.shape else 1)
-        start = self.together.rank * self._dealt
+        start = self.process_group.rank * self._dealt
         return slice(min(start, self.shape[0]), min(start + self._dealt, self.shape[0]))
 
     @property
     def first_entry(self) -> int:
-        """The first entry that this process keeps, in the flattened weight."""
+        """The first entry that this process has, in the flattened weight."""
         return self.rows.start * math.prod(self.shape[1:])
 
     @property
@@ -58,8 +58,8 @@ class Shard:
         return (self.rows.stop - self.rows.start, *self.shape[1:]) if self.shape else ()
 
     def add_up(self, tensor: Tensor) -> Tensor:
-        """Return the sum over the processes that keep the weight, float32."""
-        return tensor.float() if self.is_whole else self.together.add_up(tensor)
+        """Return the sum over the processes that share the weight, float32."""
+        return tensor.float() if self.is_whole else self.process_group.add_up(tensor)
 
     def gather(self, weight: Tensor) -> None:
         """Fill in the other processes' rows of a weight that has this one's."""
@@ -94,14 +94,14 @@ class Shard:
 
     @property
     def _dealt(self) -> int:
-        return math.ceil(self.shape[0] / self.together.count)
+        return math.ceil(self.shape[0] / self.process_group.count)
 
     @property
     def _is_even(self) -> bool:
-        return self.shape[0] % self.together.count == 0
+        return self.shape[0] % self.process_group.count == 0
 
     def _padded(self, like: Tensor) -> Tensor:
-        return like.new_empty((self._dealt * self.together.count, *self.shape[1:]))
+        return like.new_empty((self._dealt * self.process_group.count, *self.shape[1:]))
 
 
 def _gather(whole: Tensor, own: Tensor) -> None:

@@ -4,17 +4,16 @@ A layer's tensors go into one of two slots on the GPU. While the layer in one sl
 the next one's come into the other, on a stream of their own, and changed logits go back on a third.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .tensors import FixedTensor, MaskedTensor
+from .tensors import FixedTensor, Parts
 
-LearnedTensor = MaskedTensor | FixedTensor
 # Where to, and where from.
 Copies = list[tuple[Tensor, Tensor]]
 # What CUDA copies fastest from.
@@ -22,9 +21,9 @@ _ALIGNMENT = 512
 
 
 class Conveyor:
-    """The way of layers to the device and back. What is on it is told by ``arrived``."""
+    """The way of layers to the device and back."""
 
-    def __init__(self, layers: Sequence[Sequence[LearnedTensor]], device: torch.device):
+    def __init__(self, layers: Sequence[Sequence[FixedTensor]], device: torch.device):
         """Take over layers, whose tensors are in the host's memory."""
         self._layers, self._device = layers, device
         self._incoming, self._outgoing = _Stream(device), _Stream(device)
@@ -33,8 +32,10 @@ class Conveyor:
         self._slots = [_Slot(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(2)]
 
     @contextmanager
-    def arrived(self, number: int, following: int | None, *, changes: bool) -> Iterator[None]:
-        """Let a layer's tensors be on the device.
+    def arrived(
+        self, number: int, following: int | None, *, changes: bool
+    ) -> Iterator[Mapping[FixedTensor, Parts]]:
+        """Give what a layer's weights are made of, on the device.
 
         Args:
             number: of the layer.
@@ -46,33 +47,31 @@ class Conveyor:
         if following is not None and not self._slot_of(following):
             self._brought(following, but=slot)
         try:
-            with ExitStack() as away:
-                for tensor in self._layers[number]:
-                    away.enter_context(_away(tensor, slot.moved))
-                yield
+            yield slot.parts
         finally:
-            done = self._computing.now()
-            slot.departure = self._sent_back(number, slot, done) if changes else done
+            slot.departure = self._computing.now()
+            if changes:
+                self._outgoing.wait(slot.departure)
+                self._outgoing.do(
+                    [
+                        copy
+                        for tensor, there in slot.parts.items()
+                        for copy in zip(tensor.parts.learned, there.learned, strict=True)
+                    ]
+                )
+                slot.departure = self._outgoing.now()
 
     @contextmanager
-    def visiting(self, tensor: LearnedTensor, *, changes: bool) -> Iterator[None]:
-        """Let one tensor that belongs to no layer be on the device for a moment."""
-        copies: dict[int, Tensor] = {}
-
-        def moved(own: Tensor) -> Tensor:
-            if id(own) not in copies:
-                copies[id(own)] = own.to(
-                    self._device, non_blocking=self._computing.is_cuda, copy=True
-                )
-            return copies[id(own)]
-
+    def visiting(self, tensor: FixedTensor, *, changes: bool) -> Iterator[Parts]:
+        """Give what a weight that belongs to no layer is made of, on the device for a moment."""
+        is_cuda = self._computing.is_cuda
+        there = tensor.parts.moved(lambda t: t.to(self._device, non_blocking=is_cuda, copy=True))
         try:
-            with _away(tensor, moved):
-                yield
+            yield there
         finally:
-            if changes and isinstance(tensor, MaskedTensor):
-                for own in _changing(tensor):
-                    own.copy_(copies[id(own)], non_blocking=self._computing.is_cuda)
+            if changes:
+                for own, changed in zip(tensor.parts.learned, there.learned, strict=True):
+                    own.copy_(changed, non_blocking=is_cuda)
 
     def forget(self) -> None:
         """Bring all layers anew: their logits were changed in the host's memory."""
@@ -95,13 +94,6 @@ class Conveyor:
         slot.arrival = self._incoming.now()
         return slot
 
-    def _sent_back(self, number: int, slot: "_Slot", done: Any) -> Any:
-        masked = [tensor for tensor in self._layers[number] if isinstance(tensor, MaskedTensor)]
-        copies = [(own, slot.moved(own)) for tensor in masked for own in _changing(tensor)]
-        self._outgoing.wait(done)
-        self._outgoing.do(copies)
-        return self._outgoing.now()
-
 
 @dataclass
 class _Slot:
@@ -110,56 +102,32 @@ class _Slot:
     Attributes:
         room: bytes on the device.
         number: of the layer that is in it, or comes.
+        parts: what the layer's weights are made of, here.
         arrival: when that is there.
         departure: when it is not needed any more.
     """
 
     room: Tensor
     number: int | None = None
+    parts: dict[FixedTensor, Parts] = field(default_factory=dict)
     arrival: Any = None
     departure: Any = None
-    _copies: dict[int, Tensor] = field(default_factory=dict)
 
-    def fill(self, number: int, layer: Sequence[LearnedTensor]) -> Copies:
+    def fill(self, number: int, layer: Sequence[FixedTensor]) -> Copies:
         """Return what is to be copied for a layer to be here."""
-        self.number, self._copies, at = number, {}, 0
-        copies = []
-        for own in _distinct(layer):
+        copies: Copies = []
+        at = 0
+
+        def placed(own: Tensor) -> Tensor:
+            nonlocal at
             there = self.room[at : at + own.nbytes].view(own.dtype).view(own.shape)
-            self._copies[id(own)] = there
             copies.append((there, own))
             at += _aligned(own.nbytes)
+            return there
+
+        self.number = number
+        self.parts = {tensor: tensor.parts.moved(placed) for tensor in layer}
         return copies
-
-    def moved(self, own: Tensor) -> Tensor:
-        """Return what stands for a tensor of the host's memory on the device."""
-        return self._copies[id(own)]
-
-
-@contextmanager
-def _away(tensor: LearnedTensor, moved: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Let a weight be made of what ``moved`` gives in the place of its own parts."""
-    there = _parts(tensor, moved)
-    home = {name: getattr(tensor, name) for name in there}
-    vars(tensor).update(there)
-    try:
-        yield
-    finally:
-        vars(tensor).update(home)
-
-
-def _parts(tensor: LearnedTensor, moved: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """Return what a weight is made of, by attribute, with ``moved`` applied to each tensor."""
-    found = {"base": moved(tensor.base), "merged": tensor.merged and tensor.merged.kept(moved)}
-    if isinstance(tensor, MaskedTensor):
-        found["logits"] = moved(tensor.logits)
-        found["moments"] = None if tensor.moments is None else moved(tensor.moments)
-    return found
-
-
-def _changing(tensor: MaskedTensor) -> list[Tensor]:
-    """Return what a step changes of a weight."""
-    return [own for own in (tensor.logits, tensor.moments) if own is not None]
 
 
 class _Stream:
@@ -195,16 +163,16 @@ class _Stream:
         return self._stream or torch.cuda.current_stream(self._device)
 
 
-def _distinct(layer: Sequence[LearnedTensor]) -> list[Tensor]:
-    """Return the tensors that a layer's weights are made of, each once."""
-    found: dict[int, Tensor] = {}
+def _layer_bytes(layer: Sequence[FixedTensor]) -> int:
+    sizes: list[int] = []
+
+    def counted(own: Tensor) -> Tensor:
+        sizes.append(_aligned(own.nbytes))
+        return own
+
     for tensor in layer:
-        _parts(tensor, lambda own: found.setdefault(id(own), own))
-    return list(found.values())
-
-
-def _layer_bytes(layer: Sequence[LearnedTensor]) -> int:
-    return sum(_aligned(own.nbytes) for own in _distinct(layer))
+        tensor.parts.moved(counted)
+    return sum(sizes)
 
 
 def _aligned(size: int) -> int:

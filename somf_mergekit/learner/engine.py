@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from ..common.process_group import ALONE, Processes
 from ..data.logprobs import TokenBatch, answer_token_log_probs, output_head
-from .optimizer import LogitGradient, clip_share
-from .tensors import Content, FixedTensor, MaskedTensor, State
+from .optimizer import LogitGradient, clip_factor
+from .stopping import LearningDiverged
+from .tensors import Content, FixedTensor, MaskedTensor, Parts, State
 
 # Log-probabilities of the tokens of a batch's answers, and which sequence each belongs to.
 TokenLogProbs = tuple[Tensor, Tensor]
@@ -31,14 +33,6 @@ class Part:
     loss: Callable[[Tensor, Tensor], Tensor]
 
 
-class LossNotFinite(ArithmeticError):
-    """The loss became NaN or infinite; the logits are those before the step that showed it."""
-
-    def __init__(self, step: int):
-        super().__init__(f"the loss is not finite at step {step}")
-        self.step = step
-
-
 class Engine(Protocol):
     """Runs the passes. An engine changes time and memory, and of the result the last digits alone.
 
@@ -51,38 +45,39 @@ class Engine(Protocol):
     def evaluate(self, batches: Iterable[TokenBatch], state: State) -> Iterator[TokenLogProbs]:
         """Yield the log-probabilities of each batch's answers with the weights in ``state``."""
 
-    def learn(self, parts: Sequence[Part], step: int, rate_share: float) -> None:
+    def learn(self, parts: Sequence[Part], step: int, multiplier: float) -> None:
         """Take an optimiser step on the logits: the sum of the parts' losses goes down.
 
         Args:
             parts: micro-batches of this process; every loss is computed before any logit is
                 changed.
             step: whose sample the weights are under.
-            rate_share: of the learning rate at its peak, from 0 to 1.
+            multiplier: of the learning rate, from 0 to 1.
 
         Raises:
-            LossNotFinite: a loss raised it, here or in another process.
+            LearningDiverged: a loss raised it, here or in another process.
         """
+
+
+# Gives what a weight is made of, as long as it is computed with.
+PartsOf = Callable[[MaskedTensor], AbstractContextManager[Parts]]
+
+
+def own_parts(tensor: MaskedTensor) -> AbstractContextManager[Parts]:
+    """Give a tensor's own parts: they are where the model is."""
+    return nullcontext(tensor.parts)
 
 
 class Updates:
     """Updates each tensor as soon as its gradient is complete, so that few exist at once.
 
-    Where several processes learn together, it is complete when all have added theirs. AdamW cuts
-    the norm of the gradient of all tensors together, so that under it gradients are measured when
-    they are complete, and wait for that norm.
+    Where several processes learn, it is complete when all have added theirs. AdamW clips the norm
+    of the gradient of all tensors, so that under it gradients wait for that norm.
     """
 
-    def __init__(
-        self,
-        tensors: Sequence[MaskedTensor],
-        together: Processes,
-        at_hand: Callable[[MaskedTensor], AbstractContextManager[Any]] = nullcontext,
-    ):
-        """Take over tensors, and the context in which what one is made of can be computed with."""
-        self._tensors, self._together, self._at_hand = tensors, together, at_hand
-        self._step, self._share = 0, 0.0
-        self._clip: float | None = None
+    def __init__(self, tensors: Sequence[MaskedTensor], process_group: Processes):
+        """Take over tensors, whose weights get gradients from now on."""
+        self._tensors, self._process_group = tensors, process_group
         self._waiting: list[tuple[MaskedTensor, LogitGradient]] = []
         self._are_last = False
         for tensor in tensors:
@@ -90,15 +85,23 @@ class Updates:
             hook = partial(self._accumulated, tensor)
             tensor.weight.register_post_accumulate_grad_hook(hook)
 
-    def begin(self, step: int, share: float, clip: float | None = None) -> None:
-        """Wait for the gradients of a step, which updates with a share of the learning rate.
+    def begin(
+        self,
+        step: int,
+        multiplier: float,
+        clip: float | None = None,
+        parts_of: PartsOf = own_parts,
+    ) -> None:
+        """Wait for the gradients of a step.
 
         Args:
             step: its number.
-            share: of the learning rate at its peak.
-            clip: for AdamW, see ``optimizer.clip_share``; None where it is not known yet.
+            multiplier: of the learning rate.
+            clip: for AdamW, see ``optimizer.clip_factor``; None where it is not known yet.
+            parts_of: gives what a tensor's gradient and step are computed with.
         """
-        self._step, self._share, self._clip, self._are_last = step, share, clip, False
+        self._step, self._multiplier, self._clip, self._parts_of = step, multiplier, clip, parts_of
+        self._are_last = False
         self.drop()
         for tensor in self._tensors:
             # A step that was broken off leaves some.
@@ -106,7 +109,7 @@ class Updates:
 
     def gradients_end(self) -> None:
         """From now on, a gradient is complete when it comes."""
-        self._are_last = self._together.count == 1
+        self._are_last = self._process_group.count == 1
 
     def finish(self) -> None:
         """Update what is not yet."""
@@ -117,9 +120,9 @@ class Updates:
             if own is None:
                 # Experts that no token went to.
                 own = torch.zeros_like(tensor.weight)
-            if self._together.count > 1:
+            if self._process_group.count > 1:
                 if tensor.shard.is_whole:
-                    own = self._together.add_up(own).to(own.dtype)
+                    own = self._process_group.add_up(own).to(own.dtype)
                 else:
                     own = tensor.shard.own_sum(own)
             self._update(tensor, own)
@@ -127,8 +130,8 @@ class Updates:
     def take(self, clip: float) -> None:
         """Take the steps that wait."""
         for tensor, found in self._waiting:
-            with self._at_hand(tensor):
-                tensor.move(found, self._step, self._share, clip)
+            with self._parts_of(tensor) as parts:
+                tensor.adamw_step(found, self._step, self._multiplier, clip, parts)
         self.drop()
 
     def drop(self) -> None:
@@ -141,15 +144,15 @@ class Updates:
             self._update(tensor, tensor.weight.grad)
 
     def _update(self, tensor: MaskedTensor, gradient: Tensor) -> None:
-        with self._at_hand(tensor):
-            if tensor.moments is None:
-                tensor.update(gradient, self._step, self._share)
+        with self._parts_of(tensor) as parts:
+            if parts.moments is None:
+                tensor.update(gradient, self._step, self._multiplier, parts)
             else:
-                found = tensor.measured(gradient, self._step)
+                found = tensor.logit_gradient(gradient, self._step, parts)
                 if self._clip is None:
                     self._waiting.append((tensor, found))
                 else:
-                    tensor.move(found, self._step, self._share, self._clip)
+                    tensor.adamw_step(found, self._step, self._multiplier, self._clip, parts)
         tensor.weight.grad = None
 
 
@@ -162,7 +165,7 @@ class ResidentEngine:
         tensors: Sequence[MaskedTensor],
         fixed: Sequence[FixedTensor],
         autocast: torch.dtype | None,
-        together: Processes = ALONE,
+        process_group: Processes = ALONE,
     ):
         """Take over a model whose weights are those of ``tensors`` and ``fixed``.
 
@@ -171,16 +174,16 @@ class ResidentEngine:
             tensors: the weights that get a mask.
             fixed: the others; what is in neither stays as it is.
             autocast: type in which the model computes; None for that of its weights.
-            together: this process among those that learn.
+            process_group: this process among those that learn.
         """
         self.device = next(model.parameters()).device
         self._model, self._tensors, self._fixed = model, tensors, fixed
-        self._autocast_type, self._together = autocast, together
+        self._autocast_type, self._process_group = autocast, process_group
         self._fixed_content: Content | None = None
         self._write(State(Content.BASE))
         with autocast_to(autocast, self.device):
             self._head = output_head(model)
-        self._updates = Updates(tensors, together)
+        self._updates = Updates(tensors, process_group)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[TokenBatch], state: State) -> Iterator[TokenLogProbs]:
@@ -189,11 +192,11 @@ class ResidentEngine:
         for batch in batches:
             yield self._log_probs(batch)
 
-    def learn(self, parts: Sequence[Part], step: int, rate_share: float) -> None:
+    def learn(self, parts: Sequence[Part], step: int, multiplier: float) -> None:
         """See Engine."""
         self._write(State(Content.SAMPLE, step))
-        self._updates.begin(step, rate_share)
-        with agreed(self._together, step, self.device):
+        self._updates.begin(step, multiplier)
+        with agreed(self._process_group):
             for number, part in enumerate(parts, 1):
                 loss = part.loss(*self._log_probs(part.batch))
                 if number == len(parts):
@@ -201,7 +204,7 @@ class ResidentEngine:
                 loss.backward()
         self._updates.finish()
         if needs_norm(self._tensors):
-            self._updates.take(clip_of(self._tensors, self._together, self.device))
+            self._updates.take(clip_of(self._tensors, self._process_group, self.device))
 
     def _log_probs(self, batch: TokenBatch) -> TokenLogProbs:
         with autocast_to(self._autocast_type, self.device):
@@ -218,35 +221,42 @@ class ResidentEngine:
 
 def needs_norm(tensors: Sequence[MaskedTensor]) -> bool:
     """Return whether the optimiser needs the norm of the whole gradient before it steps."""
-    return any(tensor.moments is not None for tensor in tensors)
+    return any(tensor.parts.moments is not None for tensor in tensors)
 
 
-def clip_of(tensors: Sequence[MaskedTensor], together: Processes, device: torch.device) -> float:
-    """Return ``optimizer.clip_share`` of the latest gradients."""
-    return clip_share(float(gradient_squares(tensors, together, device).sum()))
+def clip_of(
+    tensors: Sequence[MaskedTensor], process_group: Processes, device: torch.device
+) -> float:
+    """Return ``optimizer.clip_factor`` of the latest gradients."""
+    return clip_factor(float(gradient_squares(tensors, process_group, device).sum()))
 
 
 def gradient_squares(
-    tensors: Sequence[MaskedTensor], together: Processes, device: torch.device
+    tensors: Sequence[MaskedTensor], process_group: Processes, device: torch.device
 ) -> Tensor:
     """Return the squared norm of each tensor's latest logit gradient, float32, of all processes."""
     none = torch.zeros((), device=device)
     own = [none if t.gradient_square is None else t.gradient_square for t in tensors]
     # Those that every process has are added up as often as there are processes.
-    counts = [together.count if t.is_shared else 1 for t in tensors]
-    return together.add_up(torch.stack(own) / torch.tensor(counts, device=device))
+    counts = [process_group.count if t.is_shared else 1 for t in tensors]
+    return process_group.add_up(torch.stack(own) / torch.tensor(counts, device=device))
 
 
 @contextmanager
-def agreed(together: Processes, step: int, device: torch.device) -> Iterator[None]:
-    """Raise LossNotFinite in all processes where it is raised in one."""
+def agreed(process_group: Processes) -> Iterator[None]:
+    """Raise LearningDiverged in all processes, with the rows of all, where one raises it."""
     failed = None
     try:
         yield
-    except LossNotFinite as error:
+    except LearningDiverged as error:
         failed = error
-    if float(together.add_up(torch.tensor(float(failed is not None), device=device))):
-        raise failed or LossNotFinite(step)
+    rows = failed and (failed.step, failed.rows, failed.utility_rows)
+    found = [own for own in process_group.gathered([rows]) if own]
+    if found:
+        steps, rows_of_all, utility_rows = zip(*found, strict=True)
+        raise LearningDiverged(
+            steps[0], sorted(chain(*rows_of_all)), sorted(chain(*utility_rows))
+        ) from failed
 
 
 def autocast_to(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[Any]:

@@ -1,7 +1,7 @@
-"""The passes of ``entrywise`` as Triton kernels: a GPU reads and writes each tensor once a pass.
+"""Masks, weights and steps as Triton kernels: a GPU reads and writes each tensor once a pass.
 
-Noise and mask are computed in registers, by the counter of ``noise.uniform_noise``. The formulas
-are those of ``masking``; ``entrywise`` has them in torch.
+Noise and mask are computed in registers, by the counter of ``noise.uniform_noise``. The formulas in
+torch are those of ``masking.MaskSampler``, ``merges.LinearMerge`` and ``optimizer``.
 """
 
 import torch
@@ -9,103 +9,101 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..fusion.merges import LinearMerge
 from ..fusion.shards import Shard
-from ..fusion.weights import LinearWeight
-from .draws import Draw
-from .optimizer import EPS, TINY
+from ..mask.masking import MaskSampler
+from .optimizer import EPS, TINY, FactorGradient
 
 # Words of noise a program, of four entries each.
 _WORDS = 256
 
 
-def write_masked(
-    weight: Tensor, merged: LinearWeight, draw: Draw, rescale: str, shard: Shard
+def write_sampled(
+    merge: LinearMerge, weight: Tensor, sampler: MaskSampler, rescale: str, shard: Shard
 ) -> None:
-    """Do what ``entrywise.write_masked`` does."""
-    flat, fused, start = weight.view(-1), merged.fused.view(-1), merged.start.reshape(-1)
-    totals = _totals(draw, rescale, shard)
-    values = flat, start, fused, totals, float(shard.entries)
-    _write_kernel[_grid(draw)](*values, *_mask(draw), **_constants(draw, rescale))
+    """Do what ``LinearMerge.write_sampled`` does."""
+    flat, delta, start = weight.view(-1), merge.delta.view(-1), merge.start.reshape(-1)
+    totals = _totals(sampler, rescale, shard)
+    values = flat, start, delta, totals, float(shard.entries)
+    _write_kernel[_grid(sampler)](*values, *_mask(sampler), **_constants(sampler, rescale))
 
 
-def update_logits(
-    gradient: Tensor,
-    fused: Tensor | None,
-    draw: Draw,
-    rescale: str,
-    shard: Shard,
-    rate: float,
-) -> Tensor:
-    """Take the step of ``optimizer.signsgd_step`` on the logits of ``draw``.
+def update_logits(of_factor: FactorGradient, rate: float) -> Tensor:
+    """Take the step of ``optimizer.signsgd_step`` on the logits of the sampler.
 
-    Weight and gradient stay as they are.
+    What ``optimizer.logit_gradient`` writes over stays as it is.
 
     Args:
-        gradient: dL/dW in the weight's shape, complete; or dL/dc of each entry.
-        fused: D, in the weight's shape; None where the gradient is that of the mask's factor.
-        draw, rescale, shard: see ``optimizer.logit_gradient``.
+        of_factor: dL/dc.
         rate: the learning rate of this step.
 
     Returns:
         The squared norm of the logits' gradient, see there.
     """
-    products = gradient.reshape(-1)
-    other = products if fused is None else fused.view(-1)
-    of_weight = {"FUSED": fused is not None}
-    totals = _totals(draw, rescale, shard, (products, other), **of_weight)
-    squares = torch.empty(_grid(draw), device=products.device)
+    sampler, rescale, shard = of_factor.sampler, of_factor.rescale, of_factor.shard
+    products, delta = of_factor.gradient.reshape(-1), of_factor.delta
+    other = products if delta is None else delta.view(-1)
+    has_delta = {"HAS_DELTA": delta is not None}
+    totals = _totals(sampler, rescale, shard, (products, other), **has_delta)
+    squares = torch.empty(_grid(sampler), device=products.device)
     values = squares, products, other, totals, float(shard.entries), rate
-    constants = _constants(draw, rescale) | of_weight
-    _update_kernel[_grid(draw)](*values, *_mask(draw), **constants, EPS=EPS, TINY=TINY)
+    constants = _constants(sampler, rescale) | has_delta
+    _update_kernel[_grid(sampler)](*values, *_mask(sampler), **constants, EPS=EPS, TINY=TINY)
     return squares.sum()
 
 
-def whole_mask(draw: Draw) -> Tensor:
+def whole_mask(sampler: MaskSampler) -> Tensor:
     """Return all of a mask, float32, (count,)."""
-    found = torch.empty(len(draw.logits), device=draw.logits.device)
-    _mask_kernel[_grid(draw)](found, *_mask(draw), **_constants(draw))
+    found = torch.empty(len(sampler.logits), device=sampler.logits.device)
+    _mask_kernel[_grid(sampler)](found, *_mask(sampler), **_constants(sampler))
     return found
 
 
 def _totals(
-    draw: Draw,
+    sampler: MaskSampler,
     rescale: str,
     shard: Shard,
     weighted: tuple[Tensor, Tensor] | None = None,
-    FUSED: bool = True,
+    HAS_DELTA: bool = True,
 ) -> Tensor:
     """Return sum(m), float32 (1,), with sum(G m) and sum(|G| m (1 - m)) (3,) where G is given.
 
-    They are of the whole mask. G is the product of ``weighted``, or the first where not FUSED.
+    They are of the whole mask. G is the product of ``weighted``, or the first where not HAS_DELTA.
     """
-    grid = _grid(draw)
+    grid = _grid(sampler)
     # A sum for each program, added up after: atomic additions come in another order every time.
-    sums = torch.empty((3 if weighted else 1, *grid), device=draw.logits.device)
+    sums = torch.empty((3 if weighted else 1, *grid), device=sampler.logits.device)
     # What the kernels do not read where nothing is rescaled.
     if rescale == "none" and not weighted:
         return sums.view(-1)[:1]
-    values = (sums, *(weighted or (sums, sums)), *grid, *_mask(draw))
-    constants = _constants(draw) | {"WEIGHTED": bool(weighted), "FUSED": FUSED}
+    values = (sums, *(weighted or (sums, sums)), *grid, *_mask(sampler))
+    constants = _constants(sampler) | {"WEIGHTED": bool(weighted), "HAS_DELTA": HAS_DELTA}
     _totals_kernel[grid](*values, **constants)
     return shard.add_up(sums.sum(dim=1))
 
 
-def _grid(draw: Draw) -> tuple[int]:
+def _grid(sampler: MaskSampler) -> tuple[int]:
     # The first entry may be the last one of its word.
-    return (triton.cdiv(len(draw.logits) + 3, 4 * _WORDS),)
+    return (triton.cdiv(len(sampler.logits) + 3, 4 * _WORDS),)
 
 
-def _mask(draw: Draw) -> tuple[Tensor, int, int, int, float]:
-    """Return what tells a kernel the mask."""
-    return draw.logits, draw.key or 0, draw.first // 4, len(draw.logits), 1 / draw.temperature
+def _mask(sampler: MaskSampler) -> tuple[Tensor, int, int, int, float]:
+    """Return the kernels' arguments that say what the mask is."""
+    return (
+        sampler.logits,
+        sampler.key or 0,
+        sampler.first // 4,
+        len(sampler.logits),
+        1 / sampler.temperature,
+    )
 
 
-def _constants(draw: Draw, rescale: str | None = None) -> dict[str, int | bool]:
+def _constants(sampler: MaskSampler, rescale: str | None = None) -> dict[str, int | bool]:
     """Return what a kernel is compiled for."""
     found = {
-        "DRAWN": draw.key is not None,
-        "STRIDE": draw.logits.stride(0) if len(draw.logits) > 1 else 1,
-        "SKIPPED": draw.first % 4,
+        "DRAWN": sampler.key is not None,
+        "STRIDE": sampler.logits.stride(0) if len(sampler.logits) > 1 else 1,
+        "SKIPPED": sampler.first % 4,
         "WORDS": _WORDS,
     }
     return found if rescale is None else {**found, "RESCALED": rescale == "mean"}
@@ -159,11 +157,11 @@ def _scale(totals, entries):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _factor_gradient(products, fused, at, exists, FUSED: tl.constexpr):  # type: ignore[no-untyped-def]
+def _factor_gradient(products, delta, at, exists, HAS_DELTA: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return dL/dc of a program's entries, 0 where there is none."""
     found = tl.load(products + at, mask=exists, other=0.0).to(tl.float32)
-    if FUSED:
-        found *= tl.load(fused + at, mask=exists, other=0.0).to(tl.float32)
+    if HAS_DELTA:
+        found *= tl.load(delta + at, mask=exists, other=0.0).to(tl.float32)
     return found
 
 
@@ -179,8 +177,8 @@ def _mask_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=_VARYING)
 def _totals_kernel(  # type: ignore[no-untyped-def]
-    sums, products, fused, blocks, logits, key, word, count, sharpness,
-    WEIGHTED: tl.constexpr, FUSED: tl.constexpr, DRAWN: tl.constexpr, STRIDE: tl.constexpr,
+    sums, products, delta, blocks, logits, key, word, count, sharpness,
+    WEIGHTED: tl.constexpr, HAS_DELTA: tl.constexpr, DRAWN: tl.constexpr, STRIDE: tl.constexpr,
     SKIPPED: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     words, lanes, at, exists = _places(word, count, SKIPPED, WORDS)
@@ -188,7 +186,7 @@ def _totals_kernel(  # type: ignore[no-untyped-def]
     block = tl.program_id(0)
     tl.store(sums + block, tl.sum(mask))
     if WEIGHTED:
-        of_factor = _factor_gradient(products, fused, at, exists, FUSED)
+        of_factor = _factor_gradient(products, delta, at, exists, HAS_DELTA)
         tl.store(sums + blocks + block, tl.sum(of_factor * mask))
         sizes = tl.abs(of_factor) * mask * (1 - mask)
         tl.store(sums + 2 * blocks + block, tl.sum(sizes))
@@ -196,7 +194,7 @@ def _totals_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=_VARYING)
 def _write_kernel(  # type: ignore[no-untyped-def]
-    weight, start, fused, totals, entries, logits, key, word, count, sharpness,
+    weight, start, delta, totals, entries, logits, key, word, count, sharpness,
     RESCALED: tl.constexpr, DRAWN: tl.constexpr, STRIDE: tl.constexpr, SKIPPED: tl.constexpr,
     WORDS: tl.constexpr,
 ):  # fmt: skip
@@ -204,21 +202,21 @@ def _write_kernel(  # type: ignore[no-untyped-def]
     mask = _mask_of(logits, key, words, lanes, at, exists, sharpness, DRAWN, STRIDE)
     if RESCALED:
         mask *= _scale(totals, entries)
-    change = mask * tl.load(fused + at, mask=exists, other=0.0).to(tl.float32)
+    change = mask * tl.load(delta + at, mask=exists, other=0.0).to(tl.float32)
     merged = change + tl.load(start + at, mask=exists, other=0.0).to(tl.float32)
     tl.store(weight + at, merged.to(weight.dtype.element_ty), mask=exists)
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def _update_kernel(  # type: ignore[no-untyped-def]
-    squares, products, fused, totals, entries, rate, logits, key, word, count, sharpness,
-    RESCALED: tl.constexpr, FUSED: tl.constexpr, DRAWN: tl.constexpr, STRIDE: tl.constexpr,
+    squares, products, delta, totals, entries, rate, logits, key, word, count, sharpness,
+    RESCALED: tl.constexpr, HAS_DELTA: tl.constexpr, DRAWN: tl.constexpr, STRIDE: tl.constexpr,
     SKIPPED: tl.constexpr, WORDS: tl.constexpr, EPS: tl.constexpr, TINY: tl.constexpr,
 ):  # fmt: skip
     words, lanes, at, exists = _places(word, count, SKIPPED, WORDS)
     mask = _mask_of(logits, key, words, lanes, at, exists, sharpness, DRAWN, STRIDE)
     slope = mask * (1 - mask) * sharpness
-    own = _factor_gradient(products, fused, at, exists, FUSED) * slope
+    own = _factor_gradient(products, delta, at, exists, HAS_DELTA) * slope
     size = tl.load(totals + 2) * sharpness / entries
     gradient = own
     if RESCALED:

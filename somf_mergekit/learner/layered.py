@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from ..data.logprobs import TokenBatch, answer_token_log_probs, output_head, token_batch
 from .engine import TokenLogProbs, autocast_to
-from .layers import StreamingImpossible
+
+# What takes a layer's place: hidden states in, and whatever else the model passes.
+Forward = Callable[..., Any]
+
+
+class StreamingImpossible(ValueError):
+    """The model isn't an embedding, layers one after another, and a head."""
 
 
 @dataclass
@@ -21,6 +27,46 @@ class Call:
     number: int
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
+
+
+def layers_of(model: Any) -> list[nn.Module]:
+    """Return the layers of a model, in their order.
+
+    Raises:
+        StreamingImpossible: there is not one list of layers.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    found = [
+        module
+        for module in model.base_model.modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) > 0
+        and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
+    ]
+    if len(found) != 1:
+        raise StreamingImpossible(
+            f"{type(model).__name__} has {len(found)} lists of layers, not one"
+        )
+    return list(found[0])
+
+
+def layer_of_weights(model: Any, layers: Sequence[nn.Module]) -> dict[Tensor, int]:
+    """Return the layer of each weight that is in one.
+
+    Raises:
+        StreamingImpossible: layers share weights, with each other or with what is outside them.
+    """
+    place: dict[Tensor, int] = {}
+    for number, layer in enumerate(layers):
+        for weight in layer.parameters():
+            if place.setdefault(weight, number) != number:
+                raise StreamingImpossible(f"layers of {type(model).__name__} share weights")
+    inside = {module for layer in layers for module in layer.modules()}
+    for module in set(model.modules()) - inside:
+        if any(weight in place for weight in module.parameters(recurse=False)):
+            raise StreamingImpossible(f"layers of {type(model).__name__} share weights with others")
+    return place
 
 
 class LayeredModel:
@@ -36,9 +82,10 @@ class LayeredModel:
         self.device = next(model.parameters()).device
         self._model, self._layers, self._autocast_type = model, layers, autocast
         probe = token_batch([([0], [0])], self.device)
-        self._gives_tuples = self._probed(probe)
+        self._gives_tuples = False
+        self._note_form(probe)
         self._check_calls(probe)
-        with self._replaced(self._passing_on), self._autocast():
+        with self._replaced(lambda number: self._as_output), self._autocast():
             self._head = output_head(model)
 
     def __len__(self) -> int:
@@ -47,17 +94,14 @@ class LayeredModel:
 
     def entered(self, batches: Sequence[TokenBatch]) -> tuple[list[Tensor], list[list[Call]]]:
         """Return the first layer's inputs, and all layers' calls, for each micro-batch."""
-        hidden, calls = [], []
-        for batch in batches:
-            entering: list[Tensor] = []
-            seen: list[Call] = []
+        hidden: list[Tensor] = []
+        calls: list[list[Call]] = [[] for _ in batches]
+        for batch, seen in zip(batches, calls, strict=True):
 
-            def noting(
-                number: int, entering: list[Tensor] = entering, seen: list[Call] = seen
-            ) -> Callable[..., Any]:
+            def noting(number: int, seen: list[Call] = seen) -> Forward:
                 def forward(hidden_states: Tensor, *arguments: Any, **keywords: Any) -> Any:
                     if number == 0:
-                        entering.append(hidden_states)
+                        hidden.append(hidden_states)
                     seen.append(Call(number, arguments, keywords))
                     return self._as_output(hidden_states)
 
@@ -69,8 +113,6 @@ class LayeredModel:
                     attention_mask=batch.attention_mask,
                     use_cache=False,
                 )
-            hidden += entering
-            calls.append(seen)
         return hidden, calls
 
     def through(self, number: int, hidden: list[Tensor], calls: list[list[Call]]) -> list[Tensor]:
@@ -88,56 +130,54 @@ class LayeredModel:
     def log_probs(self, batch: TokenBatch, last: Tensor) -> TokenLogProbs:
         """Return what the model makes of the last layer's output."""
 
-        def giving_last(number: int) -> Callable[..., Any]:
-            given = last if number == len(self._layers) - 1 else None
-            return self._passing_on(number, given)
+        def giving_last(number: int) -> Forward:
+            is_last = number == len(self._layers) - 1
+
+            def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+                return self._as_output(last if is_last else hidden_states)
+
+            return forward
 
         with self._replaced(giving_last), self._autocast():
             return answer_token_log_probs(self._model, self._head, batch)
 
-    def _passing_on(self, number: int, given: Tensor | None = None) -> Callable[..., Any]:
-        def forward(hidden_states: Tensor, *arguments: Any, **keywords: Any) -> Any:
-            return self._as_output(hidden_states if given is None else given)
-
-        return forward
-
-    def _as_output(self, hidden: Tensor) -> Any:
-        return (hidden,) if self._gives_tuples else hidden
+    def _as_output(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        """Return hidden states in the form in which layers give them; as a layer, do nothing."""
+        return (hidden_states,) if self._gives_tuples else hidden_states
 
     @contextmanager
-    def _replaced(self, forward_of: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+    def _replaced(self, forward_of: Callable[[int], Forward]) -> Iterator[None]:
         """Let the layers do something else."""
-        for number, layer in enumerate(self._layers):
-            layer.forward = forward_of(number)
+        # A layer may have a forward of its own, which some libraries wrap around its class'.
+        own = [vars(layer).get("forward") for layer in self._layers]
         try:
+            for number, layer in enumerate(self._layers):
+                layer.forward = forward_of(number)
             yield
         finally:
-            for layer in self._layers:
-                del layer.forward
+            for layer, forward in zip(self._layers, own, strict=True):
+                if forward is None:
+                    vars(layer).pop("forward", None)
+                else:
+                    layer.forward = forward
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return autocast_to(self._autocast_type, self.device)
 
-    def _probed(self, probe: TokenBatch) -> bool:
-        """Return whether layers give tuples."""
-        outputs: list[Any] = []
+    def _note_form(self, probe: TokenBatch) -> None:
+        """Note whether layers give tuples, by what the first one gives."""
+        first = self._layers[0].forward
 
-        class Known(Exception):
-            pass
+        def noting(hidden_states: Tensor, *arguments: Any, **keywords: Any) -> Any:
+            output = first(hidden_states, *arguments, **keywords)
+            self._gives_tuples = isinstance(output, tuple)
+            return output
 
-        def note(module: nn.Module, arguments: Any, output: Any) -> None:
-            outputs.append(output)
-            raise Known
+        def forward_of(number: int) -> Forward:
+            return self._as_output if number else noting
 
-        hook = self._layers[0].register_forward_hook(note)
-        try:
-            with torch.no_grad(), self._autocast():
-                self._model.base_model(input_ids=probe.input_ids, use_cache=False)
-        except Known:
-            pass
-        finally:
-            hook.remove()
-        return isinstance(outputs[0], tuple)
+        with self._replaced(forward_of), self._autocast(), torch.no_grad():
+            self._model.base_model(input_ids=probe.input_ids, use_cache=False)
 
     def _check_calls(self, probe: TokenBatch) -> None:
         """Check that hidden states go through all layers, and are all that is learned through.
@@ -145,15 +185,13 @@ class LayeredModel:
         Raises:
             StreamingImpossible: they do not, or are not.
         """
+        name = type(self._model).__name__
         _, (calls,) = self.entered([probe])
         if [call.number for call in calls] != list(range(len(self._layers))):
-            raise StreamingImpossible(
-                f"{type(self._model).__name__} does not call its layers one after another"
-            )
+            raise StreamingImpossible(f"{name} does not call its layers one after another")
         if any(map(_requires_gradient, calls)):
             raise StreamingImpossible(
-                f"{type(self._model).__name__} gives its layers more than hidden states to learn "
-                "through"
+                f"{name} gives its layers more than hidden states to learn through"
             )
 
 

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,14 +10,12 @@ from torch import Tensor
 
 from ..common.errors import RecipeError
 from ..common.process_group import ALONE, Processes
+from ..fusion.merges import AutogradMerge, LinearMerge, LoadedTensor
 from ..fusion.shards import Shard
-from ..fusion.weights import LinearWeight
-from ..mask.granularity import mask_layout, weight_storage
-from ..prepass.task_vectors import LoadedTensor
+from ..mask.granularity import Storage, mask_layout, weight_storage
 from ..recipe.settings import Settings
-from .mapped import MappedFiles
-from .pinned import PinnedMemory
-from .tensors import FixedTensor, MaskedTensor
+from .stores import PinnedMemory, Store
+from .tensors import FixedTensor, MaskedTensor, Parts
 
 
 @dataclass(frozen=True)
@@ -26,35 +24,38 @@ class Placement:
 
     Attributes:
         device: where the model is.
-        autocast: type in which it computes; None for float32. Task vectors are kept in it, and the
-            weights that autocast would turn into it for each use.
-        store: where what an engine brings layer by layer is kept; None for the device.
-        keepers: the processes that keep each tensor together, rows of it each.
+        autocast: type in which it computes; None for float32. Task vectors are stored in it, and
+            the weights that autocast would turn into it for each use.
+        store: where what an engine brings layer by layer is stored; None for the device.
+        shard_group: the processes that share each tensor, rows of it each.
     """
 
     device: torch.device | str
     autocast: torch.dtype | None
-    store: MappedFiles | PinnedMemory | None = None
-    keepers: Processes = ALONE
+    store: Store | None = None
+    shard_group: Processes = ALONE
 
     def shard(self, tensor: LoadedTensor) -> Shard:
-        """Return which rows of a tensor this process keeps: all that a fusion needs at once."""
-        divided = tensor.weight is None or isinstance(tensor.weight, LinearWeight)
-        return Shard(tensor.shape, self.keepers if divided else ALONE)
+        """Return which rows of a tensor this process has: all that a fusion needs at once."""
+        is_divided = not isinstance(tensor.merge, AutogradMerge)
+        return Shard(tensor.shape, self.shard_group if is_divided else ALONE)
 
     def placed(self, tensor: LoadedTensor) -> LoadedTensor:
-        """Return a tensor of the merge with what is kept of it where it is kept."""
-        shard = self.shard(tensor)
+        """Return a tensor of the merge with this process' part of it where it is stored."""
+        shard, merge = self.shard(tensor), tensor.merge
 
-        def kept(whole: Tensor) -> Tensor:
-            # A view would keep the other rows too.
+        def moved(whole: Tensor) -> Tensor:
+            # A view would hold the other rows too.
             own = whole if shard.is_whole else shard.own(whole).clone()
-            return self.store.kept(own) if self.store else own.to(self.device)
+            return self.store.copy(own) if self.store else own.to(self.device)
 
-        return tensor.kept(kept, self.autocast or torch.float32)
+        if isinstance(merge, LinearMerge):
+            merge = LinearMerge(merge.start, merge.delta.to(self.autocast or torch.float32))
+        parts = Parts(tensor.base, merge).moved(moved)
+        return replace(tensor, base=parts.base, merge=parts.merge)
 
-    def logits(self, shape: tuple[int, ...]) -> Tensor:
-        """Return room for logits."""
+    def empty(self, shape: tuple[int, ...]) -> Tensor:
+        """Return room for logits or moments, float32."""
         if self.store:
             return self.store.empty(shape, torch.float32)
         return torch.empty(shape, dtype=torch.float32, device=self.device)
@@ -98,17 +99,17 @@ def learning_model(
         trust_remote_code: as mergekit's option.
 
     Raises:
-        RecipeError: the merge is no model of the base's architecture, or nothing has changed.
+        RecipeError: the merge isn't a model of the base's architecture, or nothing has changed.
     """
     loaded = [placement.placed(tensor) for tensor in loaded]
     model = _empty_model(config, loaded, trust_remote_code)
     if placement.autocast:
-        _keep_layers_in(model, placement.autocast)
+        _set_layers_type(model, placement.autocast)
     _move(model, placement)
     places = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     storage = weight_storage(config)
-    masked: dict[int, MaskedTensor] = {}
-    fixed: dict[int, FixedTensor] = {}
+    masked: dict[Tensor, MaskedTensor] = {}
+    fixed: dict[Tensor, FixedTensor] = {}
     aliases: dict[str, str] = {}
     filled: set[str] = set()
     for tensor in loaded:
@@ -118,35 +119,16 @@ def learning_model(
             continue
         place = _place(places, loaded_as, tensor, model)
         filled.add(loaded_as)
-        if id(place) in masked:
-            aliases[tensor.name] = masked[id(place)].name
-        if id(place) in masked or id(place) in fixed:
+        if place in masked:
+            aliases[tensor.name] = masked[place].name
+        elif place in fixed:
             continue
-        if tensor.weight is None or not tensor.changed or tensor.name not in masked_names:
-            shard = placement.shard(tensor)
-            fixed[id(place)] = FixedTensor(place, shard, tensor.base, tensor.weight)
-            continue
-        aliases |= dict.fromkeys(tensor.aliases, tensor.name)
-        values, shard = tensor.parameters, placement.shard(tensor)
-        layout = mask_layout(values["granularity"], tensor.name, tensor.shape, storage)
-        kept = shard.own_shape if layout.shape == tensor.shape else layout.shape
-        has_moments = settings.optimizer == "adamw"
-        masked[id(place)] = MaskedTensor(
-            name=tensor.name,
-            weight=place,
-            shard=shard,
-            base=tensor.base,
-            merged=tensor.weight,
-            layout=layout,
-            logits=placement.logits(kept).fill_(values["init_logit"]),
-            temperature=values["temperature"],
-            rescale=values["mask_rescale"],
-            seed=settings.seed,
-            init_logit=values["init_logit"],
-            learning_rate=values["learning_rate"],
-            kind=values["mask_kind"],
-            moments=placement.logits((2, *kept)).zero_() if has_moments else None,
-        )
+        elif tensor.merge is None or not tensor.changed or tensor.name not in masked_names:
+            parts = Parts(tensor.base, tensor.merge)
+            fixed[place] = FixedTensor(place, placement.shard(tensor), parts)
+        else:
+            aliases |= dict.fromkeys(tensor.aliases, tensor.name)
+            masked[place] = _masked_tensor(place, tensor, settings, placement, storage)
     _check_complete(model, filled)
     if not any(tensor.changed for tensor in loaded):
         raise RecipeError(
@@ -158,6 +140,35 @@ def learning_model(
             "parameters.include and parameters.exclude leave no changed tensor for a mask"
         )
     return LearningModel(model, list(masked.values()), list(fixed.values()), aliases)
+
+
+def _masked_tensor(
+    place: Any, tensor: LoadedTensor, settings: Settings, placement: Placement, storage: Storage
+) -> MaskedTensor:
+    values, shard = tensor.parameters, placement.shard(tensor)
+    layout = mask_layout(values["granularity"], tensor.name, tensor.shape, storage)
+    own_shape = shard.own_shape if layout.shape == tensor.shape else layout.shape
+    parts = Parts(
+        tensor.base,
+        tensor.merge,
+        placement.empty(own_shape),
+        placement.empty((2, *own_shape)) if settings.optimizer == "adamw" else None,
+    )
+    masked = MaskedTensor(
+        name=tensor.name,
+        weight=place,
+        shard=shard,
+        parts=parts,
+        layout=layout,
+        temperature=values["temperature"],
+        rescale=values["mask_rescale"],
+        seed=settings.seed,
+        init_logit=values["init_logit"],
+        learning_rate=values["learning_rate"],
+        kind=values["mask_kind"],
+    )
+    masked.restart()
+    return masked
 
 
 def _move(model: Any, placement: Placement) -> None:
@@ -221,7 +232,7 @@ def _empty_model(config: Any, loaded: list[LoadedTensor], trust_remote_code: boo
     return model.eval().requires_grad_(False)
 
 
-def _keep_layers_in(model: Any, dtype: torch.dtype) -> None:
+def _set_layers_type(model: Any, dtype: torch.dtype) -> None:
     """Give the weights of linear layers ``dtype``: what they held is lost.
 
     Others, such as embeddings, norms and routers of experts, compute in float32 under autocast too.
@@ -231,18 +242,18 @@ def _keep_layers_in(model: Any, dtype: torch.dtype) -> None:
     modules = list(model.modules())
     layers = [module for module in modules if isinstance(module, (torch.nn.Linear, Conv1D))]
     elsewhere = {
-        id(weight)
+        weight
         for module in set(modules) - set(layers)
         for weight in module.parameters(recurse=False)
     }
     for layer in layers:
-        if id(layer.weight) not in elsewhere:
+        if layer.weight not in elsewhere:
             layer.weight.data = torch.empty_like(layer.weight.data, dtype=dtype)
 
 
 def _check_complete(model: Any, filled: set[str]) -> None:
-    given = {id(p) for n, p in model.named_parameters(remove_duplicate=False) if n in filled}
-    missing = [n for n, p in model.named_parameters() if id(p) not in given]
+    given = {p for n, p in model.named_parameters(remove_duplicate=False) if n in filled}
+    missing = [n for n, p in model.named_parameters() if p not in given]
     if missing:
         shown = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
         raise RecipeError(

@@ -5,13 +5,13 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from ..recipe.settings import Settings
-from .checkpoints import Checkpoints, Progress
-from .comparison import Comparison
-from .objectives import PREFERENCES
+from .checkpoint_file import Progress
+from .checkpoints import Checkpoints
 from .passes import Passes
-from .problem import LearningProblem
+from .training_setup import TrainingSetup
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class StepReport:
         accuracy: share of pairs with a positive margin; None where the objective has no margin.
         margin: mean reward margin; None likewise.
         utility: mean divergence from the unmasked merge; None without a utility term.
-        rate_share: of the learning rate at its peak, from 0 to 1.
+        multiplier: of the learning rate, from 0 to 1.
         seconds: that it took.
     """
 
@@ -34,8 +34,15 @@ class StepReport:
     accuracy: float | None
     margin: float | None
     utility: float | None
-    rate_share: float
+    multiplier: float
     seconds: float
+
+    def row(self) -> dict[str, Any]:
+        """Return the step as a row of the training history, under the names of its columns."""
+        row = asdict(self)
+        # The name of this column in the training history of older masks too.
+        row["rate_share"] = row.pop("multiplier")
+        return row
 
 
 def step_count(settings: Settings, pairs: int) -> int:
@@ -44,8 +51,8 @@ def step_count(settings: Settings, pairs: int) -> int:
     return steps if settings.max_steps is None else min(steps, settings.max_steps)
 
 
-def rate_share(step: int, steps: int, warmup_share: float) -> float:
-    """Return a step's share of the peak learning rate: linear warm-up, then half a cosine to 0.
+def learning_rate_multiplier(step: int, steps: int, warmup_share: float) -> float:
+    """Return what a step multiplies the learning rate with: linear warm-up, half a cosine to 0.
 
     Args:
         step: its number, from 0.
@@ -73,46 +80,43 @@ def batches(examples: int, settings: Settings, steps: int, purpose: str = "") ->
 
 
 def learn_logits(
-    problem: LearningProblem,
+    setup: TrainingSetup,
     on_step: Callable[[StepReport], None],
     on_reference: Callable[[int, int], None],
     progress: Progress | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> None:
-    """Learn the logits of ``problem.tensors`` in place.
+    """Learn the logits of ``setup.tensors`` in place.
 
     Args:
-        problem: see LearningProblem.
+        setup: see TrainingSetup.
         on_step: called after each optimiser step.
         on_reference: called while log-probabilities to compare with are computed, with the number
             of examples that are done and of all.
-        progress: how far learning had come when it was stopped; kept up to date.
-        checkpoints: where what is done is kept; nowhere if not given.
+        progress: how far learning had come when it was stopped; updated.
+        checkpoints: where what is done is stored; nowhere if not given.
 
     Raises:
         LearningDiverged: a loss or a gradient is not finite.
         LearningInterrupted: the process was asked to end.
     """
     progress = progress or Progress()
-    settings = problem.settings
-    steps = step_count(settings, len(problem.pairs))
+    settings = setup.settings
+    steps = step_count(settings, len(setup.pairs))
     if steps == 0:
         return
     schedule = max(steps, settings.schedule_steps or 0)
-    plan = batches(len(problem.pairs), settings, steps)
-    has_utility = problem.utility and settings.utility_weight > 0
-    utility_plan = batches(len(problem.utility), settings, steps, "utility/") if has_utility else []
-    comparison = Comparison(problem, progress.reference, progress.unmasked)
-    comparison.compute(_used(problem, plan), _used(problem, utility_plan), on_reference)
-    passes = Passes(problem, comparison)
+    plan = batches(len(setup.pairs), settings, steps)
+    has_utility = setup.utility and settings.utility_weight > 0
+    utility_plan = batches(len(setup.utility), settings, steps, "utility/") if has_utility else []
+    passes = Passes(setup, progress)
+    passes.compare(_used(setup, plan), _used(setup, utility_plan), on_reference)
     for step, batch in enumerate(plan):
         if step < progress.step:
             continue
         start = time.perf_counter()
-        if settings.objective in PREFERENCES and settings.reference == "redrawn":
-            comparison.redraw(step, batch)
-        share = rate_share(step, schedule, settings.warmup)
-        shown = passes.learn(batch, utility_plan[step] if has_utility else [], step, share)
+        multiplier = learning_rate_multiplier(step, schedule, settings.warmup)
+        shown = passes.learn(batch, utility_plan[step] if has_utility else [], step, multiplier)
         margins = shown.margins
         report = StepReport(
             step=step + 1,
@@ -121,16 +125,16 @@ def learn_logits(
             accuracy=sum(m > 0 for m in margins) / len(margins) if margins else None,
             margin=sum(margins) / len(margins) if margins else None,
             utility=shown.utility,
-            rate_share=share,
+            multiplier=multiplier,
             seconds=time.perf_counter() - start,
         )
         progress.step = step + 1
-        progress.history.append(asdict(report))
+        progress.history.append(report.row())
         on_step(report)
         if checkpoints:
             checkpoints.after_step(progress, is_last=step + 1 == steps)
 
 
-def _used(problem: LearningProblem, plan: list[list[int]]) -> list[int]:
+def _used(setup: TrainingSetup, plan: list[list[int]]) -> list[int]:
     """Return the rows that this process comes across."""
-    return sorted(set().union(*map(problem.together.share, plan)))
+    return sorted(set().union(*map(setup.process_group.share, plan)))

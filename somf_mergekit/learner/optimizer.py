@@ -8,8 +8,7 @@ from torch import Tensor
 
 from ..common.chunks import pieces
 from ..fusion.shards import Shard
-from ..mask.masking import mask_scale
-from .draws import Draw
+from ..mask.masking import MaskSampler, mask_scale
 
 # Of the mean size of a tensor's gradients: entries far below it hardly move.
 EPS = 1e-5
@@ -20,8 +19,30 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
+class FactorGradient:
+    """G = dL/dc, one value per mask entry: as it is, or as the product of dL/dW and D.
+
+    Attributes:
+        gradient: dL/dW of the rows that this process has, complete; or G. ``logit_gradient``
+            writes over it.
+        delta: D, in the same shape; None where the gradient is G.
+        sampler: the mask that the weight was written with.
+        rescale: see ``masking.mask_scale``.
+        shard: the rows that this process has; sums are over the whole mask.
+        room: for as many numbers, which ``logit_gradient`` writes over.
+    """
+
+    gradient: Tensor
+    delta: Tensor | None
+    sampler: MaskSampler
+    rescale: str
+    shard: Shard
+    room: Tensor
+
+
+@dataclass(frozen=True)
 class LogitGradient:
-    """dL/dx of the logits that are kept, for m = sigmoid((x + noise) / T) and c = m / mean(m).
+    """dL/dx of this process' logits, for m = sigmoid((x + noise) / T) and c = m / mean(m).
 
     With n entries, s = mean(m) and G = dL/dc: dL/dm = G / s - (sum G m) / (s^2 n), and dm/dx =
     m (1 - m) / T. Where the fusion is linear, W = start + D c, an entry's G is the sum of dL/dW D
@@ -56,34 +77,24 @@ class LogitGradient:
         return square
 
 
-def logit_gradient(
-    gradient: Tensor, fused: Tensor | None, room: Tensor, draw: Draw, rescale: str, shard: Shard
-) -> LogitGradient:
-    """Return dL/dx from dL/dW, whose product with D is G, or from G itself.
-
-    Args:
-        gradient: dL/dW of the rows that are kept, complete, or G; what it held is lost.
-        fused: D, in the same shape; None where the gradient is G.
-        room: for as many numbers: what it held is lost.
-        draw: the mask that the weight was written with.
-        rescale: see ``masking.mask_scale``.
-        shard: the rows that are kept; sums are over the whole mask.
-    """
-    products, slopes = gradient.reshape(-1), room.view(-1)
+def logit_gradient(of_factor: FactorGradient) -> LogitGradient:
+    """Return dL/dx from dL/dc; it takes over the memory of what it is given."""
+    rescale, shard, sampler = of_factor.rescale, of_factor.shard, of_factor.sampler
+    products, slopes = of_factor.gradient.reshape(-1), of_factor.room.view(-1)
     sums = torch.zeros(3, device=products.device)
     for part in pieces(len(products), products.device):
-        mask = draw.part(part)
+        mask = sampler.part(part)
         product = products[part].float()
-        if fused is not None:
-            product = product.mul_(fused.view(-1)[part])
+        if of_factor.delta is not None:
+            product = product.mul_(of_factor.delta.view(-1)[part])
         slope = torch.addcmul(mask, mask, mask, value=-1)
         weighted = torch.dot(product, mask)
         product.mul_(slope)
         sums += torch.stack([mask.sum(), weighted, product.abs().sum()])
         products[part], slopes[part] = product, slope
     total, weighted, size = shard.add_up(sums).double()
-    scale = mask_scale(total / shard.entries, rescale) / draw.temperature
-    common = weighted * scale * scale * draw.temperature if rescale == "mean" else 0.0
+    scale = mask_scale(total / shard.entries, rescale) / sampler.temperature
+    common = weighted * scale * scale * sampler.temperature if rescale == "mean" else 0.0
     return LogitGradient(
         products,
         slopes,
@@ -108,7 +119,7 @@ def signsgd_step(logits: Tensor, found: LogitGradient, rate: float) -> Tensor:
 
     Returns:
         The squared norm of the gradient, float32: not finite where some entry of the gradient is
-        not, or none can tell (above 1e19).
+        not, or it overflows (above 1e19).
     """
     square = torch.zeros((), device=logits.device)
     floor = max(EPS * found.size, TINY)
@@ -130,7 +141,7 @@ def adamw_step(
         found: the logits' gradient.
         rate: the learning rate of this step.
         step: its number, from 0.
-        clip: what the gradient is multiplied with, see ``clip_share``.
+        clip: what the gradient is multiplied with, see ``clip_factor``.
     """
     first, second = moments
     of_first, of_second = BETAS
@@ -142,7 +153,7 @@ def adamw_step(
         logits[part].addcdiv_(mean, size, value=-rate / (1 - of_first ** (step + 1)))
 
 
-def clip_share(square: float) -> float:
+def clip_factor(square: float) -> float:
     """Return what a gradient of this squared norm is multiplied with for its norm to be 1 at most.
 
     As ``torch.nn.utils.clip_grad_norm_`` does, of the gradient of all logits.

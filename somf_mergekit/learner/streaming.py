@@ -1,6 +1,6 @@
 """The engine that has one layer's weights in memory at a time."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -10,11 +10,10 @@ from torch import Tensor
 
 from ..common.process_group import ALONE, Processes
 from ..data.logprobs import TokenBatch
-from .conveyor import Conveyor, LearnedTensor
+from .conveyor import Conveyor
 from .engine import Part, TokenLogProbs, Updates, agreed, clip_of, needs_norm
-from .layered import Call, LayeredModel
-from .layers import layer_of_weights, layers_of
-from .tensors import Content, FixedTensor, MaskedTensor, State
+from .layered import Call, LayeredModel, layer_of_weights, layers_of
+from .tensors import Content, FixedTensor, MaskedTensor, Parts, State
 
 # Tokens that go through a layer before the next one is brought.
 GROUP_TOKENS = 1 << 15
@@ -23,9 +22,9 @@ GROUP_TOKENS = 1 << 15
 class StreamingEngine:
     """A layer is written, all micro-batches go through it, and its memory is freed.
 
-    Between layers, hidden states alone are kept. On the way back each layer is computed again, its
-    gradients are completed, and its logits updated while it is there. What is outside the layers
-    (embeddings, last norm, head) stays in memory.
+    Between layers, only hidden states stay in memory. On the way back each layer is computed again,
+    its gradients are completed, and its logits updated while it is there. What is outside the
+    layers (embeddings, last norm, head) stays in memory.
     """
 
     def __init__(
@@ -34,7 +33,7 @@ class StreamingEngine:
         tensors: Sequence[MaskedTensor],
         fixed: Sequence[FixedTensor],
         autocast: torch.dtype | None,
-        together: Processes = ALONE,
+        process_group: Processes = ALONE,
     ):
         """Take over a model as ``ResidentEngine`` does; ``fixed`` are all its other weights.
 
@@ -42,21 +41,20 @@ class StreamingEngine:
             StreamingImpossible: it can't be run layer by layer.
         """
         self.device = next(model.parameters()).device
-        self._together, self._tensors = together, tensors
+        self._process_group, self._tensors = process_group, tensors
         layers = layers_of(model)
         place = layer_of_weights(model, layers)
-        weights: list[LearnedTensor] = [*tensors, *fixed]
+        weights: list[FixedTensor] = [*tensors, *fixed]
         self._of_layer = [
-            [tensor for tensor in weights if place.get(id(tensor.weight)) == number]
+            [tensor for tensor in weights if place.get(tensor.weight) == number]
             for number in range(len(layers))
         ]
-        self._outer = [tensor for tensor in weights if id(tensor.weight) not in place]
+        self._outer = [tensor for tensor in weights if tensor.weight not in place]
         self._conveyor = (
             Conveyor(self._of_layer, self.device) if _are_elsewhere(weights, self.device) else None
         )
-        self._updates = [Updates(_masked(own), together) for own in self._of_layer]
-        changed = partial(self._at_hand, changes=True)
-        self._outer_updates = Updates(_masked(self._outer), together, changed)
+        self._updates = [Updates(_masked(own), process_group) for own in self._of_layer]
+        self._outer_updates = Updates(_masked(self._outer), process_group)
         for own in self._of_layer:
             self._free(own)
         self._give_memory(self._outer)
@@ -71,52 +69,39 @@ class StreamingEngine:
         self._begin(state)
         groups = list(_groups(batches))
         # Where layers are brought by several processes, all of them bring each as often.
-        most = max(self._together.gathered([len(groups)]))
+        most = max(self._process_group.gathered([len(groups)]))
         for group in [*groups, *[[]] * (most - len(groups))]:
             hidden, calls = self._model.entered(group)
             for number in range(len(self._model)):
-                with self._loaded(number, state, self._after(number)):
+                with self._loaded(number, state, number + 1):
                     hidden = self._model.through(number, hidden, calls)
             for batch, last in zip(group, hidden, strict=True):
                 yield self._model.log_probs(batch, last)
 
-    def learn(self, parts: Sequence[Part], step: int, rate_share: float) -> None:
+    def learn(self, parts: Sequence[Part], step: int, multiplier: float) -> None:
         """See Engine."""
         state = State(Content.SAMPLE, step)
         self._begin(state)
-        self._outer_updates.begin(step, rate_share)
+        outer_parts = partial(self._outer_parts, changes=True)
+        self._outer_updates.begin(step, multiplier, parts_of=outer_parts)
         batches = [part.batch for part in parts]
         with torch.no_grad():
             first, calls = self._model.entered(batches)
-            kept = [first]
+            inputs = [first]
             for number in range(len(self._model)):
-                with self._loaded(number, state, self._after(number)):
-                    kept.append(self._model.through(number, kept[-1], calls))
-        with agreed(self._together, step, self.device):
-            last = self._loss_gradients(parts, kept.pop())
-        clip = None
+                with self._loaded(number, state, number + 1):
+                    inputs.append(self._model.through(number, inputs[-1], calls))
+        with agreed(self._process_group):
+            last = self._loss_gradients(parts, inputs.pop())
+        back = partial(self._back_through, state, multiplier, calls, last)
         if needs_norm(self._tensors):
-            # The layers' gradients are computed twice, for there is no memory to keep them in.
-            gradients = last
-            for number in reversed(range(len(self._model))):
-                self._updates[number].begin(step, rate_share)
-                with self._loaded(number, state, self._before(number)):
-                    gradients = self._back_through(number, kept[number], calls, gradients)
-                    self._updates[number].finish()
-                    self._updates[number].drop()
-            self._into_embeddings(batches, gradients)
-            self._outer_updates.finish()
-            clip = clip_of(self._tensors, self._together, self.device)
+            # The layers' gradients are computed twice, for there is no memory to hold them in.
+            self._into_embeddings(batches, back(list(inputs), None, changes=False))
+            clip = clip_of(self._tensors, self._process_group, self.device)
             self._outer_updates.take(clip)
-        gradients = last
-        for number in reversed(range(len(self._model))):
-            self._updates[number].begin(step, rate_share, clip)
-            with self._loaded(number, state, self._before(number), changes=True):
-                gradients = self._back_through(number, kept.pop(), calls, gradients)
-                self._updates[number].finish()
-        if clip is None:
-            self._into_embeddings(batches, gradients)
-            self._outer_updates.finish()
+            back(inputs, clip, changes=True)
+        else:
+            self._into_embeddings(batches, back(inputs, None, changes=True))
         if self._conveyor:
             self._conveyor.settle()
 
@@ -132,17 +117,47 @@ class StreamingEngine:
 
     def _back_through(
         self,
+        state: State,
+        multiplier: float,
+        calls: list[list[Call]],
+        gradients: list[Tensor],
+        inputs: list[list[Tensor]],
+        clip: float | None,
+        *,
+        changes: bool,
+    ) -> list[Tensor]:
+        """Run each layer again on its inputs and back; return the gradients at the first's inputs.
+
+        Args:
+            state: of the weights.
+            multiplier: of the learning rate.
+            calls: of the layers, for each micro-batch.
+            gradients: at the last layer's output, for each micro-batch.
+            inputs: of each layer, for each micro-batch; emptied, so that memory gets free.
+            clip: for AdamW; None where it is not known yet.
+            changes: whether logits are changed.
+        """
+        for number in reversed(range(len(self._model))):
+            updates = self._updates[number]
+            with self._loaded(number, state, number - 1, changes=changes) as parts:
+                updates.begin(state.step, multiplier, clip, partial(_parts_in, parts))
+                gradients = self._back_through_layer(number, inputs.pop(), calls, gradients)
+                updates.finish()
+                updates.drop()
+        return gradients
+
+    def _back_through_layer(
+        self,
         number: int,
-        hidden: list[Tensor],
+        inputs: list[Tensor],
         calls: list[list[Call]],
         gradients: list[Tensor],
     ) -> list[Tensor]:
-        """Run a layer again on its inputs and back; return the gradients at its inputs."""
         found = []
-        for place, (entering, gradient) in enumerate(zip(hidden, gradients, strict=True), 1):
+        for place, (entering, gradient) in enumerate(zip(inputs, gradients, strict=True), 1):
             leaf = entering.detach().requires_grad_()
             output = self._model.called(number, _no_leaf(leaf), calls[place - 1][number])
-            if place == len(hidden):
+            if place == len(inputs):
                 self._updates[number].gradients_end()
             output.backward(gradient)
             assert leaf.grad is not None
@@ -150,32 +165,42 @@ class StreamingEngine:
         return found
 
     def _into_embeddings(self, batches: list[TokenBatch], gradients: list[Tensor]) -> None:
-        """Take the gradients at the first layer's input to what comes before it."""
+        """Take the gradients at the first layer's input to what comes before it, and update it."""
         for batch, gradient in zip(batches, gradients, strict=True):
             hidden, _ = self._model.entered([batch])
             if hidden[0].requires_grad:
                 hidden[0].backward(gradient)
+        self._outer_updates.finish()
 
     @contextmanager
     def _loaded(
-        self, number: int, state: State, following: int | None = None, *, changes: bool = False
-    ) -> Iterator[None]:
-        """Let a layer have its weights, and what they are made of be where it is computed with."""
-        own, conveyor = self._of_layer[number], self._conveyor
-        with conveyor.arrived(number, following, changes=changes) if conveyor else nullcontext():
+        self, number: int, state: State, following: int = -1, *, changes: bool = False
+    ) -> Iterator[Mapping[FixedTensor, Parts]]:
+        """Let a layer have its weights, and give what they are made of, where it is computed with.
+
+        Args:
+            number: of the layer.
+            state: of its weights.
+            following: the layer that comes next, if there is one of that number.
+            changes: whether logits are changed.
+        """
+        own = self._of_layer[number]
+        with self._arrived(number, following, changes=changes) as parts:
             self._give_memory(own)
             for tensor in own:
-                tensor.write(state)
+                tensor.write(state, parts[tensor])
             try:
-                yield
+                yield parts
             finally:
                 self._free(own)
 
-    def _before(self, number: int) -> int | None:
-        return number - 1 if number else None
-
-    def _after(self, number: int) -> int | None:
-        return number + 1 if number + 1 < len(self._model) else None
+    def _arrived(
+        self, number: int, following: int, *, changes: bool
+    ) -> AbstractContextManager[Mapping[FixedTensor, Parts]]:
+        if not self._conveyor:
+            return nullcontext({tensor: tensor.parts for tensor in self._of_layer[number]})
+        next_one = following if following in range(len(self._of_layer)) else None
+        return self._conveyor.arrived(number, next_one, changes=changes)
 
     def _begin(self, state: State) -> None:
         if self._conveyor:
@@ -184,27 +209,33 @@ class StreamingEngine:
 
     def _write_outer(self, state: State) -> None:
         for tensor in self._outer:
-            with self._at_hand(tensor, changes=False):
-                tensor.write(state)
+            with self._outer_parts(tensor, changes=False) as parts:
+                tensor.write(state, parts)
 
-    def _at_hand(self, tensor: LearnedTensor, *, changes: bool) -> AbstractContextManager[None]:
-        """Return the context in which what an outer weight is made of can be computed with."""
+    def _outer_parts(self, tensor: FixedTensor, *, changes: bool) -> AbstractContextManager[Parts]:
+        """Give what an outer weight is made of, where it is computed with."""
         if not self._conveyor:
-            return nullcontext()
+            return nullcontext(tensor.parts)
         return self._conveyor.visiting(tensor, changes=changes)
 
-    def _give_memory(self, tensors: Sequence[LearnedTensor]) -> None:
+    def _give_memory(self, tensors: Sequence[FixedTensor]) -> None:
         for tensor in tensors:
             tensor.weight.untyped_storage().resize_(tensor.weight.nbytes)
 
-    def _free(self, tensors: Sequence[LearnedTensor]) -> None:
+    def _free(self, tensors: Sequence[FixedTensor]) -> None:
         for tensor in tensors:
             tensor.weight.untyped_storage().resize_(0)
 
 
-def _are_elsewhere(weights: Iterable[LearnedTensor], device: torch.device) -> bool:
+def _are_elsewhere(weights: Iterable[FixedTensor], device: torch.device) -> bool:
     """Return whether what weights are made of is not where the model is."""
-    return any(tensor.base.device != device for tensor in weights)
+    return any(tensor.parts.base.device != device for tensor in weights)
+
+
+def _parts_in(
+    parts: Mapping[FixedTensor, Parts], tensor: FixedTensor
+) -> AbstractContextManager[Parts]:
+    return nullcontext(parts[tensor])
 
 
 def _no_leaf(tensor: Tensor) -> Tensor:
@@ -212,12 +243,12 @@ def _no_leaf(tensor: Tensor) -> Tensor:
     return tensor.view_as(tensor)
 
 
-def _masked(tensors: Iterable[LearnedTensor]) -> list[MaskedTensor]:
+def _masked(tensors: Iterable[FixedTensor]) -> list[MaskedTensor]:
     return [tensor for tensor in tensors if isinstance(tensor, MaskedTensor)]
 
 
 def _groups(batches: Iterable[TokenBatch]) -> Iterator[list[TokenBatch]]:
-    """Put batches together until their tokens are many."""
+    """Group batches until their tokens are many."""
     group: list[TokenBatch] = []
     for batch in batches:
         group.append(batch)

@@ -9,16 +9,14 @@ import click
 import torch
 
 from ..common.errors import first_line
+from ..fusion.merges import LinearMerge
 from ..fusion.shards import Shard
-from ..fusion.weights import LinearWeight
-from ..mask.masking import concrete_sample, mask_factor
+from ..mask.masking import MaskSampler
 from ..mask.noise import noise_key, uniform_noise
-from .draws import Draw
-from .optimizer import logit_gradient, signsgd_step
+from .optimizer import FactorGradient, logit_gradient, signsgd_step
 
 # Of the tensor they are tried on: several programs, the last one not full.
 _ENTRIES = 2051
-_TEMPERATURE = 0.5
 _RATE = 1.0
 # A gradient below this is about 0, and its sign may be another.
 _CLEAR = 1e-5
@@ -55,25 +53,23 @@ def _tried(device: torch.device) -> Any:
 def largest_error(kernels: Any, device: torch.device) -> float:
     """Return how far the kernels are from what torch computes, on a small tensor."""
     values = uniform_noise(1, 4 * _ENTRIES, device=device).view(4, _ENTRIES).sub(0.5)
-    start, fused, gradient, logits = values
-    merged, shard = LinearWeight(start, fused), Shard((_ENTRIES,))
+    start, delta, gradient, logits = values
+    merge, shard, room = LinearMerge(start, delta), Shard((_ENTRIES,)), torch.empty_like(start)
     key = noise_key(seed=0, step=0, name="")
-    sample = concrete_sample(logits, key, _TEMPERATURE)
-    draw, weight = Draw(logits, key, 0, _TEMPERATURE), torch.empty_like(start)
-    expected, room = logits.clone(), torch.empty_like(start)
-    of_logits = logit_gradient(gradient.clone(), fused, room, draw, "mean", shard)
-    square = signsgd_step(expected, of_logits, _RATE)
-    is_clear = torch.cat([g.abs() for _, g, _ in of_logits.parts()]) > _CLEAR
+    samplers = [MaskSampler(logits.clone(), 0.5, key) for _ in range(3)]
+    expected, of_weight, of_factor = samplers
     # A mask that is drawn whole has the gradient of its factor.
-    other = Draw(logits.clone(), key, 0, _TEMPERATURE)
-    kernels.update_logits(gradient * fused, None, other, "mean", shard, _RATE)
-    kernels.write_masked(weight, merged, draw, "mean", shard)
-    whole = kernels.whole_mask(draw)
-    found = kernels.update_logits(gradient, fused, draw, "mean", shard, _RATE)
-    errors = (
-        weight - (start + fused * mask_factor(sample, "mean")),
-        whole - sample,
-        *((own.logits - expected)[is_clear] for own in (draw, other)),
-        found / square - 1,
+    given = FactorGradient(gradient * delta, None, of_factor, "mean", shard, room)
+    kernels.update_logits(given, _RATE)
+    written, weight = torch.empty_like(start), torch.empty_like(start)
+    merge.write_sampled(written, expected, "mean", shard)
+    kernels.write_sampled(merge, weight, of_weight, "mean", shard)
+    apart = [weight - written, kernels.whole_mask(of_weight) - expected.whole()]
+    square = kernels.update_logits(
+        FactorGradient(gradient, delta, of_weight, "mean", shard, room), _RATE
     )
-    return max(float(error.abs().max()) for error in errors)
+    found = logit_gradient(FactorGradient(gradient, delta, expected, "mean", shard, room))
+    is_clear = torch.cat([g.abs() for _, g, _ in found.parts()]) > _CLEAR
+    apart.append(square / signsgd_step(expected.logits, found, _RATE) - 1)
+    apart += [(own.logits - expected.logits)[is_clear] for own in (of_weight, of_factor)]
+    return max(float(error.abs().max()) for error in apart)

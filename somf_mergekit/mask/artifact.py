@@ -92,7 +92,7 @@ class MaskSet:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape in which ``probabilities`` gives the mask of ``name``."""
-        return self.layout(name).spread_shape
+        return self.layout(name).expanded_shape
 
     def entries(self, name: str) -> Tensor:
         """Return the probability of each entry, float32, in the shape in which it was learned.
@@ -205,7 +205,7 @@ class MaskSet:
             )
 
     def _spread(self, name: str, entries: Tensor) -> Tensor:
-        return self._laid(self._stored_name(name), tuple(entries.shape)).spread(entries)
+        return self._laid(self._stored_name(name), tuple(entries.shape)).expand(entries)
 
     def _laid(self, stored: str, shape: tuple[int, ...]) -> Layout:
         return Layout(shape, *self._repeats.get(stored, ()))

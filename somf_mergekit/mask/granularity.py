@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 GRANULARITIES = ("weight", "row", "column", "head", "tensor")
-# Where attention tensors keep their heads: along outputs or inputs, and how many head widths in a
-# row belong to one head. GPT-NeoX keeps a head's query, key and value together; other tensors that
-# hold all three keep them apart or in groups, so that each gets an entry of its own.
+# Where attention tensors have their heads: along outputs or inputs, and how many head widths in a
+# row belong to one head. GPT-NeoX has a head's query, key and value side by side; other tensors
+# that hold all three have them apart or in groups, so that each gets an entry of its own.
 _HEADS = (
     (r"(^|\.)attention\.query_key_value\.(weight|bias)$", "outputs", 3),
     (r"self_attention\.query_key_value\.(weight|bias)$", "outputs", 1),
@@ -38,21 +38,21 @@ class Layout:
     repeat: int = 1
 
     @property
-    def spread_shape(self) -> tuple[int, ...]:
+    def expanded_shape(self) -> tuple[int, ...]:
         """The shape that broadcasts to the weight."""
         return tuple(
             size * (self.repeat if axis == self.axis else 1) for axis, size in enumerate(self.shape)
         )
 
-    def spread(self, entries: Tensor) -> Tensor:
+    def expand(self, entries: Tensor) -> Tensor:
         """Return one value per entry in a shape that broadcasts to the weight."""
         if self.repeat == 1:
             return entries
         return entries.repeat_interleave(self.repeat, dim=self.axis)
 
-    def collected(self, values: Tensor) -> Tensor:
+    def reduce(self, values: Tensor) -> Tensor:
         """Return the sum, for each entry, of the values in the weight's shape that it covers."""
-        summed = values.sum_to_size(self.spread_shape)
+        summed = values.sum_to_size(self.expanded_shape)
         if self.repeat == 1:
             return summed
         return summed.unflatten(self.axis, (-1, self.repeat)).sum(self.axis + 1)
@@ -60,7 +60,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Storage:
-    """How a model keeps its weights.
+    """How a model stores its weights.
 
     Attributes:
         head_width: entries of one attention head; 0 where there are none of one width.
@@ -72,7 +72,7 @@ class Storage:
 
 
 def weight_storage(config: Any) -> Storage:
-    """Return how a model keeps its weights.
+    """Return how a model stores its weights.
 
     Args:
         config: a transformers configuration.
@@ -97,7 +97,7 @@ def mask_layout(granularity: str, name: str, shape: tuple[int, ...], storage: St
         granularity: one of GRANULARITIES.
         name: of the weight in the checkpoint.
         shape: of the weight.
-        storage: how the model keeps its weights.
+        storage: how the model stores its weights.
     """
     if granularity == "weight" or not shape:
         return Layout(tuple(shape))
@@ -108,9 +108,9 @@ def mask_layout(granularity: str, name: str, shape: tuple[int, ...], storage: St
         for pattern, along, widths in _HEADS:
             axis, size = axes[along], widths * storage.head_width
             if axis is not None and size and shape[axis] % size == 0 and re.search(pattern, name):
-                return Layout(_kept(shape, axis, shape[axis] // size), axis, size)
+                return Layout(_entry_shape(shape, axis, shape[axis] // size), axis, size)
     axis = axes["inputs" if granularity == "column" else "outputs"]
-    return Layout((1,)) if axis is None else Layout(_kept(shape, axis, shape[axis]))
+    return Layout((1,)) if axis is None else Layout(_entry_shape(shape, axis, shape[axis]))
 
 
 def _axes(name: str, count: int, storage: Storage) -> dict[str, int | None]:
@@ -122,7 +122,7 @@ def _axes(name: str, count: int, storage: Storage) -> dict[str, int | None]:
     return {"outputs": first, "inputs": second}
 
 
-def _kept(shape: tuple[int, ...], axis: int, entries: int) -> tuple[int, ...]:
+def _entry_shape(shape: tuple[int, ...], axis: int, entries: int) -> tuple[int, ...]:
     """Return a shape with ``entries`` on ``axis``, one on the matrices' other axis."""
     last = range(len(shape) - 2, len(shape))
     return tuple(

@@ -114,7 +114,7 @@ def _problems(header: MaskHeader, shapes: Any, types: Any, has_checksums: bool) 
         shape = tuple(header.packed.get(name, shapes[name]))
         if axis >= len(shape) or repeat < 1:
             yield f"repeats: {name} of the shape {shape} can't be repeated {repeat} times on {axis}"
-        elif math.prod(Layout(shape, axis, repeat).spread_shape) > _MOST_REPEATED:
+        elif math.prod(Layout(shape, axis, repeat).expanded_shape) > _MOST_REPEATED:
             yield f"repeats: {name} of the shape {shape}, {repeat} times as long, is no weight's"
     for alias, name in header.aliases.items():
         if alias in shapes or not alias.isprintable():

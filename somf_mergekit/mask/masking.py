@@ -4,53 +4,58 @@ A mask has the weight's shape or a coarser one that broadcasts to it. The formul
 arXiv 2405.09055 (subspace-oriented model fusion) and arXiv 2312.06173 (concrete masks).
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from ..common.chunks import pieces
+from .codes import stored_probability
 from .noise import noise_key, uniform_noise
 
 MASK_KINDS = ("soft", "binary", "sampled", "bernoulli")
 RESCALES = ("mean", "none")
 # The draw of a mask at merge time; optimiser steps count from 0.
 MERGE_STEP = -1
-# Keeps the logit of a probability finite (within +-13.8).
+# Makes the logit of a probability finite (within +-13.8).
 _PROBABILITY_EDGE = 1e-6
 
 
-def concrete_sample(logits: Tensor, key: int, temperature: float) -> Tensor:
-    """Return m = sigmoid((x + log u - log(1 - u)) / T) in the shape of ``logits``, float32.
+@dataclass(frozen=True)
+class MaskSampler:
+    """A mask, any part of which can be computed alone: nothing of it is stored.
 
-    Args:
-        logits: x.
-        key: of the noise u, see ``noise.noise_key``.
-        temperature: T.
+    Attributes:
+        logits: x of consecutive entries of the flattened mask, (count,); an expanded tensor where
+            one logit stands for all.
+        temperature: T of a concrete sample.
+        key: of the noise, see ``noise.noise_key``; None for the soft mask, sigmoid(x).
+        first: the number of the first of these entries in the flattened mask.
+        kind: one of MASK_KINDS, for what a merge makes of the probabilities once they have been
+            stored; None for the soft mask or the concrete sample of the logits themselves.
     """
-    sample = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
-    flat, entries = sample.view(-1), logits.reshape(-1)
-    for part in pieces(len(flat), flat.device):
-        flat[part] = concrete_piece(entries[part], key, part.start, temperature)
-    return sample
 
+    logits: Tensor
+    temperature: float
+    key: int | None = None
+    first: int = 0
+    kind: str | None = None
 
-def concrete_piece(logits: Tensor, key: int, start: int, temperature: float) -> Tensor:
-    """Return the part of a concrete sample that belongs to a part of the logits.
+    def part(self, part: slice) -> Tensor:
+        """Return the mask of a part of the entries, float32."""
+        logits, start = self.logits[part], self.first + part.start
+        if self.kind is not None:
+            assert self.key is not None
+            probability = stored_probability(torch.sigmoid(logits))
+            return _merged_part(probability, self.kind, self.key, start, self.temperature)
+        if self.key is None:
+            return torch.sigmoid(logits)
+        return _concrete_part(logits, self.key, start, self.temperature)
 
-    Args:
-        logits: x of consecutive entries, (count,).
-        key: as in ``concrete_sample``.
-        start: the first of these entries, in the flattened tensor.
-        temperature: T.
-    """
-    uniform = uniform_noise(key, len(logits), start=start, device=logits.device)
-    # log((1 - u) / u) costs one logarithm, and 1 - u is exact.
-    noise = (1 - uniform).div_(uniform).log_()
-    return torch.sub(logits, noise, out=noise).div_(temperature).sigmoid_()
-
-
-def logit_of(probability: Tensor) -> Tensor:
-    """Return log(p / (1 - p)), finite also at p = 0 and p = 1."""
-    return torch.logit(probability.float(), eps=_PROBABILITY_EDGE)
+    def whole(self) -> Tensor:
+        """Return the mask of all entries, float32 (count,)."""
+        parts = pieces(len(self.logits), self.logits.device)
+        return torch.cat([self.part(part) for part in parts])
 
 
 def mask_from_probabilities(
@@ -71,39 +76,37 @@ def mask_from_probabilities(
     flat, entries = mask.view(-1), probability.reshape(-1)
     key = noise_key(seed=seed, step=MERGE_STEP, name=name)
     for part in pieces(len(flat), flat.device):
-        flat[part] = merged_piece(entries[part].float(), kind, key, part.start, temperature)
+        flat[part] = _merged_part(entries[part].float(), kind, key, part.start, temperature)
     return mask
 
 
-def merged_piece(
+def _merged_part(
     probability: Tensor, kind: str, key: int, start: int, temperature: float
 ) -> Tensor:
-    """Return the part of the mask of ``mask_from_probabilities`` for a part of its entries.
-
-    Args:
-        probability: of consecutive entries, float32 (count,).
-        kind: see there.
-        key: of a draw's noise.
-        start: the first of these entries, in the flattened tensor.
-        temperature: of a concrete draw.
-
-    Raises:
-        ValueError: ``kind`` is none of MASK_KINDS.
-    """
+    """Return what ``mask_from_probabilities`` makes of consecutive entries, the first at start."""
     if kind == "soft":
         return probability
     if kind == "binary":
         return (probability > 0.5).float()
     if kind not in MASK_KINDS:
         raise ValueError(f"unknown mask kind {kind!r}: expected one of {', '.join(MASK_KINDS)}")
-    drawn = concrete_piece(logit_of(probability), key, start, temperature)
+    logits = torch.logit(probability, eps=_PROBABILITY_EDGE)
+    drawn = _concrete_part(logits, key, start, temperature)
     return drawn if kind == "sampled" else (drawn > 0.5).float()
+
+
+def _concrete_part(logits: Tensor, key: int, start: int, temperature: float) -> Tensor:
+    """Return sigmoid((x + log u - log(1 - u)) / T) of consecutive entries, the first at start."""
+    uniform = uniform_noise(key, len(logits), start=start, device=logits.device)
+    # log((1 - u) / u) costs one logarithm, and 1 - u is exact.
+    noise = (1 - uniform).div_(uniform).log_()
+    return torch.sub(logits, noise, out=noise).div_(temperature).sigmoid_()
 
 
 def mask_scale(mean: Tensor, rescale: str) -> Tensor:
     """Return the factor that goes with a mask of this mean: 1 / mean, or 1 for ``rescale`` none.
 
-    An empty mask (mean 0) keeps nothing of the task vector: its factor is 0, not 1/0.
+    An empty mask (mean 0) leaves nothing of the task vector: its factor is 0, not 1/0.
 
     Args:
         mean: a scalar on any device, which is not waited for.
@@ -123,11 +126,6 @@ def mask_scale(mean: Tensor, rescale: str) -> Tensor:
     return torch.where(mean > 0, 1.0 / mean, 0.0)
 
 
-def mask_mean(mask: Tensor) -> Tensor:
-    """Return the mean of a mask, a scalar, summed in float32."""
-    return mask.mean(dtype=torch.float32)
-
-
 def mask_factor(mask: Tensor, rescale: str, *, out: Tensor | None = None) -> Tensor:
     """Return c = m / mean(m), or m for ``rescale`` none: what a task vector is multiplied by.
 
@@ -136,14 +134,4 @@ def mask_factor(mask: Tensor, rescale: str, *, out: Tensor | None = None) -> Ten
         rescale: see ``mask_scale``.
         out: where c goes, ``mask`` itself or a tensor like it; a new one where not given.
     """
-    return torch.mul(mask, mask_scale(mask_mean(mask), rescale), out=out)
-
-
-def masked_task_vector(task_vector: Tensor, factor: Tensor) -> Tensor:
-    """Return delta * factor, float32 in the shape of ``task_vector``.
-
-    Args:
-        task_vector: delta, in the weight's shape.
-        factor: see ``mask_factor``; broadcasts to the weight.
-    """
-    return task_vector.float() * factor
+    return torch.mul(mask, mask_scale(mask.mean(dtype=torch.float32), rescale), out=out)

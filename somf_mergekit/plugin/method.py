@@ -21,8 +21,7 @@ from ..common.errors import RecipeError
 from ..fusion.fuse import fused
 from ..fusion.fusion_methods import OwnMethod, fusion_specs
 from ..fusion.groups import as_type, is_finite, is_shared_buffer, not_finite
-from ..fusion.sums import show_task_vectors
-from ..fusion.weights import fused_masked
+from ..fusion.merges import fused_masked, show_task_vectors
 from ..mask.artifact import MaskSet
 from ..mask.artifact_folder import masks_path
 from ..recipe import settings as recipe
@@ -31,6 +30,7 @@ from ..report.vectors import recorded
 # Where the planner writes under which name a tensor's mask is kept: that of the base's tensor,
 # which layers stacked in another order keep. No key of a recipe.
 MASK_TENSOR = "mask_tensor"
+_OWN_NAMES = frozenset(parameter.name for parameter in recipe.parameters())
 
 
 class SomfMethod(OwnMethod):
@@ -43,7 +43,7 @@ class SomfMethod(OwnMethod):
     @property
     def spec(self) -> MergeMethodSpec:
         """Our parameters with those of every fusion that is registered by now."""
-        return _spec(fusion_specs())
+        return _spec(fusion_specs(_OWN_NAMES))
 
     @torch.no_grad()
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a mask is learned with: the model, on the engine that fits, and the problem it solves."""
+"""What a mask is learned with: the model, on the engine that fits, and its training set-up."""
 
 import os
 from contextlib import ExitStack
@@ -10,12 +10,11 @@ from ..common import machine
 from ..common.errors import RecipeError
 from ..common.process_group import ALONE, Processes, own_device
 from ..learner.engine import ResidentEngine
-from ..learner.layers import StreamingImpossible
+from ..learner.layered import StreamingImpossible
 from ..learner.learning_model import LearningModel, Placement, learning_model
-from ..learner.mapped import MappedFiles
-from ..learner.pinned import PinnedMemory
-from ..learner.problem import LearningProblem
+from ..learner.stores import MappedFiles, PinnedMemory, Store
 from ..learner.streaming import StreamingEngine
+from ..learner.training_setup import TrainingSetup
 from .forecast import Forecast
 from .learning_data import SafetyData
 from .plan import PlannedMerge
@@ -29,7 +28,7 @@ def constructed(
     expected: Forecast,
     together: Processes,
     ending: ExitStack,
-) -> tuple[LearningModel, LearningProblem, dict[str, Any]]:
+) -> tuple[LearningModel, TrainingSetup, dict[str, Any]]:
     """Return the model that learns, what it learns from, and how: on the engine that fits.
 
     How a mask is learned changes its last digits alone. It is told with it, and decides nothing.
@@ -54,7 +53,7 @@ def constructed(
         device=device,
         autocast=machine.autocast_type(device),
         store=store,
-        keepers=together if chosen == machine.SHARDED else ALONE,
+        shard_group=together if chosen == machine.SHARDED else ALONE,
     )
     learning = learning_model(
         planned.out_config,
@@ -72,14 +71,14 @@ def constructed(
             f"the {chosen} engine can't run this merge: {error}. The resident one can, where the "
             "memory is enough: --engine resident (SOMF_ENGINE=resident)."
         ) from error
-    problem = LearningProblem(
+    setup = TrainingSetup(
         engine=runs,
         tensors=learning.masked,
         pairs=data.pairs,
         utility=data.utility,
         settings=planned.settings,
         micro_batch=expected.micro_batch,
-        together=together,
+        process_group=together,
         held_out=data.held_out,
     )
     ways = {
@@ -89,10 +88,10 @@ def constructed(
         "processes": together.count,
         "micro_batch": expected.micro_batch,
     }
-    return learning, problem, ways
+    return learning, setup, ways
 
 
-def _store(device: str, folder: str) -> MappedFiles | PinnedMemory:
+def _store(device: str, folder: str) -> Store:
     """Return where the streaming engine keeps what it brings layer by layer."""
     if torch.device(device).type != "cpu":
         return PinnedMemory(torch.device(device))

@@ -3,14 +3,15 @@
 from typing import Any
 
 from ..common.out_of_memory import memory_for
-from ..learner.checkpoints import Checkpoints, Progress
-from ..learner.interruption import LearningInterrupted, stop_requests
+from ..learner.checkpoint_file import Progress
+from ..learner.checkpoints import Checkpoints
 from ..learner.loop import StepReport, learn_logits
-from ..learner.problem import LearningProblem
+from ..learner.stopping import LearningInterrupted, stop_requests
+from ..learner.training_setup import TrainingSetup
 
 
 def learn_with_progress(
-    problem: LearningProblem,
+    setup: TrainingSetup,
     progress: Progress,
     checkpoints: Checkpoints,
     quiet: bool,
@@ -18,7 +19,7 @@ def learn_with_progress(
     """Learn, with a progress bar, from where ``progress`` is.
 
     Args:
-        problem: what is learned; its logits are changed in place.
+        setup: what is learned; its logits are changed in place.
         progress: the steps done before; changed in place.
         checkpoints: take what is learned every few minutes.
         quiet: show no bar.
@@ -38,7 +39,7 @@ def learn_with_progress(
 
     def on_reference(done: int, total: int) -> None:
         # Several processes can't know of each other here, and end after the first step.
-        if checkpoints.stop.signal and problem.together.count == 1:
+        if checkpoints.stop.signal and setup.process_group.count == 1:
             raise LearningInterrupted(checkpoints.stop.signal, progress.step)
         reference = bar("Reference", total, unit="example", leave=False)
         reference.update(done - reference.n)
@@ -53,7 +54,7 @@ def learn_with_progress(
 
     try:
         with stop_requests(checkpoints.stop), memory_for(lambda: f"step {progress.step + 1}"):
-            learn_logits(problem, on_step, on_reference, progress, checkpoints)
+            learn_logits(setup, on_step, on_reference, progress, checkpoints)
     finally:
         for shown in bars.values():
             shown.close()

@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..data.held_out import HeldOut
-from ..learner.divergence import LearningDiverged
-from ..learner.margins import held_out_margins
-from ..learner.problem import LearningProblem
+from ..learner.stopping import LearningDiverged
 from ..learner.tensors import Content
+from ..learner.training_setup import TrainingSetup, held_out_margins
 from ..mask.artifact import MaskSet
 from ..mask.census import MaskCensus
 from .plan import PlannedMerge
@@ -17,20 +16,20 @@ from .provenance import told_settings
 _NAMED = 5
 
 
-def comparison(planned: PlannedMerge, problem: LearningProblem, quiet: bool) -> HeldOut:
+def comparison(planned: PlannedMerge, setup: TrainingSetup, quiet: bool) -> HeldOut:
     """Return what the held-out pairs tell of the merge under the learned mask and without one.
 
     Args:
         planned: the merge.
-        problem: what was learned from.
+        setup: what was learned from.
         quiet: whether no bar is shown.
     """
     from tqdm import tqdm
 
-    count = 2 * len(problem.together.share(list(range(len(problem.held_out)))))
+    count = 2 * len(setup.process_group.share(list(range(len(setup.held_out)))))
     with tqdm(total=count, desc="Held-out pairs", unit="pair", leave=False, disable=quiet) as bar:
-        plain = held_out_margins(problem, Content.UNMASKED, bar.update)
-        merged = held_out_margins(problem, Content.MERGED, bar.update)
+        plain = held_out_margins(setup, Content.UNMASKED, bar.update)
+        merged = held_out_margins(setup, Content.MERGED, bar.update)
     return HeldOut.of(plain, merged, told_settings(planned)["mask_kind"])
 
 

@@ -15,11 +15,15 @@ from ..common.out_of_memory import memory_for
 from ..common.process_group import Processes, is_first, own_device, processes
 from ..common.timing import LEARNING, phase
 from ..data.held_out import HeldOut
-from ..learner.checkpoints import Checkpoints, told_fingerprint
-from ..learner.divergence import LearningDiverged
-from ..learner.learning_folder import checkpoint_folder, learning_folder
+from ..learner.checkpoints import (
+    Checkpoints,
+    checkpoint_folder,
+    learning_folder,
+    newest_fingerprint,
+)
 from ..learner.learning_model import LearningModel
 from ..learner.loop import step_count
+from ..learner.stopping import LearningDiverged
 from ..mask.artifact import MaskSet
 from ..mask.artifact_folder import MASKS_FILE, without_mask
 from ..mask.writing import keep_masks, write_masks
@@ -113,7 +117,7 @@ def learning_date(folder: str) -> str | None:
     """
     if os.path.exists(os.path.join(folder, MASKS_FILE)):
         return told_date(MaskSet.open(folder).provenance.get("fingerprint"))
-    return told_date(told_fingerprint(checkpoint_folder(folder)))
+    return told_date(newest_fingerprint(checkpoint_folder(folder)))
 
 
 def _stored(planned: PlannedMerge, masks: MaskSet, folder: str) -> str:
@@ -151,7 +155,7 @@ def _learned_mask(
             needed = [*files, *expected.files(folder)]
             together.first_does(lambda: check_room(needed))
             _say(planned, f"somf: {expected.told}")
-            learning, problem, ways = constructed(planned, folder, data, expected, together, ending)
+            learning, setup, ways = constructed(planned, folder, data, expected, together, ending)
         checkpoints = Checkpoints(
             place,
             fingerprint,
@@ -173,7 +177,7 @@ def _learned_mask(
         try:
             quiet = planned.options.quiet or not together.is_first
             with phase(LEARNING):
-                learn_with_progress(problem, progress, checkpoints, quiet)
+                learn_with_progress(setup, progress, checkpoints, quiet)
         except LearningDiverged as error:
             # The gradients of a step are used one by one, before all of them are known.
             progress = progress if error.is_intact else checkpoints.latest()
@@ -185,9 +189,9 @@ def _learned_mask(
                 diverged(planned, error, step_count(planned.settings, len(data.pairs)), kept, ways)
             ) from error
         compared: HeldOut | str = data.why_none or "nothing was learned"
-        if problem.held_out and progress.step:
+        if setup.held_out and progress.step:
             with _stage("held-out pairs"):
-                compared = comparison(planned, problem, quiet)
+                compared = comparison(planned, setup, quiet)
         with _stage("writing the mask"):
             masks = artifact(folder, compared)
         checkpoints.remove()

@@ -3,60 +3,17 @@
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, cast
 
-import torch
 from mergekit.common import ModelReference
 from mergekit.graph import Executor
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods import TensorEntry, TensorGroup, TensorMetadata
-from torch import Tensor
 
 from ..common.digests import file_digests
 from ..common.errors import RecipeError
 from ..fusion.groups import are_equal, is_shared_buffer, not_finite
-from ..fusion.weights import Keep, LinearWeight, MergedWeight, merged_weight
+from ..fusion.merges import LinearMerge, LoadedTensor, merge_of
 from .plan import PlannedMerge, task_parameters
-
-
-@dataclass(frozen=True)
-class LoadedTensor:
-    """One tensor of the merge.
-
-    Attributes:
-        name: in the merged checkpoint.
-        shape: of the tensor.
-        base: the base model's tensor, in the recipe's dtype, or the rows of it that are kept.
-        weight: the merged weight as a function of the mask; None where the merge is the base's
-            whatever the mask (also buffers of integers, or of infinity in every model).
-        changed: whether any model differs from the base.
-        parameters: the somf method's parameters as mergekit resolved them for this tensor.
-        vocabulary_axis: the axis of tokens, if there is one.
-        aliases: names of tensors that are tied to it and written alike.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    base: Tensor
-    weight: MergedWeight | None
-    changed: bool
-    parameters: dict[str, Any]
-    vocabulary_axis: int | None
-    aliases: tuple[str, ...] = ()
-
-    def kept(self, keep: Keep, dtype: torch.dtype) -> "LoadedTensor":
-        """Return the same with its tensors put where ``keep`` puts them.
-
-        A task vector that is kept as one is in ``dtype``.
-        """
-        weight = self.weight and self.weight.kept(keep, dtype)
-        if isinstance(self.weight, LinearWeight) and self.weight.start is self.base:
-            # Kept once.
-            base = cast(LinearWeight, weight).start
-        else:
-            base = keep(self.base)
-        return replace(self, base=base, weight=weight)
 
 
 def loaded_tensors(planned: PlannedMerge) -> Iterator[LoadedTensor]:
@@ -91,14 +48,14 @@ def loaded_tensors(planned: PlannedMerge) -> Iterator[LoadedTensor]:
         parameters = task_parameters(task)
         changed = any(not are_equal(entry.tensor, base) for entry in group.non_base)
         is_number = base.is_floating_point() and not shared
-        merged = merged_weight(group, parameters) if is_number else None
-        if not changed and isinstance(merged, LinearWeight) and merged.start is base:
-            merged = None
+        merge = merge_of(group, parameters) if is_number else None
+        if not changed and isinstance(merge, LinearMerge) and merge.start is base:
+            merge = None
         yield LoadedTensor(
             name=weight.name,
             shape=tuple(base.shape),
             base=base,
-            weight=merged,
+            merge=merge,
             changed=changed,
             parameters=parameters,
             vocabulary_axis=weight.vocabulary_axis,

@@ -15,7 +15,7 @@ from mergekit.merge_methods.base import TensorGroup
 from torch import Tensor
 
 from ..common.errors import first_line
-from ..fusion.sums import Watch
+from ..fusion.merges import Watch
 from ..mask.tensor_groups import grouped, natural
 
 

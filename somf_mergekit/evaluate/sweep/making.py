@@ -19,7 +19,7 @@ from ...common.digests import file_digests, json_digest
 from ...common.errors import RecipeError, first_line
 from ...common.progress import no_model_bars
 from ...common.requirements import versions
-from ...learner.interruption import LearningInterrupted
+from ...learner.stopping import LearningInterrupted
 from ...mask.artifact import MaskSet
 from ...plugin.planner import planned_merge, write_merge
 from ...prepass.task_vectors import content_fingerprint

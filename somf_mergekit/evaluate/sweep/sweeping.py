@@ -14,7 +14,7 @@ from mergekit.options import MergeOptions
 from ...common.errors import RecipeError, first_line
 from ...common.files import locked
 from ...common.requirements import versions
-from ...learner.interruption import LearningInterrupted
+from ...learner.stopping import LearningInterrupted
 from ...recipe.blocks import recipe_text
 from ...recipe.validate import read_recipe
 from ..evaluation_settings import EvaluationSettings

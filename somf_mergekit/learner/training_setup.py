@@ -1,18 +1,18 @@
-"""What a mask is learned from."""
+"""What a mask is learned from, and how: handed to all that takes part in learning."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..common.process_group import ALONE, Processes
-from ..data.logprobs import TokenBatch, pair_batch, pair_length
+from ..data.logprobs import TokenBatch, pair_batch, pair_length, pair_log_probs
 from ..data.pairs import EncodedPair
 from ..recipe.settings import Settings
 from .engine import Engine, TokenLogProbs
-from .tensors import MaskedTensor, State
+from .tensors import Content, MaskedTensor, State
 
 
 @dataclass(frozen=True)
-class LearningProblem:
+class TrainingSetup:
     """Everything a mask is learned from.
 
     Attributes:
@@ -22,7 +22,7 @@ class LearningProblem:
         utility: tokenised harmless prompts with answers.
         settings: of the recipe.
         micro_batch: pairs that go through the model at once.
-        together: this process among those that learn; all have the same of the above.
+        process_group: this process among those that learn; all have the same of the above.
         held_out: tokenised pairs that are not learned from.
     """
 
@@ -32,7 +32,7 @@ class LearningProblem:
     utility: Sequence[EncodedPair]
     settings: Settings
     micro_batch: int
-    together: Processes = ALONE
+    process_group: Processes = ALONE
     held_out: Sequence[EncodedPair] = ()
 
     def evaluated(
@@ -40,15 +40,15 @@ class LearningProblem:
     ) -> Iterable[TokenLogProbs]:
         """Return what the engine makes of this process' batches, of which there are ``count``."""
         # An engine may need all processes where one has something to evaluate.
-        if not any(self.together.gathered([count])):
+        if not any(self.process_group.gathered([count])):
             return ()
         return self.engine.evaluate(batches, state)
 
-    def pair_parts(self, rows: Iterable[int]) -> Iterator[list[int]]:
+    def pair_parts(self, rows: Iterable[int]) -> list[list[int]]:
         """Cut rows of the pairs into micro-batches, see ``parts``."""
         return self.parts(rows, lambda row: pair_length(self.pairs[row]))
 
-    def utility_parts(self, rows: Iterable[int]) -> Iterator[list[int]]:
+    def utility_parts(self, rows: Iterable[int]) -> list[list[int]]:
         """Cut rows of the utility examples into micro-batches, see ``parts``."""
         return self.parts(rows, lambda row: pair_length(self.utility[row]))
 
@@ -62,8 +62,33 @@ class LearningProblem:
             [self.utility[row] for row in rows], self.engine.device, is_safe_alone=True
         )
 
-    def parts(self, rows: Iterable[int], length: Callable[[int], int]) -> Iterator[list[int]]:
+    def parts(self, rows: Iterable[int], length: Callable[[int], int]) -> list[list[int]]:
         """Cut rows into micro-batches of like length, so that little of them is padding."""
-        order = sorted(rows, key=length)
-        for start in range(0, len(order), self.micro_batch):
-            yield order[start : start + self.micro_batch]
+        order, size = sorted(rows, key=length), self.micro_batch
+        return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def held_out_margins(
+    setup: TrainingSetup, content: Content, on_pairs: Callable[[int], object]
+) -> list[float]:
+    """Return by how many nats a token the safe answer of each held-out pair is the likelier one.
+
+    The measure of ``evaluate.likelihood.preference_margins``. Each process takes its share of the
+    pairs, and gets the margins of all.
+
+    Args:
+        setup: what was learned from.
+        content: what the weights are.
+        on_pairs: called with the number of pairs after each micro-batch.
+    """
+    pairs, process_group = setup.held_out, setup.process_group
+    own_rows = process_group.share(list(range(len(pairs))))
+    parts = setup.parts(own_rows, lambda row: pair_length(pairs[row]))
+    batches = (pair_batch([pairs[row] for row in part], setup.engine.device) for part in parts)
+    own: list[tuple[int, float]] = []
+    found = setup.evaluated(batches, len(parts), State(content))
+    for part, result in zip(parts, found, strict=True):
+        margins = pair_log_probs(*result, len(part)).counted(per_token=True).ratios
+        own += zip(part, margins.tolist(), strict=True)
+        on_pairs(len(part))
+    return [margin for _, margin in sorted(process_group.gathered(own))]

@@ -1,0 +1,137 @@
+"""What tests of the learner learn: a tiny Llama, two random task vectors, and random pairs."""
+
+import copy
+
+import tiny
+import torch
+from mergekit.merge_methods.base import TensorEntry, TensorGroup, TensorMetadata
+
+from somf_mergekit.data.pairs import EncodedPair
+from somf_mergekit.fusion.merges import AutogradMerge, LinearMerge
+from somf_mergekit.fusion.shards import Shard
+from somf_mergekit.learner import engine, loop
+from somf_mergekit.learner.tensors import MaskedTensor, Parts
+from somf_mergekit.learner.training_setup import TrainingSetup
+from somf_mergekit.mask.granularity import Storage, mask_layout
+from somf_mergekit.recipe.settings import Settings
+
+VOCABULARY = 64
+
+
+def make_pairs(count=12, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+
+    def tokens(low, high):
+        length = int(torch.randint(low, high, (1,), generator=draw))
+        return torch.randint(3, VOCABULARY, (length,), generator=draw).tolist()
+
+    return [
+        EncodedPair(tokens(3, 9), tokens(2, 7), tokens(2, 7), 100 + number)
+        for number in range(count)
+    ]
+
+
+TIES = {"weight": {1: 0.5, 2: 0.5}, "density": {1: 0.6, 2: 0.6}}
+
+
+def make_utility(count=6, seed=9):
+    return [EncodedPair(pair.prompt, pair.chosen) for pair in make_pairs(count, seed)]
+
+
+def make_setup(
+    micro_batch=4,
+    fusion=None,
+    autocast=None,
+    runs=engine.ResidentEngine,
+    layers=2,
+    tied=False,
+    **parameters,
+):
+    """A tiny Llama, two random task vectors, and random pairs and utility examples."""
+    values = {"safety_dataset": "x", "max_steps": 4, "learning_rate": 0.1, "batch_size": 4}
+    values |= parameters
+    settings = Settings(**values)
+    base = tiny.tiny_llama(0, VOCABULARY, layers=layers, tied=tied)
+    others = {seed: tiny.perturbed(base, seed) for seed in (1, 2)}
+    model = copy.deepcopy(base).eval().requires_grad_(False)
+    masked = []
+    for name, weight in model.named_parameters():
+        start = base.get_parameter(name).detach().clone()
+        changed = {n: other.get_parameter(name).detach() for n, other in others.items()}
+        if fusion:
+            entries = [TensorEntry("base", start, True)]
+            entries += [TensorEntry(number, tensor) for number, tensor in changed.items()]
+            group = TensorGroup(tuple(entries), TensorMetadata(name=name))
+            merge = AutogradMerge(group, {"fusion": fusion, "seed": 0, **TIES})
+        else:
+            merge = LinearMerge(start, sum(0.5 * (one - start) for one in changed.values()))
+        layout = mask_layout(settings.granularity, name, tuple(weight.shape), Storage(8))
+        logits = torch.full(layout.shape, settings.init_logit)
+        moments = torch.zeros(2, *layout.shape) if settings.optimizer == "adamw" else None
+        parts = Parts(start, merge, logits, moments)
+        masked.append(
+            MaskedTensor(
+                name=name,
+                weight=weight,
+                shard=Shard(tuple(weight.shape)),
+                parts=parts,
+                layout=layout,
+                temperature=settings.temperature,
+                rescale=settings.mask_rescale,
+                seed=settings.seed,
+                init_logit=settings.init_logit,
+                learning_rate=settings.learning_rate,
+            )
+        )
+    utility = make_utility() if settings.utility_dataset else []
+    return TrainingSetup(
+        runs(model, masked, [], autocast), masked, make_pairs(), utility, settings, micro_batch
+    )
+
+
+def trajectory(setup):
+    """Learn; return losses and logits."""
+    reports = []
+    loop.learn_logits(setup, reports.append, lambda done, total: None)
+    return [r.loss for r in reports], [t.logits.clone() for t in setup.tensors]
+
+
+TRAJECTORIES = {
+    "defaults": {},
+    "no rescale": {"mask_rescale": "none", "temperature": 0.8, "init_logit": 1.0},
+    "reference merged": {"reference": "merged", "mask_rescale": "none", "beta": 0.5},
+    "reference base": {"reference": "base"},
+    "reference redrawn": {"reference": "redrawn"},
+    "dpo_norm": {"objective": "dpo_norm"},
+    "ipo": {"objective": "ipo", "beta": 0.2},
+    "hinge": {"objective": "hinge", "beta": 0.5},
+    "sft": {"objective": "sft"},
+    "dpo with sft": {"sft_weight": 0.5},
+    "ipo with sft": {"objective": "ipo", "beta": 0.5, "sft_weight": 2.0},
+    "utility": {"utility_dataset": "y", "utility_weight": 3.0, "max_steps": 2},
+    "ties": {"fusion": "ties"},
+    "row": {"granularity": "row"},
+    "column": {"granularity": "column"},
+    "head": {"granularity": "head"},
+    "tensor": {"granularity": "tensor", "mask_rescale": "none"},
+    "adamw": {"optimizer": "adamw", "objective": "dpo", "warmup": 0.0},
+    "adamw, clipped, by rows": {"optimizer": "adamw", "beta": 40.0, "granularity": "row"},
+    "adamw, ties": {"optimizer": "adamw", "objective": "dpo", "fusion": "ties"},
+    "ties by rows": {"fusion": "ties", "granularity": "row"},
+}
+# Those in which engines have something else to do: the other objectives are the same to them.
+FOR_ENGINES = {
+    name: TRAJECTORIES[name]
+    for name in (
+        "defaults",
+        "reference redrawn",
+        "sft",
+        "utility",
+        "ties",
+        "row",
+        "head",
+        "adamw",
+        "adamw, clipped, by rows",
+        "adamw, ties",
+    )
+}
