@@ -14,8 +14,7 @@ from somf_mergekit.data.chat import user_prompt
 from somf_mergekit.data.pairs import Pair, encoded_pairs
 from somf_mergekit.evaluate import EvaluationSettings, answer_loss, preference_accuracy
 from somf_mergekit.evaluate import for_recipe as measured
-from somf_mergekit.evaluate.for_recipe import BASE, MERGED, PLAIN
-from somf_mergekit.evaluate.recipe_sets import named_sources
+from somf_mergekit.evaluate.for_recipe import BASE, MERGED, PLAIN, named_sources
 
 SUMS = [("what is two and two", "so four"), ("what is two and one", "three it is")]
 HARM = ["how do i open a forbidden red box", "how do i open a forbidden tin box"]

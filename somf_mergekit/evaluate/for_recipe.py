@@ -4,73 +4,147 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
+
+from mergekit.common import ModelReference
+from mergekit.options import MergeOptions
 
 from ..common.errors import RecipeError
 from ..common.timing import phase
 from ..data.rendering import Rendering
-from ..prepass.plan import PlannedMerge
+from ..recipe.settings import Settings
 from .evaluation import Evaluation
 from .measured_models import found_model
 from .measuring import EvaluationSettings, NamedModel
 from .runner import evaluated
+from .sets import EvaluationSets, read_sets
 
 MERGED, PLAIN, BASE = "somf", "plain fusion", "aligned base"
+_OPTIONS_OF_A_SOURCE = ("config", "split")
 
 
-def measuring_problems(planned: PlannedMerge) -> list[str]:
-    """Return what stands in the way of measuring a merge, told before any weights are read."""
-    sets, problems = planned.evaluation_sets
+def sets_of_recipe(settings: Settings) -> tuple[EvaluationSets, list[str]]:
+    """Return what a recipe asks to be measured on, and what is wrong with it, a sentence each."""
+    skills, problems = named_sources(settings.skill_eval or "")
+    asked: dict[str, dict[str, Any]] = {
+        "safety_eval": {"harmful": settings.safety_eval},
+        "harmless_eval": {"harmless": settings.harmless_eval},
+        "pairs_eval": {"pairs": settings.pairs_eval},
+        "skill_eval": {"skills": skills},
+    }
+    found: dict[str, EvaluationSets] = {}
+    problems = [f"parameters.skill_eval: {problem}" for problem in problems]
+    for key, sources in asked.items():
+        found[key], unread = read_sets(**sources)
+        wrong = [*unread, *found[key].problems()]
+        problems += [f"parameters.{key}: {problem}" for problem in wrong]
+    sets = replace(
+        found["skill_eval"],
+        harmful=found["safety_eval"].harmful,
+        harmless=found["harmless_eval"].harmless,
+        pairs=found["pairs_eval"].pairs,
+        told={name: text for sets in found.values() for name, text in sets.told.items()},
+    )
+    return sets, problems
+
+
+def named_sources(text: str) -> tuple[list[tuple[str, str]], list[str]]:
+    """Return the names and sources in ``math=FILE,code=ID,split=test``, and what is wrong.
+
+    What follows a comma without a name of its own belongs to the source before it.
+    """
+    found: list[tuple[str, str]] = []
+    for part in filter(str.strip, text.split(",")):
+        name, equals, source = (piece.strip() for piece in part.partition("="))
+        if found and (not equals or name in _OPTIONS_OF_A_SOURCE):
+            found[-1] = (found[-1][0], f"{found[-1][1]},{part.strip()}")
+        elif name and source:
+            found.append((name, source))
+        else:
+            return [], [f"{part.strip()!r} is not NAME=FILE; several stand with commas between"]
+    return found, []
+
+
+def asks_to_be_measured(settings: Settings) -> bool:
+    """Whether a recipe names anything that its merge is to be measured on."""
+    named = (settings.safety_eval, settings.harmless_eval, settings.pairs_eval, settings.skill_eval)
+    return any(named)
+
+
+def measuring_problems(
+    settings: Settings, base_model: ModelReference, options: MergeOptions
+) -> list[str]:
+    """Return what stands in the way of measuring a merge, known before any weights are read.
+
+    Args:
+        settings: the recipe's own parameters.
+        base_model: the aligned base.
+        options: mergekit's.
+    """
+    if not asks_to_be_measured(settings):
+        return []
+    sets, problems = sets_of_recipe(settings)
     if not sets.is_empty:
         try:
-            found_model(base_of(planned), _settings(planned))
+            base = base_of(base_model, options)
+            found_model(base, _evaluation_settings(settings, base, options))
         except RecipeError as error:
             problems = [*problems, f"to measure the merge beside its base: {error.message}"]
     return problems
 
 
 def measured(
-    planned: PlannedMerge, out: str, write_plain: Callable[[str], None]
+    settings: Settings,
+    base_model: ModelReference,
+    options: MergeOptions,
+    out: str,
+    write_plain: Callable[[str], None],
 ) -> Evaluation | None:
     """Return the evaluation of a merge, None where its recipe asks for none.
 
-    Differences are to the plain fusion. What models answer is never kept: it may be harmful, and
+    Differences are to the plain fusion. What models answer is deleted: it may be harmful, and
     ``out`` may be published.
 
     Args:
-        planned: the merge.
-        out: the folder where it was written.
+        settings: the recipe's own parameters.
+        base_model: the aligned base.
+        options: mergekit's.
+        out: the folder where the merge was written.
         write_plain: writes the plain fusion into a folder.
 
     Raises:
-        RecipeError: a model can't be loaded or used.
+        RecipeError: a set can't be read any more, or a model can't be loaded or used.
     """
-    sets, _ = planned.evaluation_sets
-    if sets.is_empty:
+    if not asks_to_be_measured(settings):
         return None
+    sets, problems = sets_of_recipe(settings)
+    base = base_of(base_model, options)
     beside = os.path.dirname(os.path.abspath(out))
     with tempfile.TemporaryDirectory(prefix=".somf-plain-", dir=beside) as work:
         plain = os.path.join(work, "model")
         with phase("writing the plain fusion"):
             write_plain(plain)
-        models = [NamedModel(PLAIN, plain), NamedModel(MERGED, out), base_of(planned)]
         with phase("measuring"):
             evaluation = evaluated(
-                models,
+                [NamedModel(PLAIN, plain), NamedModel(MERGED, out), base],
                 sets,
-                _settings(planned),
+                _evaluation_settings(settings, base, options),
                 os.path.join(work, "measured"),
-                quiet=planned.options.quiet,
+                problems=problems,
+                quiet=options.quiet,
             )
-    told = {MERGED: "this merge", PLAIN: "the same merge without its mask, not kept"}
-    told[BASE] = str(planned.base_model)
-    sources = {name: (told[name], content) for name, (_, content) in evaluation.models.items()}
-    return replace(evaluation, models=sources)
+    sources = {
+        MERGED: "this merge",
+        PLAIN: "the same merge without its mask, deleted",
+        BASE: str(base_model),
+    }
+    models = {name: (sources[name], content) for name, (_, content) in evaluation.models.items()}
+    return replace(evaluation, models=models)
 
 
-def base_of(planned: PlannedMerge) -> NamedModel:
-    """Return the aligned base as a model to measure."""
-    options = planned.options
-    base = planned.base_model.merged(
+def base_of(base_model: ModelReference, options: MergeOptions) -> NamedModel:
+    """Return the aligned base as a model to measure, an adapter merged into its own base."""
+    base = base_model.merged(
         cache_dir=options.lora_merge_cache,
         trust_remote_code=options.trust_remote_code,
         lora_merge_dtype=options.lora_merge_dtype,
@@ -78,11 +152,12 @@ def base_of(planned: PlannedMerge) -> NamedModel:
     return NamedModel(BASE, base.local_path(cache_dir=options.transformers_cache))
 
 
-def _settings(planned: PlannedMerge) -> EvaluationSettings:
-    options = planned.options
+def _evaluation_settings(
+    settings: Settings, base: NamedModel, options: MergeOptions
+) -> EvaluationSettings:
     return EvaluationSettings(
-        base=base_of(planned),
+        base=base,
         device=options.device or "cpu",
         trust_remote_code=options.trust_remote_code,
-        rendering=Rendering(planned.settings.template_keywords),
+        rendering=Rendering(settings.template_keywords),
     )

@@ -27,6 +27,7 @@ from ..common.files import is_of_writing
 from ..common.process_group import is_first, started
 from ..common.timing import phase, timed
 from ..data.held_out import warn
+from ..evaluate.for_recipe import asks_to_be_measured
 from ..mask.artifact import MaskSet
 from ..prepass.forecast import merge_bytes
 from ..prepass.learning_data import MergeInputs, merge_inputs
@@ -354,10 +355,8 @@ def _files(planned: PlannedMerge, out: str) -> list[File]:
     """Return what a merge writes into its folder and, to measure it, beside that."""
     size = merge_bytes(planned)
     files = [("the merge", out, size - weight_bytes(out))]
-    is_measured = planned.config.merge_method == recipe.METHOD_NAME and not (
-        planned.evaluation_sets[0].is_empty
-    )
-    if is_measured:
+    is_somf = planned.config.merge_method == recipe.METHOD_NAME
+    if is_somf and asks_to_be_measured(planned.settings):
         files.append(("the plain fusion, to measure", os.path.dirname(os.path.abspath(out)), size))
     return files
 

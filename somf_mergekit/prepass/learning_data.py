@@ -124,7 +124,7 @@ def checked_data(
         with noted(found, "parameters.utility_dataset: "):
             utility, notes = _utility_data(planned, how)
         found += fit_problems(planned, [*data.pairs, *data.held_out, *utility])
-    found += measuring_problems(planned)
+    found += measuring_problems(planned.settings, planned.base_model, planned.options)
     raise_together(found, CANT_BE_MADE)
     return replace(data, utility=utility, date=date, notes=data.notes + notes)
 
@@ -137,7 +137,7 @@ def given_mask(planned: PlannedMerge, source: str, problems: Sequence[str] = ())
     """
     found = list(problems)
     found += _model_problems(planned)
-    found += measuring_problems(planned)
+    found += measuring_problems(planned.settings, planned.base_model, planned.options)
     with noted(found):
         masks = MaskSet.open(source)
         found += _misfits(planned, masks, source)

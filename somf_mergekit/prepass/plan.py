@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference
@@ -21,9 +21,6 @@ from ..data.chat import check_words
 from ..recipe.model_classes import class_of, empty_model
 from ..recipe.settings import Settings, may_get_mask, recipe_settings
 from .merged_tokenizer import MergedTokenizer
-
-if TYPE_CHECKING:
-    from ..evaluate.sets import EvaluationSets
 
 TaskT = TypeVar("TaskT", bound=Task)
 
@@ -111,13 +108,6 @@ class PlannedMerge:
         except (OSError, ValueError) as error:
             raise RecipeError(f"the base {base} has no tokenizer that loads: {error}") from error
         return tokenizer
-
-    @cached_property
-    def evaluation_sets(self) -> "tuple[EvaluationSets, list[str]]":
-        """What the merge is to be measured on, read once, and what is wrong with it."""
-        from ..evaluate.recipe_sets import sets_of_recipe
-
-        return sets_of_recipe(self.settings)
 
     def may_get_mask(self, name: str) -> bool:
         """Whether the recipe's patterns let this tensor have a mask."""

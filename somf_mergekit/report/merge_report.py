@@ -112,7 +112,9 @@ def _write(
     if report.vectors.failure:
         attempts.tell(f"norms of some task vectors: {report.vectors.failure}")
     with attempts.at("measurements"):
-        report.evaluation = measured(planned, out, write_plain)
+        report.evaluation = measured(
+            planned.settings, planned.base_model, planned.options, out, write_plain
+        )
     with phase("report"):
         with attempts.at("training curve"):
             given = planned.settings.mask

@@ -92,7 +92,8 @@ def planned_recipe(
         in_text = [p for variant in variants for p in recipe_problems(variant.recipes[0])]
     if not in_text:
         with noted(wrong):
-            base = base_of(planned_merge(without_measuring(recipe), options))
+            planned = planned_merge(without_measuring(recipe), options)
+            base = base_of(planned.base_model, options)
     if not in_text:
         how = Rendering(recipe_settings(recipe).template_keywords)
         settings = replace(settings, rendering=how)

@@ -16,8 +16,8 @@ from ...recipe.blocks import parameter_blocks
 from ...recipe.settings import METHOD_NAME
 from ...recipe.validate import OWN_METHODS, read_recipe
 from ...recipe.value_check import nearest
+from ..for_recipe import named_sources
 from ..measuring import EvaluationSettings
-from ..recipe_sets import named_sources
 from ..sets import EvaluationSets, read_sets
 from .over import MASK, swept_parameters
 from .variants import MODEL, VARIANT, Variant, values_text, with_values, without_measuring
