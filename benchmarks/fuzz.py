@@ -168,8 +168,9 @@ def _sample_artifact(folder: Path) -> Any:
 def _recipe_target() -> Callable[[bytes], None]:
     """Return what reads a recipe and says what is wrong with it; no model is looked for."""
     from somf_mergekit import RecipeError
+    from somf_mergekit.plugin.merge_check import OWN_METHODS
     from somf_mergekit.recipe import settings as recipe
-    from somf_mergekit.recipe.validate import OWN_METHODS, read_recipe
+    from somf_mergekit.recipe.validate import read_recipe
 
     def run(data: bytes) -> None:
         # A line alone would be taken for the name of a file.

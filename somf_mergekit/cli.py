@@ -52,7 +52,8 @@ def _merge() -> click.Command:
     register()
 
     def callback(**values: Any) -> None:
-        from .recipe.validate import OWN_METHODS, recipe_and_problems
+        from .plugin.merge_check import OWN_METHODS
+        from .recipe.validate import recipe_and_problems
 
         # What can't be read at all; the merge reports everything else.
         recipe_and_problems(values["config_file"], OWN_METHODS)
@@ -86,13 +87,13 @@ def _check() -> click.Command:
 
     def callback(recipe_file: str, show: int, **values: Any) -> None:
         from .mask.artifact import MaskSet
-        from .plugin import planner
+        from .plugin.merge_check import OWN_METHODS, checked_merge
         from .prepass import forecast
-        from .recipe import validate as recipe_check
+        from .recipe.validate import recipe_and_problems
 
         options = _merge_options(values)
-        config, problems = recipe_check.recipe_and_problems(recipe_file, recipe_check.OWN_METHODS)
-        planned, data = planner.checked_merge(config, options, problems)
+        config, problems = recipe_and_problems(recipe_file, OWN_METHODS)
+        planned, data = checked_merge(config, options, problems)
         if data is None:
             click.echo(f"recipe: right. {len(planned.tensors)} tensors; nothing is learned.")
             return

@@ -16,7 +16,7 @@ from somf_mergekit.evaluate.generation import greedy_answers, greedy_batches
 from somf_mergekit.evaluate.measuring import EvaluationSettings, NamedModel
 from somf_mergekit.evaluate.runner import evaluated
 from somf_mergekit.evaluate.sets import EvaluationSets
-from somf_mergekit.plugin.planner import planned_merge
+from somf_mergekit.plugin.merge_check import planned_merge
 from somf_mergekit.prepass import learning_data as inputs
 from somf_mergekit.prepass.learning_data import checked_data
 from somf_mergekit.recipe.validate import read_recipe

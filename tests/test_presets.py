@@ -11,7 +11,7 @@ from mergekit.options import MergeOptions
 from somf_mergekit import MaskSet
 from somf_mergekit.learner import loop
 from somf_mergekit.mask import noise
-from somf_mergekit.plugin.planner import planned_merge
+from somf_mergekit.plugin.merge_check import planned_merge
 from somf_mergekit.recipe import settings as recipe
 from somf_mergekit.recipe.validate import read_recipe
 

@@ -12,7 +12,7 @@ from somf_mergekit.common.process_group import Processes
 from somf_mergekit.fusion.shards import Shard
 from somf_mergekit.fusion.weights import FusedWeight, LinearWeight
 from somf_mergekit.learner.learning_model import Placement
-from somf_mergekit.plugin.planner import planned_merge
+from somf_mergekit.plugin.merge_check import planned_merge
 from somf_mergekit.prepass.forecast import forecast
 from somf_mergekit.prepass.learning_data import checked_data
 from somf_mergekit.prepass.task_vectors import LoadedTensor

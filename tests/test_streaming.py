@@ -24,7 +24,7 @@ from somf_mergekit.learner.layers import StreamingImpossible
 from somf_mergekit.learner.mapped import MappedFiles
 from somf_mergekit.learner.pinned import PinnedMemory
 from somf_mergekit.learner.tensors import Content, State
-from somf_mergekit.plugin.planner import planned_merge
+from somf_mergekit.plugin.merge_check import planned_merge
 from somf_mergekit.prepass import construction
 from somf_mergekit.prepass.forecast import forecast
 from somf_mergekit.prepass.learning_data import SafetyData, checked_data

@@ -15,8 +15,9 @@ from ..mask.artifact import MaskSet
 from ..prepass.places import place_problems
 from ..recipe.recipe_keys import key_problems
 from ..recipe.settings import METHOD_NAME, recipe_settings
-from ..recipe.validate import OWN_METHODS, WRONG_RECIPE, check_recipe
-from .planner import WRAPPED, artifact_folder, checked_merge
+from ..recipe.validate import WRONG_RECIPE, check_recipe
+from .merge_check import OWN_METHODS, artifact_folder, checked_merge
+from .planner import WRAPPED
 
 WRONG_STEPS = "These steps are not right"
 
@@ -86,6 +87,7 @@ def _check_step(
         checked_merge(config, options, out=out, folder=folder)
         return
     problems = place_problems(config, options, out=out, folder=folder)
+    problems += OWN_METHODS[config.merge_method](config)
     check_recipe(config, options, problems, awaited)
     if config.merge_method == METHOD_NAME:
         settings, unread = recipe_settings(config), list[str]()

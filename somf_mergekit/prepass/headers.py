@@ -15,10 +15,10 @@ from mergekit.options import MergeOptions
 from mergekit.tokenizer import PermutedVocabulary
 from safetensors import SafetensorError, safe_open
 
-from ..common.errors import RecipeError
+from ..common.errors import RecipeError, few
 from ..fusion.fuse import is_linear
 from ..recipe.model_classes import empty_model, shapes_of
-from .plan import PlannedMerge, few, gather_task, mask_name, task_parameters
+from .plan import PlannedMerge, gather_task, mask_name, task_parameters
 from .tensor_sets import is_missing, names_of, tensor_set_problems
 
 # As weights of models are stored once they are quantized.

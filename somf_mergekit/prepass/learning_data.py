@@ -20,10 +20,8 @@ from ..data.prompts import (
 )
 from ..data.rendering import Rendering, writes_date
 from ..data.rows import Examples
-from ..evaluate.for_recipe import measuring_problems
 from ..mask.artifact import MaskSet
-from ..mask.granularity import mask_layout, weight_storage
-from ..plugin.method import mask_shape_problem
+from ..mask.granularity import mask_layout, mask_shape_problem, weight_storage
 from ..recipe.settings import METHOD_NAME, Settings
 from .data_fit import cut_counts, cut_line, fit_problems
 from .headers import checkpoint_problems, planned_tensors
@@ -124,7 +122,6 @@ def checked_data(
         with noted(found, "parameters.utility_dataset: "):
             utility, notes = _utility_data(planned, how)
         found += fit_problems(planned, [*data.pairs, *data.held_out, *utility])
-    found += measuring_problems(planned.settings, planned.base_model, planned.options)
     raise_together(found, CANT_BE_MADE)
     return replace(data, utility=utility, date=date, notes=data.notes + notes)
 
@@ -137,7 +134,6 @@ def given_mask(planned: PlannedMerge, source: str, problems: Sequence[str] = ())
     """
     found = list(problems)
     found += _model_problems(planned)
-    found += measuring_problems(planned.settings, planned.base_model, planned.options)
     with noted(found):
         masks = MaskSet.open(source)
         found += _misfits(planned, masks, source)

@@ -3,9 +3,8 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
-from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
@@ -95,19 +94,6 @@ def weight_bytes(folder: str) -> int:
     if not os.path.isdir(folder):
         return 0
     return sum(e.stat().st_size for e in os.scandir(folder) if e.name.endswith(ends))
-
-
-def same_models(models: Iterable[ModelReference]) -> Mapping[ModelReference, ModelReference]:
-    """Return for each model the first one of which it is another name: itself where it is new."""
-    first: dict[tuple[str, ...], ModelReference] = {}
-    return {model: first.setdefault(_identity(model), model) for model in models}
-
-
-def _identity(model: ModelReference) -> tuple[str, ...]:
-    parts = [part for part in (model.model, model.lora) if part]
-    return tuple(
-        os.path.realpath(part.path) if os.path.isdir(part.path) else str(part) for part in parts
-    )
 
 
 def _inputs(config: MergeConfiguration, options: MergeOptions) -> Iterator[tuple[str, str]]:

@@ -1,11 +1,8 @@
 """A merge as mergekit planned it, and what its tasks say."""
 
 import copy
-import importlib.resources
-from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 from mergekit.architecture import WeightInfo
@@ -16,7 +13,7 @@ from mergekit.io.tasks import GatherTensors
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 
-from ..common.errors import RecipeError, first_line, log_traceback
+from ..common.errors import RecipeError, few, first_line, log_traceback
 from ..data.chat import check_words
 from ..recipe.model_classes import class_of, empty_model
 from ..recipe.settings import Settings, may_get_mask, recipe_settings
@@ -114,26 +111,6 @@ class PlannedMerge:
         return may_get_mask(name, self.settings.include, self.settings.exclude)
 
 
-def template_problems(config: MergeConfiguration) -> list[str]:
-    """Return a sentence where the recipe's ``chat_template`` is none that mergekit would write."""
-    from mergekit._data import chat_templates
-    from mergekit.merge import _set_chat_template
-
-    if config.chat_template == "auto":
-        # Looked up among the models, which may be on the hub.
-        return []
-    try:
-        _set_chat_template(SimpleNamespace(), config)
-    except RuntimeError:
-        files = importlib.resources.files(chat_templates).iterdir()
-        names = sorted(f.name.removesuffix(".jinja") for f in files if f.name.endswith(".jinja"))
-        return [
-            f"chat_template: {config.chat_template!r} is no template; expected auto, one of "
-            f"{', '.join(names)}, or a Jinja text"
-        ]
-    return []
-
-
 def task_parameters(task: ExecuteMergeMethodTask) -> dict[str, Any]:
     """Return a task's parameters as ``fusions.fused`` takes them: those per model as mappings."""
     values = dict(task.parameters.items())
@@ -222,12 +199,6 @@ def _class_problem(planned: PlannedMerge) -> str | None:
         f"a mask can't be learned for this merge: the base {planned.base_model} is a {named}, and "
         f"{why.removesuffix('.')}. {ways}"
     )
-
-
-def few(names: Collection[str]) -> str:
-    """Return the first of some names, and how many more there are."""
-    shown = ", ".join(sorted(names)[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 def gather_task(task: ExecuteMergeMethodTask) -> GatherTensors:

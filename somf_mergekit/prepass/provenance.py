@@ -14,8 +14,8 @@ from ..common.requirements import versions
 from ..data.held_out import KEY, HeldOut
 from ..learner.tensors import MaskedTensor
 from ..mask.artifact import MaskSet
-from ..plugin.method import MASK_TENSOR
 from ..recipe.blocks import plain
+from ..recipe.settings import MASK_TENSOR
 from .data_fit import cut_counts
 from .learning_data import SafetyData
 from .plan import PlannedMerge, input_names

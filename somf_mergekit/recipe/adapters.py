@@ -11,8 +11,7 @@ from mergekit.common import ModelReference, get_auto_cls
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
-from ..common.errors import first_line
-from ..prepass.plan import few
+from ..common.errors import few, first_line
 from .model_classes import empty_model
 
 LOG = logging.getLogger(__name__)

@@ -12,8 +12,7 @@ from mergekit.io import ShardedTensorIndex
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
-from ..common.errors import first_line, raise_together
-from ..prepass.plan import few
+from ..common.errors import few, first_line, raise_together
 from .adapters import adapter_problem, cache_problem, cached_folder, is_cached, put_together
 
 LOG = logging.getLogger(__name__)

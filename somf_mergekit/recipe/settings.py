@@ -9,6 +9,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchem
 from .schema import Parameter, parameters_of, pattern_text, table_rows
 
 METHOD_NAME = "somf"
+# Where the planner writes under which name a tensor's mask is kept: that of the base's tensor,
+# which layers stacked in another order keep. No key of a recipe.
+MASK_TENSOR = "mask_tensor"
 
 # Marks of a parameter, see ``declared.Parameter``.
 _MERGE: dict[str, Any] = {"merge": True}

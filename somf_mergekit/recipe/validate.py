@@ -1,10 +1,13 @@
 """Read a recipe and say what is wrong with it, all of it at once, before a model is loaded."""
 
+import importlib.resources
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import yaml
+from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods.base import ParameterScope, ParameterSpec
@@ -16,10 +19,6 @@ from ..common.machine import device_problem, setting_problems
 from ..common.process_group import own_device
 from ..common.requirements import check_versions
 from ..fusion.fusion_methods import known_fusions, takes_base
-from ..prepass.places import same_models
-from ..prepass.plan import template_problems
-from ..repairs.catalogue import REPAIRS
-from ..repairs.repair_check import repair_problems
 from .blocks import model_blocks, parameter_blocks
 from .fusion_check import count_problem, name_problem
 from .model_check import check_models
@@ -93,12 +92,12 @@ def check_recipe(
     found: Iterable[str] = (),
     awaited: Collection[str] = (),
 ) -> None:
-    """Check what a recipe of one of OWN_METHODS says, and that its models can be opened.
+    """Check what a recipe of whichever method says, and that its models can be opened.
 
     Args:
         config: the recipe.
         options: mergekit's.
-        found: what is known to be wrong already.
+        found: what is known to be wrong already, with its own method's parameters for one.
         awaited: folders of models that will be there by the time of the merge.
 
     Raises:
@@ -107,7 +106,6 @@ def check_recipe(
     check_versions()
     problem = device_problem(own_device(options.device))
     problems = [*found, *setting_problems(), *([problem] if problem else [])]
-    problems += OWN_METHODS[config.merge_method](config)
     problems += [*type_problems(config, options), *model_problems(config)]
     problems += template_problems(config)
     LoaderCache().setup(options=options)
@@ -150,6 +148,39 @@ def model_problems(config: MergeConfiguration) -> Iterator[str]:
                 yield f"{where} is {first[model]} by another name: a model takes part once"
             elif first[model] != model:
                 yield f"{where} is base_model by another name: name the fine-tuned model"
+
+
+def template_problems(config: MergeConfiguration) -> list[str]:
+    """Return a sentence where the recipe's ``chat_template`` is none that mergekit would write."""
+    from mergekit._data import chat_templates
+    from mergekit.merge import _set_chat_template
+
+    if config.chat_template == "auto":
+        # Looked up among the models, which may be on the hub.
+        return []
+    try:
+        _set_chat_template(SimpleNamespace(), config)
+    except RuntimeError:
+        files = importlib.resources.files(chat_templates).iterdir()
+        names = sorted(f.name.removesuffix(".jinja") for f in files if f.name.endswith(".jinja"))
+        return [
+            f"chat_template: {config.chat_template!r} is no template; expected auto, one of "
+            f"{', '.join(names)}, or a Jinja text"
+        ]
+    return []
+
+
+def same_models(models: Iterable[ModelReference]) -> Mapping[ModelReference, ModelReference]:
+    """Return for each model the first one of which it is another name: itself where it is new."""
+    first: dict[tuple[str, ...], ModelReference] = {}
+    return {model: first.setdefault(_identity(model), model) for model in models}
+
+
+def _identity(model: ModelReference) -> tuple[str, ...]:
+    parts = [part for part in (model.model, model.lora) if part]
+    return tuple(
+        os.path.realpath(part.path) if os.path.isdir(part.path) else str(part) for part in parts
+    )
 
 
 def recipe_problems(config: Any) -> list[str]:
@@ -246,7 +277,3 @@ def _their_problems(
         except (ValidationError, ValueError):
             kind = getattr(spec.value_type, "__name__", str(spec.value_type))
             yield f"{where}: {leaf!r} is not what {fusion} takes ({kind})"
-
-
-# What says what is wrong with a recipe of each merge method of this package.
-OWN_METHODS = {METHOD_NAME: recipe_problems, **dict.fromkeys(REPAIRS, repair_problems)}

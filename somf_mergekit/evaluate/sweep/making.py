@@ -23,7 +23,8 @@ from ...common.progress import no_model_bars
 from ...common.requirements import versions
 from ...learner.interruption import LearningInterrupted
 from ...mask.artifact import MaskSet
-from ...plugin.planner import planned_merge, write_merge
+from ...plugin.merge_check import planned_merge
+from ...plugin.planner import write_merge
 from ...prepass.task_vectors import content_fingerprint
 from ...recipe.blocks import plain
 from ..measured_models import content_digest

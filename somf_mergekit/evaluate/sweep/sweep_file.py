@@ -12,9 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...common.errors import RecipeError
 from ...data.rendering import Rendering
+from ...plugin.merge_check import OWN_METHODS
 from ...recipe.blocks import parameter_blocks
 from ...recipe.settings import METHOD_NAME
-from ...recipe.validate import OWN_METHODS, read_recipe
+from ...recipe.validate import read_recipe
 from ...recipe.value_check import nearest
 from ..for_recipe import named_sources
 from ..measuring import EvaluationSettings
