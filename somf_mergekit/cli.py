@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from .common import machine
 from .common import process_group as processes
 from .common.errors import RecipeError, printable
+from .common.machine import MachineOptions
 from .common.requirements import installed
 from .recipe import settings as recipe
 
@@ -45,22 +45,11 @@ def main() -> None:
 
 def _merge() -> click.Command:
     """Merge as mergekit-yaml does; works also where the automatic registration is off."""
-    from mergekit.scripts.run_yaml import main as mergekit_yaml
 
-    from .plugin.autoload import register
+    def callback(config_file: str, out_path: str, **values: Any) -> None:
+        from .plugin.planner import merge
 
-    register()
-
-    def callback(**values: Any) -> None:
-        from .plugin.merge_check import OWN_METHODS
-        from .recipe.validate import recipe_and_problems
-
-        # What can't be read at all; the merge reports everything else.
-        recipe_and_problems(values["config_file"], OWN_METHODS)
-        _keep_machine_settings(values)
-        if mergekit_yaml.callback is None:
-            raise click.ClickException("this mergekit has no mergekit-yaml command to call")
-        mergekit_yaml.callback(**values)
+        merge(config_file, out_path, _merge_options(values))
 
     return _with_merge_options("merge", _merge, callback, ("config_file", "out_path"))
 
@@ -308,13 +297,7 @@ def _with_merge_options(
 
     params: list[click.Parameter] = [click.Argument([argument]) for argument in arguments]
     params += own
-    params += [
-        click.Option(
-            [option.flag], type=option.click_type, envvar=option.variable, help=option.help
-        )
-        for option in machine.OPTIONS
-        if option.name not in without
-    ]
+    params += MachineOptions.click_options(without)
     theirs = [p for p in mergekit_yaml.params if isinstance(p, click.Option)]
     # --help shows the sections in the order in which they come up.
     order = ("Performance", "Miscellaneous", "Output Settings", "Storage", "Dangerous Options")
@@ -324,22 +307,15 @@ def _with_merge_options(
     return PrettyPrintHelp(name=name, params=params, callback=callback, help=maker.__doc__)
 
 
-def _keep_machine_settings(values: dict[str, Any]) -> None:
-    """Move the machine's options out of ``values`` to where the pre-pass looks them up."""
-    for option in machine.OPTIONS:
-        value = values.pop(option.name, None)
-        if value is not None:
-            os.environ[option.variable] = str(value)
-
-
 def _merge_options(values: dict[str, Any]) -> Any:
-    from mergekit.options import MergeOptions
-
+    """Return what a command's options say, after making mergekit know our methods."""
+    from .common.merge_options import SomfOptions
     from .plugin.autoload import register
 
     register()
-    _keep_machine_settings(values)
-    options = MergeOptions(**values)
+    chosen = MachineOptions.of(values)
+    theirs = {k: v for k, v in values.items() if k not in MachineOptions.__dataclass_fields__}
+    options = SomfOptions(**theirs, machine=chosen)
     options.apply_global_options()
     return options
 

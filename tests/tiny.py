@@ -1,13 +1,13 @@
 """Tiny models, tokenizers and data, made on the spot: nothing comes from a hub."""
 
 import copy
+import dataclasses
 import json
 import os
 import random
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import torch
 import yaml
@@ -161,9 +161,7 @@ def invoke(name, *arguments):
         from mergekit.scripts.multimerge import main
     else:
         from somf_mergekit.cli import main
-    # Options of the machine become environment variables, which go with a command's own process.
-    with mock.patch.dict(os.environ):
-        return CliRunner().invoke(main, [str(a) for a in arguments], catch_exceptions=True)
+    return CliRunner().invoke(main, [str(a) for a in arguments], catch_exceptions=True)
 
 
 def merged(content, folder, *options):
@@ -198,3 +196,12 @@ def merged_in_steps(steps, folder):
         folder / "steps",
     )
     assert result.returncode == 0, result.stderr
+
+
+def on_machine(planned, device="cpu", **machine):
+    """A planned merge with other options of the machine."""
+    from somf_mergekit.common.machine import MachineOptions
+    from somf_mergekit.common.merge_options import SomfOptions
+
+    options = SomfOptions(device=device, machine=MachineOptions(**machine))
+    return dataclasses.replace(planned, options=options)

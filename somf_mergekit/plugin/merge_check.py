@@ -13,10 +13,10 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
-from ..common import machine
 from ..common.errors import RecipeError, noted, raise_together
+from ..common.merge_options import SomfOptions
 from ..common.process_group import is_first, started
-from ..common.timing import phase
+from ..common.timing import Timer
 from ..evaluate.for_recipe import measuring_problems
 from ..prepass.learning_data import MergeInputs, merge_inputs
 from ..prepass.merged_tokenizer import MergedTokenizer
@@ -43,6 +43,7 @@ def checked_merge(
     *,
     out: str | None = None,
     folder: str | None = None,
+    timer: Timer | None = None,
 ) -> tuple[PlannedMerge, MergeInputs]:
     """Check all that can be known of a merge before the first weight is loaded.
 
@@ -52,6 +53,7 @@ def checked_merge(
         problems: what is known to be wrong already, reported with the rest.
         out: the folder that the merge is written into.
         folder: the folder that its mask is written into.
+        timer: gets the seconds of each phase.
 
     Returns:
         The plan, and what its masks are learned from or were given as; None where the method
@@ -61,10 +63,11 @@ def checked_merge(
         RecipeError: everything that is wrong, together.
     """
     found = [*problems, *place_problems(config, options, out=out, folder=folder)]
-    with phase("planning"):
+    timer = Timer() if timer is None else timer
+    with timer.phase("planning"):
         planned, wrong = _planned(config, options, found)
     date = None
-    with phase(CHECKING):
+    with timer.phase(CHECKING):
         with noted(wrong):
             date = learning_date(folder) if folder else None
         if config.merge_method == recipe.METHOD_NAME:
@@ -134,7 +137,7 @@ def unchecked_plan(config: MergeConfiguration, options: MergeOptions) -> Planned
     return PlannedMerge(
         config=planner.config,
         recipe=recipe_text(config),
-        options=options,
+        options=SomfOptions.of(options),
         base_model=planner.config.base_model,
         out_config=planner.out_model_config,
         tensors=tuple(planner._tensors),
@@ -153,11 +156,10 @@ def processes_problem(config: MergeConfiguration) -> list[str]:
     ]
 
 
-def artifact_folder(out: str | None) -> str:
+def artifact_folder(out: str | None, options: SomfOptions) -> str:
     """Return where the mask of a merge goes that is written to ``out``, None for one in memory."""
-    chosen = machine.machine_setting("work_dir")
-    if chosen:
-        return os.path.abspath(chosen)
+    if options.machine.work_dir:
+        return os.path.abspath(options.machine.work_dir)
     if out is None:
         # A merge in memory has no output folder: its mask lives as long as the process.
         out = tempfile.mkdtemp(prefix="somf-")

@@ -10,6 +10,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from ..common.errors import noted, raise_together
+from ..common.merge_options import SomfOptions
 from ..data.rows import dataset_rows
 from ..mask.artifact import MaskSet
 from ..prepass.places import place_problems
@@ -82,7 +83,8 @@ def _check_step(
     Raises:
         RecipeError: everything that is wrong, together.
     """
-    folder = artifact_folder(out)
+    options = SomfOptions.of(options)
+    folder = artifact_folder(out, options)
     if not awaited:
         checked_merge(config, options, out=out, folder=folder)
         return

@@ -18,8 +18,9 @@ from safetensors import SafetensorError
 
 from ..common.errors import RecipeError, first_line
 from ..common.files import is_of_writing
+from ..common.merge_options import SomfOptions
 from ..common.process_group import is_first
-from ..common.timing import timed
+from ..common.timing import Timer
 from ..data.held_out import warn
 from ..evaluate.for_recipe import asks_to_be_measured
 from ..mask.artifact import MaskSet
@@ -96,20 +97,23 @@ def wrap_run_merge(module: Any) -> None:
             with _told_of_writing(folder):
                 return _merged(original, config, planned, folder, how, text, **further)
 
-        with timed() as seconds:
-            folder = artifact_folder(out_path)
-            found = [*processes_problem(config), *key_problems(config_source or "")]
-            planned, inputs = checked_merge(config, options, found, out=out_path, folder=folder)
-            if inputs is None:
-                check_room(_files(planned, out_path))
-                return merge(planned, out_path, options)
-            with _told_of_writing(folder):
-                masks = mask_for(planned, inputs, folder, _files(planned, out_path))
+        timer = Timer()
+        options = SomfOptions.of(options)
+        folder = artifact_folder(out_path, options)
+        found = [*processes_problem(config), *key_problems(config_source or "")]
+        planned, inputs = checked_merge(
+            config, options, found, out=out_path, folder=folder, timer=timer
+        )
+        if inputs is None:
+            check_room(_files(planned, out_path))
+            return merge(planned, out_path, options)
+        with _told_of_writing(folder):
+            masks = mask_for(planned, inputs, folder, _files(planned, out_path), timer)
 
-            def write(to: str, how: MergeOptions, is_masked: bool) -> Any:
-                return merge(with_masks(planned, masks, is_masked=is_masked), to, how)
+        def write(to: str, how: MergeOptions, is_masked: bool) -> Any:
+            return merge(with_masks(planned, masks, is_masked=is_masked), to, how)
 
-            return merge_with_report(write, planned, masks, folder, out_path, seconds)
+        return merge_with_report(write, planned, masks, folder, out_path, timer)
 
     setattr(run_merge, WRAPPED, True)
     module.run_merge = run_merge
@@ -162,6 +166,18 @@ def _merged(
     return result
 
 
+def merge(file: str, out_path: str, options: SomfOptions) -> None:
+    """Merge a recipe's file into a folder, as ``mergekit-yaml`` does.
+
+    Raises:
+        RecipeError: the recipe, its models or its data are wrong, or the merge can't be written.
+    """
+    # What can't be read at all; the merge reports everything else.
+    config, _ = recipe_and_problems(file, OWN_METHODS)
+    text = Path(file).read_text(encoding="utf-8")
+    mergekit.merge.run_merge(config, out_path, options, text)
+
+
 def learn(
     source: str | os.PathLike[str] | Mapping[str, Any],
     out_dir: str | os.PathLike[str],
@@ -173,7 +189,8 @@ def learn(
         source: a recipe's file, its YAML text, or the mapping in it.
         out_dir: becomes the artifact's folder; a mask learned there from the same recipe, models
             and data is used again.
-        options: mergekit's options (device, caches, trust_remote_code).
+        options: mergekit's options (device, caches, trust_remote_code), or ``SomfOptions``, which
+            has the machine's too; else these are read from the environment.
 
     Raises:
         RecipeError: the recipe, its models or its data are wrong.
@@ -209,8 +226,9 @@ def _with_checks(original: Callable[[MergePlanner], None]) -> Callable[[MergePla
             planned = self.config._planned
         else:
             # Not by run_merge, as where models are merged in memory.
-            folder, found = artifact_folder(None), processes_problem(self.config)
-            planned, inputs = checked_merge(self.config, self.options, found, folder=folder)
+            options = SomfOptions.of(self.options)
+            folder, found = artifact_folder(None, options), processes_problem(self.config)
+            planned, inputs = checked_merge(self.config, options, found, folder=folder)
             if inputs is not None:
                 planned = with_masks(planned, mask_for(planned, inputs, folder))
         self._tensors = [(weight, as_written(weight, task)) for weight, task in planned.tensors]

@@ -52,7 +52,7 @@ def constructed(
         ending.enter_context(store)
     placement = Placement(
         device=device,
-        autocast=machine.autocast_type(device),
+        autocast=machine.autocast_type(device, planned.options.machine.precision),
         store=store,
         keepers=together if chosen == machine.SHARDED else ALONE,
     )

@@ -92,7 +92,8 @@ def forecast(planned: PlannedMerge, data: SafetyData, together: Processes = ALON
     on_cpu, is_alone = device == "cpu", together.count == 1
     free = min(together.gathered([machine.free_memory(device)]))
     free_host = free if on_cpu else min(together.gathered([machine.free_memory("cpu")]))
-    autocast = machine.autocast_type(device)
+    chosen = planned.options.machine
+    autocast = machine.autocast_type(device, chosen.precision)
     tensors = planned_tensors(planned)
     needs = engine_needs(
         planned.out_config,
@@ -105,25 +106,25 @@ def forecast(planned: PlannedMerge, data: SafetyData, together: Processes = ALON
         has_moments=settings.optimizer == "adamw",
     )
     usable = int(_USABLE_SHARE * free)
-    chosen = machine.machine_setting("engine")
-    if chosen == SHARDED and is_alone:
+    if chosen.engine == SHARDED and is_alone:
         raise RecipeError(
             "the sharded engine needs several processes, as `torchrun ... -m somf_mergekit learn "
             "recipe.yml DIR` starts them"
         )
-    possible = [RESIDENT, *[SHARDED] * (not is_alone), STREAMING]
+    possible = [RESIDENT, STREAMING] if is_alone else [RESIDENT, SHARDED, STREAMING]
     usable_host = int(_USABLE_SHARE * free_host)
     fitting = [
         name for name in possible if needs[name].least <= usable and needs[name].host <= usable_host
     ]
-    if not chosen and not fitting:
-        told = {name: needs[name] for name in possible}
-        raise RecipeError(_does_not_fit(told, free, free_host))
-    engine = chosen or fitting[0]
+    if not chosen.engine and not fitting:
+        possible_needs = {name: needs[name] for name in possible}
+        raise RecipeError(_does_not_fit(possible_needs, free, free_host))
+    engine = chosen.engine or fitting[0]
     need = needs[engine]
     # At most half of what is free: larger micro-batches save little time.
     room = min(usable - need.kept, free // 2)
-    micro_batch = machine.micro_batch_pairs(settings.batch_size, need.pair, room)
+    micro_batch = chosen.micro_batch_size or room // need.pair
+    micro_batch = max(1, min(settings.batch_size, micro_batch))
     storage = weight_storage(planned.out_config)
     masked = {name: tensor for name, tensor in tensors.items() if tensor.may_get_mask}
     entries = sum(
@@ -232,7 +233,11 @@ def engine_needs(
             visitor = max(visitor, kept)
     # Between layers the hidden states of a process' share of a step are kept, in float32.
     states = 4 * step_tokens * text.hidden_size * text.num_hidden_layers // processes
-    pair = pair_tokens * machine.activation_bytes(config)
+    hidden = text.hidden_size
+    inner = getattr(text, "intermediate_size", None) or 4 * hidden
+    # A backward pass keeps of each token about twelve vectors of the model's width and four of the
+    # feed-forward's in each layer, in float32.
+    pair = pair_tokens * 4 * text.num_hidden_layers * (12 * hidden + 4 * inner)
     by_layer = outside + max(layers.values(), default=0) + states
     pair_in_layer = pair // text.num_hidden_layers
     if on_cpu:
@@ -254,7 +259,8 @@ def _does_not_fit(needs: dict[str, Need], free: int, free_host: int) -> str:
         + (f" and {_gib(need.host)} GiB beside the GPU" if need.host else "")
         for name, need in needs.items()
     )
-    beside = f", {_gib(free_host)} GiB beside the GPU" * any(n.host for n in needs.values())
+    has_host = any(need.host for need in needs.values())
+    beside = f", {_gib(free_host)} GiB beside the GPU" if has_host else ""
     return (
         f"learning this mask does not fit in memory: {told}, {_gib(free)} GiB are free{beside}. "
         "What helps: a coarser granularity, fewer masked tensors (include, exclude), a smaller "

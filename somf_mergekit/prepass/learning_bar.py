@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..common.out_of_memory import memory_for
+from ..common.machine import memory_for
 from ..learner.checkpoints import Checkpoints, Progress
 from ..learner.interruption import LearningInterrupted, stop_requests
 from ..learner.loop import StepReport, learn_logits

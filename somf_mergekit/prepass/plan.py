@@ -11,9 +11,9 @@ from mergekit.config import MergeConfiguration
 from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
-from mergekit.options import MergeOptions
 
 from ..common.errors import RecipeError, few, first_line, log_traceback
+from ..common.merge_options import SomfOptions
 from ..data.chat import check_words
 from ..recipe.model_classes import class_of, empty_model
 from ..recipe.settings import Settings, may_get_mask, recipe_settings
@@ -29,7 +29,7 @@ class PlannedMerge:
     Attributes:
         config: the recipe, as mergekit rewrote it.
         recipe: the recipe as it was given, YAML.
-        options: mergekit's options.
+        options: mergekit's options and the machine's.
         base_model: the aligned model.
         out_config: transformers configuration of the merged model.
         tensors: each tensor that will be written, with the task that makes it; tied weights have
@@ -39,7 +39,7 @@ class PlannedMerge:
 
     config: MergeConfiguration
     recipe: str
-    options: MergeOptions
+    options: SomfOptions
     base_model: ModelReference
     out_config: Any
     tensors: tuple[tuple[WeightInfo, ExecuteMergeMethodTask], ...]

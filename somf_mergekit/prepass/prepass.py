@@ -9,11 +9,10 @@ from typing import Any
 import click
 import torch
 
-from ..common import machine
 from ..common.errors import RecipeError, raise_together
-from ..common.out_of_memory import memory_for
+from ..common.machine import memory_for
 from ..common.process_group import Processes, is_first, own_device, processes
-from ..common.timing import LEARNING, phase
+from ..common.timing import LEARNING, Timer
 from ..data.held_out import HeldOut
 from ..learner.checkpoints import Checkpoints, told_fingerprint
 from ..learner.divergence import LearningDiverged
@@ -36,7 +35,11 @@ CHECKING = "checking models and data"
 
 
 def mask_for(
-    planned: PlannedMerge, inputs: SafetyData | MaskSet, folder: str, files: Sequence[File] = ()
+    planned: PlannedMerge,
+    inputs: SafetyData | MaskSet,
+    folder: str,
+    files: Sequence[File] = (),
+    timer: Timer | None = None,
 ) -> MaskSet:
     """Return the mask of a planned merge: the one given, the one found in ``folder``, or a new one.
 
@@ -45,6 +48,7 @@ def mask_for(
         inputs: the mask that it was given, or what it is learned from; see ``inputs.merge_inputs``.
         folder: of the mask.
         files: what is written afterwards, for which there must be room too.
+        timer: gets the seconds of each phase.
 
     Raises:
         RecipeError: what keeps the mask from being learned or written.
@@ -54,14 +58,15 @@ def mask_for(
         needed = [*files, ("the mask", folder, os.path.getsize(inputs.path))]
         together.first_does(lambda: check_room(needed))
         return MaskSet.open(together.first_does(lambda: _stored(planned, inputs, folder)))
-    with phase(CHECKING):
+    timer = Timer() if timer is None else timer
+    with timer.phase(CHECKING):
         fingerprint = learning_fingerprint(planned, inputs)
         _check_agreement(planned, fingerprint, together)
     # The first process decides for all: another may see an older state of a network's disk.
     if together.first_does(lambda: _is_known(planned, folder, fingerprint)):
         together.first_does(lambda: check_room(files))
         return MaskSet.open(folder)
-    return _learned_mask(planned, folder, inputs, fingerprint, together, files)
+    return _learned_mask(planned, folder, inputs, fingerprint, together, files, timer)
 
 
 def _check_agreement(
@@ -139,6 +144,7 @@ def _learned_mask(
     fingerprint: dict[str, Any],
     together: Processes,
     files: Sequence[File],
+    timer: Timer,
 ) -> MaskSet:
     with learning_folder(folder, together) as place, ExitStack() as ending:
         for note in data.notes:
@@ -146,7 +152,7 @@ def _learned_mask(
         cut = data.cut_told(planned.settings.max_length)
         if cut:
             _say(planned, f"somf: {cut}")
-        with _stage("reading task vectors"):
+        with _stage(timer, "reading task vectors"):
             expected = forecast(planned, data, together)
             needed = [*files, *expected.files(folder)]
             together.first_does(lambda: check_room(needed))
@@ -157,7 +163,7 @@ def _learned_mask(
             fingerprint,
             learning.masked,
             together,
-            seconds=machine.checkpoint_seconds(),
+            seconds=60 * planned.options.machine.checkpoint_minutes,
         )
         progress = checkpoints.latest()
         if progress.step:
@@ -172,7 +178,7 @@ def _learned_mask(
 
         try:
             quiet = planned.options.quiet or not together.is_first
-            with phase(LEARNING):
+            with timer.phase(LEARNING):
                 learn_with_progress(problem, progress, checkpoints, quiet)
         except LearningDiverged as error:
             # The gradients of a step are used one by one, before all of them are known.
@@ -186,9 +192,9 @@ def _learned_mask(
             ) from error
         compared: HeldOut | str = data.why_none or "nothing was learned"
         if problem.held_out and progress.step:
-            with _stage("held-out pairs"):
+            with _stage(timer, "held-out pairs"):
                 compared = comparison(planned, problem, quiet)
-        with _stage("writing the mask"):
+        with _stage(timer, "writing the mask"):
             masks = artifact(folder, compared)
         checkpoints.remove()
     _say(planned, f"somf: {learned_line(masks, compared)}")
@@ -223,9 +229,9 @@ def _written(
 
 
 @contextmanager
-def _stage(name: str) -> Iterator[None]:
+def _stage(timer: Timer, name: str) -> Iterator[None]:
     """Time a part of the pre-pass, and name it where memory runs out in it."""
-    with phase(name), memory_for(lambda: name):
+    with timer.phase(name), memory_for(lambda: name):
         yield
 
 

@@ -85,8 +85,9 @@ def content_of_models(planned: PlannedMerge) -> dict[str, Any]:
     Raises:
         RecipeError: a model's files or tokenizer can't be read.
     """
+    cache_dir = planned.options.machine.cache_dir
     return {
-        "models": [content_fingerprint(model) for model in planned.models],
+        "models": [content_fingerprint(model, cache_dir) for model in planned.models],
         "model configuration": json_digest(_configuration(planned)),
         "tokenizer": json_digest(_tokens(planned)),
         "chat template": json_digest(planned.tokenizer.chat_template),

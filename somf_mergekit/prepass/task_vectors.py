@@ -106,8 +106,12 @@ def loaded_tensors(planned: PlannedMerge) -> Iterator[LoadedTensor]:
         )
 
 
-def content_fingerprint(model: ModelReference) -> str:
+def content_fingerprint(model: ModelReference, cache_dir: str | None = None) -> str:
     """Return a SHA-256 over the contents of a model's weight files.
+
+    Args:
+        model: its loader must be set up.
+        cache_dir: see ``file_digests``.
 
     Raises:
         RecipeError: one can't be read.
@@ -115,7 +119,8 @@ def content_fingerprint(model: ModelReference) -> str:
     index = LoaderCache().get(model).index
     files = sorted(set(index.tensor_paths.values()))
     try:
-        digests = file_digests([os.path.join(index.base_path, file) for file in files])
+        paths = [os.path.join(index.base_path, file) for file in files]
+        digests = file_digests(paths, cache_dir)
     except OSError as error:
         raise RecipeError(f"model {model}: a file of its weights can't be read: {error}") from error
     return hashlib.sha256(" ".join(digests).encode()).hexdigest()

@@ -15,7 +15,7 @@ from mergekit.options import MergeOptions
 from pydantic import ValidationError
 
 from ..common.errors import RecipeError, raise_together
-from ..common.machine import device_problem, setting_problems
+from ..common.machine import device_problem
 from ..common.process_group import own_device
 from ..common.requirements import check_versions
 from ..fusion.fusion_methods import known_fusions, takes_base
@@ -105,7 +105,7 @@ def check_recipe(
     """
     check_versions()
     problem = device_problem(own_device(options.device))
-    problems = [*found, *setting_problems(), *([problem] if problem else [])]
+    problems = [*found, *([problem] if problem else [])]
     problems += [*type_problems(config, options), *model_problems(config)]
     problems += template_problems(config)
     LoaderCache().setup(options=options)
