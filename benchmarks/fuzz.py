@@ -170,6 +170,7 @@ def _recipe_target() -> Callable[[bytes], None]:
     from somf_mergekit import RecipeError
     from somf_mergekit.plugin.merge_check import OWN_METHODS
     from somf_mergekit.recipe import settings as recipe
+    from somf_mergekit.recipe.presets import for_mergekit
     from somf_mergekit.recipe.validate import read_recipe
 
     def run(data: bytes) -> None:
@@ -180,9 +181,7 @@ def _recipe_target() -> Callable[[bytes], None]:
             if OWN_METHODS[config.merge_method](config):
                 return
             if config.merge_method == recipe.METHOD_NAME:
-                recipe.join_patterns(config)
-                recipe.apply_preset(config)
-                recipe.recipe_settings(config)
+                recipe.recipe_settings(for_mergekit(config))
         except RecipeError:
             pass
 

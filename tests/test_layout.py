@@ -36,7 +36,6 @@ KNOWN_LONG = {
     "cli.py",
     "data/rows.py",
     "learner/checkpoints.py",
-    "recipe/settings.py",
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ..common.progress import no_model_bars
+from ..common.console import no_model_bars
 from .demo_data import DemoData, demo_data, preference_rows, texts
 from .demo_folder import PAIRS, TABLE, prepare_folder, write_pairs, write_results
 from .demo_models import aligned_base, loaded_model, save_model, specialist

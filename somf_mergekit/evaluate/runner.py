@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..common.progress import no_model_bars
+from ..common.console import no_model_bars
 from .evaluation import Evaluation, row_of
 from .evaluation_checks import Participants, checked_participants
 from .judges import Verdicts

@@ -27,6 +27,7 @@ from ..prepass.prepass import CHECKING, learning_date
 from ..prepass.ties import is_untied, settled_ties, tie_problems
 from ..recipe import settings as recipe
 from ..recipe.blocks import recipe_text
+from ..recipe.presets import for_mergekit
 from ..recipe.validate import WRONG_RECIPE, check_recipe, recipe_problems
 from ..repairs.catalogue import REPAIRS
 from ..repairs.repair_check import repair_problems
@@ -115,9 +116,7 @@ def unchecked_plan(config: MergeConfiguration, options: MergeOptions) -> Planned
         RecipeError: mergekit can't plan it.
     """
     is_own = config.merge_method in OWN_METHODS
-    written = config.model_copy(deep=True)
-    recipe.join_patterns(written)
-    recipe.apply_preset(written)
+    written = for_mergekit(config)
     try:
         architecture = get_architecture_info(written, options)
         out_config = mergekit.merge._model_out_config(

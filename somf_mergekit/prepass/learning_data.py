@@ -26,7 +26,7 @@ from ..recipe.settings import METHOD_NAME, Settings
 from .data_fit import cut_counts, cut_line, fit_problems
 from .headers import checkpoint_problems, planned_tensors
 from .plan import PlannedMerge, learning_problem
-from .unchanged import unchanged_models
+from .task_vectors import unchanged_models
 
 CANT_BE_MADE = "This merge can't be made"
 

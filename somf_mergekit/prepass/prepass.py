@@ -22,14 +22,12 @@ from ..learner.loop import step_count
 from ..mask.artifact import MaskSet
 from ..mask.artifact_folder import MASKS_FILE, without_mask
 from ..mask.writing import keep_masks, write_masks
-from .construction import constructed
 from .forecast import forecast
-from .learning_bar import learn_with_progress
 from .learning_data import SafetyData
-from .messages import comparison, diverged, learned_line
 from .places import File, check_room
 from .plan import PlannedMerge
 from .provenance import differences, learning_fingerprint, provenance, provenance_of_use, told_date
+from .training import comparison, constructed, diverged, learn_with_progress, learned_line
 
 CHECKING = "checking models and data"
 

@@ -17,7 +17,7 @@ from ..common.digests import file_digests
 from ..common.errors import RecipeError
 from ..fusion.groups import are_equal, is_shared_buffer, not_finite
 from ..fusion.weights import Keep, LinearWeight, MergedWeight, merged_weight
-from .plan import PlannedMerge, task_parameters
+from .plan import PlannedMerge, gather_task, task_parameters
 
 
 @dataclass(frozen=True)
@@ -124,3 +124,28 @@ def content_fingerprint(model: ModelReference, cache_dir: str | None = None) -> 
     except OSError as error:
         raise RecipeError(f"model {model}: a file of its weights can't be read: {error}") from error
     return hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
+def unchanged_models(planned: PlannedMerge) -> list[ModelReference]:
+    """Return the models of which no tensor differs from the base's.
+
+    Tensors are read one by one until each model has shown a difference: a few, but where a model
+    has none.
+    """
+    left = [model for model in planned.models if model != planned.base_model]
+    # Embeddings are large, and adapters leave them as they are.
+    for _, task in sorted(planned.tensors, key=lambda t: t[0].vocabulary_axis is not None):
+        if not any(model in left for model in task.model_order):
+            continue
+        ((_, tensors),) = Executor([gather_task(task)]).run(quiet=True)
+        base = tensors.get(task.base_model)
+        for model, tensor in tensors.items():
+            if model in left and not _is_same(tensor, base):
+                left.remove(model)
+    return left
+
+
+def _is_same(tensor: Tensor | None, base: Tensor | None) -> bool:
+    if tensor is None or base is None:
+        return tensor is base
+    return are_equal(tensor.to(base.dtype), base)

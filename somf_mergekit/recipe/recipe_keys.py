@@ -9,8 +9,8 @@ from mergekit.merge_methods import registry
 from pydantic import BaseModel
 
 from .blocks import plain
+from .schema import nearest
 from .settings import MASK_TENSOR, parameters
-from .value_check import nearest
 
 _MERGE_KEY = "tag:yaml.org,2002:merge"
 

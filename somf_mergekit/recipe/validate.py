@@ -23,8 +23,8 @@ from .blocks import model_blocks, parameter_blocks
 from .fusion_check import count_problem, name_problem
 from .model_check import check_models
 from .recipe_keys import key_problems
+from .schema import leaves, nearest, value_problems
 from .settings import METHOD_NAME, parameters
-from .value_check import leaves, nearest, value_problems
 
 WRONG_RECIPE = "This recipe is not right"
 # The types that mergekit knows and that weights can be merged in.

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 
-from ..common.markdown import aligned_table
+from ..common.console import aligned_table
 from ..common.requirements import versions
 from ..data.held_out import told_held_out, verdict, why_none
 from ..evaluate.evaluation_table import circumstances, comparison

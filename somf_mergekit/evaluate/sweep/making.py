@@ -16,10 +16,10 @@ from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
+from ...common.console import no_model_bars
 from ...common.digests import file_digests, json_digest
 from ...common.errors import RecipeError, first_line
 from ...common.files import write_whole
-from ...common.progress import no_model_bars
 from ...common.requirements import versions
 from ...learner.interruption import LearningInterrupted
 from ...mask.artifact import MaskSet

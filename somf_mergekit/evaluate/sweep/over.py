@@ -10,9 +10,8 @@ from mergekit.merge_methods import registry
 from pydantic import TypeAdapter, ValidationError
 
 from ...fusion.fusion_methods import known_fusions
-from ...recipe.schema import Parameter
+from ...recipe.schema import Parameter, nearest
 from ...recipe.settings import METHOD_NAME, parameters
-from ...recipe.value_check import nearest
 
 WEIGHT, FUSION, KIND, TEMPERATURE, MASK = "weight", "fusion", "mask_kind", "temperature", "mask"
 # Parameters of somf that a merge applies, whatever mask was learned.

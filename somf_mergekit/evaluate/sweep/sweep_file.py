@@ -14,9 +14,9 @@ from ...common.errors import RecipeError
 from ...data.rendering import Rendering
 from ...plugin.merge_check import OWN_METHODS
 from ...recipe.blocks import parameter_blocks
+from ...recipe.schema import nearest
 from ...recipe.settings import METHOD_NAME
 from ...recipe.validate import read_recipe
-from ...recipe.value_check import nearest
 from ..for_recipe import named_sources
 from ..measuring import EvaluationSettings
 from ..sets import EvaluationSets, read_sets
