@@ -33,7 +33,6 @@ KNOWN_ARROWS = {
     ("learner/learning_model.py", "prepass"),
 }
 KNOWN_LONG = {
-    "cli.py",
     "data/rows.py",
     "learner/checkpoints.py",
 }

@@ -101,7 +101,7 @@ def test_our_own_commands_too_where_the_autoload_is_off(family, tmp_path):
     checked = tiny.run(command, "check", file, env=off)
     assert checked.returncode == 0, checked.stderr
     count = len(tiny.tensors_of(family / "base"))
-    assert checked.stdout == f"recipe: right. {count} tensors; nothing is learned.\n"
+    assert checked.stdout == f"recipe: OK. {count} tensors; nothing is learned.\n"
     result = tiny.run(command, "merge", file, tmp_path / "out", env=off)
     assert result.returncode == 0, result.stderr
     models = weights_of(family, REPAIRS["lox"].needs)

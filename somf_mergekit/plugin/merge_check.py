@@ -19,9 +19,8 @@ from ..common.process_group import is_first, started
 from ..common.timing import Timer
 from ..evaluate.for_recipe import measuring_problems
 from ..prepass.learning_data import MergeInputs, merge_inputs
-from ..prepass.merged_tokenizer import MergedTokenizer
 from ..prepass.places import place_problems
-from ..prepass.plan import PlannedMerge
+from ..prepass.plan import MergedTokenizer, PlannedMerge
 from ..prepass.plan_check import plan_problems, unread_problems, unused_filters
 from ..prepass.prepass import CHECKING, learning_date
 from ..prepass.ties import is_untied, settled_ties, tie_problems

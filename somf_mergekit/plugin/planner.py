@@ -195,26 +195,17 @@ def learn(
     Raises:
         RecipeError: the recipe, its models or its data are wrong.
     """
-    planned, masks = planned_and_learned(source, out_dir, options or MergeOptions())
-    if is_first():
-        warn(masks.provenance, told_settings(planned)["mask_kind"])
-    return masks
-
-
-def planned_and_learned(
-    source: str | os.PathLike[str] | Mapping[str, Any],
-    out_dir: str | os.PathLike[str],
-    options: MergeOptions,
-) -> tuple[PlannedMerge, MaskSet]:
-    """Return the plan of a recipe and its mask; see ``learn``."""
+    options = SomfOptions.of(options or MergeOptions())
     config, problems = recipe_and_problems(source)
     if (config.parameters or {}).get("mask"):
         raise RecipeError("parameters.mask is given: there is nothing to learn")
     folder = os.path.abspath(out_dir)
     planned, inputs = checked_merge(config, options, problems, folder=folder)
-    if inputs is None:
-        raise RecipeError(f"{config.merge_method} has no mask: there is nothing to learn")
-    return planned, mask_for(planned, inputs, folder)
+    assert inputs is not None  # somf always has some
+    masks = mask_for(planned, inputs, folder)
+    if is_first():
+        warn(masks.provenance, told_settings(planned)["mask_kind"])
+    return masks
 
 
 def _with_checks(original: Callable[[MergePlanner], None]) -> Callable[[MergePlanner], None]:

@@ -25,7 +25,8 @@ from ..mask.granularity import mask_layout, mask_shape_problem, weight_storage
 from ..recipe.settings import METHOD_NAME, Settings
 from .data_fit import cut_counts, cut_line, fit_problems
 from .headers import checkpoint_problems, planned_tensors
-from .plan import PlannedMerge, learning_problem
+from .plan import PlannedMerge
+from .plan_check import learning_problem
 from .task_vectors import unchanged_models
 
 CANT_BE_MADE = "This merge can't be made"

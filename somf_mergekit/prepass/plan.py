@@ -1,6 +1,7 @@
-"""A merge as mergekit planned it, and what its tasks say."""
+"""A merge as mergekit planned it: its tokenizer, and what its tasks say."""
 
 import copy
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -11,15 +12,75 @@ from mergekit.config import MergeConfiguration
 from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.tokenizer import BuildTokenizer, TokenizerInfo
+from mergekit.tokenizer.build import get_stripped_tokenizer
 
-from ..common.errors import RecipeError, few, first_line, log_traceback
+from ..common.errors import RecipeError
 from ..common.merge_options import SomfOptions
 from ..data.chat import check_words
-from ..recipe.model_classes import class_of, empty_model
 from ..recipe.settings import Settings, may_get_mask, recipe_settings
-from .merged_tokenizer import MergedTokenizer
 
 TaskT = TypeVar("TaskT", bound=Task)
+
+
+class MergedTokenizer(BuildTokenizer):
+    """Builds the tokenizer once, and numbers its tokens in the same way in every process.
+
+    mergekit numbers the tokens that the base lacks in the order of a fast tokenizer's
+    ``get_vocab()`` and of a set of models, both of which change. Here they are in the order of
+    their numbers in the models, whichever order the recipe names these in.
+    """
+
+    @classmethod
+    def of(cls, task: BuildTokenizer) -> "MergedTokenizer":
+        """Return the task that builds what ``task`` builds."""
+        fields = {name: getattr(task, name) for name in BuildTokenizer.model_fields}
+        # Of a token that several models have added, the first one's settings count.
+        return cls(**fields | {"referenced_models": sorted(task.referenced_models, key=str)})
+
+    def execute(self, **_: Any) -> TokenizerInfo:
+        """Return the tokenizer with each model's tokens: the same object at each call."""
+        return self._built
+
+    @cached_property
+    def _built(self) -> TokenizerInfo:
+        info = super().execute()
+        return info if self.tokenizer_source != "union" else self._numbered(info)
+
+    def _numbered(self, info: TokenizerInfo) -> TokenizerInfo:
+        base = self.base_model or self.referenced_models[0]
+        tokenizer = get_stripped_tokenizer(base.model, self.trust_remote_code)
+        vocabulary = info.tokenizer.get_vocab()
+        if tokenizer.get_vocab().keys() == vocabulary.keys():
+            return info
+
+        def place(token: str) -> tuple[float, str]:
+            own = [numbers[token] for numbers in info.original_vocabs.values() if token in numbers]
+            return min(own, default=math.inf), token
+
+        # mergekit adds every token that the base's vocabulary lacks.
+        added = info.tokenizer.added_tokens_decoder.values()
+        for token in sorted(added, key=lambda token: place(token.content)):
+            tokenizer.add_tokens(token)
+        numbers = tokenizer.get_vocab()
+        if numbers.keys() != vocabulary.keys():
+            raise RecipeError(
+                "tokenizer: the union of these models' tokens can't be numbered in the same way "
+                "each time; set `tokenizer: {source: base}`, or name a model as the source whose "
+                "tokenizer has all tokens"
+            )
+        return TokenizerInfo(
+            tokenizer=tokenizer,
+            permutations={
+                model: {
+                    number: own[vocabulary[token]]
+                    for token, number in numbers.items()
+                    if vocabulary[token] in own
+                }
+                for model, own in info.permutations.items()
+            },
+            original_vocabs=info.original_vocabs,
+        )
 
 
 @dataclass(frozen=True)
@@ -140,65 +201,6 @@ def source_names(task: ExecuteMergeMethodTask) -> set[str]:
 def mask_name(task: ExecuteMergeMethodTask) -> str:
     """Return the name under which a mask for this tensor is kept: its name in the base."""
     return str(gather_task(task).weight_info[task.base_model].name)
-
-
-def learning_problem(planned: PlannedMerge) -> str | None:
-    """Return a sentence where no mask can be learned for a merge as it is planned.
-
-    The merge without task vectors must be the base model, and transformers must make a causal
-    language model of it that has the tensors of the merge.
-    """
-    example = None
-    for _, task in planned.tensors:
-        name = task.output_weight.name
-        if task.base_model != planned.base_model or mask_name(task) != name:
-            example = f"{name} is made of {mask_name(task)} of {task.base_model}"
-            break
-    if example is None and planned.out_config is not None:
-        layers = planned.out_config.get_text_config().num_hidden_layers
-        base = planned.base_model.config(trust_remote_code=planned.options.trust_remote_code)
-        if layers != base.get_text_config().num_hidden_layers:
-            example = f"it has {layers} layers, the base {base.get_text_config().num_hidden_layers}"
-    if example is None:
-        return _class_problem(planned)
-    return (
-        f"a mask can't be learned for this merge, whose output is no model of the base's shape: "
-        f"{example}. A learned mask can still be applied with the parameter `mask`"
-    )
-
-
-def _class_problem(planned: PlannedMerge) -> str | None:
-    """Return a sentence where transformers makes no causal language model of the merge."""
-    from transformers import AutoModelForCausalLM
-
-    trust = planned.options.trust_remote_code
-    named = planned.base_model.config(trust_remote_code=trust).architectures[0]
-    ways = (
-        "Give models that are causal language models, or a learned mask with the parameter `mask`"
-    )
-    try:
-        made = class_of(empty_model(AutoModelForCausalLM, planned.out_config, trust, None))
-    except ImportError as error:
-        why = f"its configuration asks for what is not installed: {first_line(error)}"
-        ways = "Install it, or take it (attn_implementation) out of the base's config.json"
-    except Exception as error:  # a list of all configurations, or an error of a stranger's code
-        log_traceback(error)
-        why = "transformers can't load it as a causal language model"
-    else:
-        known = {name for weight, _ in planned.tensors for name in made.names_of(weight.name)}
-        known |= {name for tied in known for name in made.tied.get(tied, ())}
-        foreign = [w.name for w, _ in planned.tensors if not made.loads(w.name)]
-        lacking = made.parameters - known
-        if foreign and made.name != named:
-            why = f"it would be learned on a {made.name}, which has no {few(foreign)}"
-        elif lacking:
-            why = f"{made.name} needs {few(lacking)}, which the merge does not write"
-        else:
-            return None
-    return (
-        f"a mask can't be learned for this merge: the base {planned.base_model} is a {named}, and "
-        f"{why.removesuffix('.')}. {ways}"
-    )
 
 
 def gather_task(task: ExecuteMergeMethodTask) -> GatherTensors:

@@ -5,7 +5,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import click
 from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from ..common.errors import RecipeError
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,43 @@ def parameters_of(settings: type[BaseModel]) -> list[Parameter]:
 def table_rows(parameters: Iterable[Parameter]) -> list[str]:
     """Return parameters as rows of a markdown table: name, type, default, meaning."""
     return [f"| `{p.name}` | {p.type_text} | {p.default_text} | {p.help} |" for p in parameters]
+
+
+def parameter_list(parameters: Iterable[Parameter], groups: Mapping[str, str]) -> str:
+    """Return parameters with their defaults and the first sentence of their help.
+
+    Args:
+        parameters: in their order.
+        groups: a heading for each that begins a group, by its name.
+    """
+    rows: dict[str, list[tuple[str, str]]] = {}
+    heading = ""
+    for parameter in parameters:
+        heading = groups.get(parameter.name, heading)
+        first = parameter.help.split(". ")[0].removesuffix(".")
+        rows.setdefault(heading, []).append((parameter.name, f"{first} [{parameter.default_text}]"))
+    formatter = click.HelpFormatter(width=100)
+    for heading, listed in rows.items():
+        with formatter.section(heading):
+            formatter.write_dl(listed)
+    return formatter.getvalue().strip()
+
+
+def explained(name: str, parameters: Iterable[Parameter]) -> str:
+    """Return all that is known of a parameter: its type, default and help, and where it may stand.
+
+    Raises:
+        RecipeError: there is no such parameter.
+    """
+    known = {parameter.name: parameter for parameter in parameters}
+    if name not in known:
+        raise RecipeError(f"{name}: unknown parameter{nearest(name, known)}")
+    found = known[name]
+    where = "It stands in the recipe's top `parameters:`, once for all tensors."
+    if found.per_tensor:
+        where = "It may differ between tensors, by filters or a gradient over layers."
+    rest = click.wrap_text(f"{found.help} {where}", width=100)
+    return f"{name}: {found.type_text}; default: {found.default_text}\n{rest}"
 
 
 def pattern_text(value: Any) -> Any:

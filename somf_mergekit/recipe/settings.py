@@ -6,9 +6,17 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
-from .schema import Parameter, parameters_of, pattern_text, table_rows
+from .schema import Parameter, parameters_of, pattern_text
 
 METHOD_NAME = "somf"
+# What the parameters are about, from the one that is named on.
+GROUPS = {
+    "safety_dataset": "What is learned from",
+    "mask": "The mask and the fusion",
+    "objective": "How it is learned",
+    "include": "Which tensors get a mask",
+    "safety_eval": "What the report measures",
+}
 # Where the planner writes under which name a tensor's mask is kept: that of the base's tensor,
 # which layers stacked in another order keep. No key of a recipe.
 MASK_TENSOR = "mask_tensor"
@@ -254,12 +262,6 @@ class Settings(BaseModel):
 def parameters() -> list[Parameter]:
     """Return every parameter of a somf recipe, in the order of the documentation."""
     return parameters_of(Settings)
-
-
-def parameter_table() -> str:
-    """Return the parameters as a markdown table, as docs/recipe.md shows it."""
-    head = ["| parameter | type | default | meaning |", "|---|---|---|---|"]
-    return "\n".join([*head, *table_rows(parameters())])
 
 
 def recipe_settings(config: Any) -> Settings:
