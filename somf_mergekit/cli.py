@@ -130,7 +130,7 @@ def _check(recipe_file: str, show: int, options: Any) -> None:
         ("mask entries", f"{expected.entries:,} at most"),
         ("pairs", f"{expected.pairs:,}"),
         ("held out", f"{len(data.held_out):,} pairs" if data.held_out else data.why_none),
-        ("cut", data.cut_told(settings.max_length) or "nothing"),
+        ("cut", data.cut_text(settings.max_length) or "nothing"),
         ("steps", f"{expected.steps:,} of {settings.batch_size} pairs"),
         ("micro-batch", f"{expected.micro_batch} pairs"),
         ("engine", expected.told),

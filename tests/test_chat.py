@@ -227,7 +227,7 @@ def test_what_is_cut_is_counted_and_told(tmp_path):
     whole = sorted(pair.cut.whole for pair in data.pairs)
     assert data.cut == {"prompts": 3, "answers": 3, "enough": whole[-1]}
     said = "3 of 20 prompts and 3 of 40 answers were cut to max_length 40; max_length: "
-    assert data.cut_told(40) == f"{said}{whole[-1]} would cut less than 5 % of the examples"
+    assert data.cut_text(40) == f"{said}{whole[-1]} would cut less than 5 % of the examples"
     file = tiny.write_recipe(tmp_path / "recipe.yml", content)
     assert said in tiny.invoke("mergekit-somf", "check", file).output
     learned = tiny.invoke("mergekit-somf", "learn", file, tmp_path / "mask")
@@ -235,7 +235,7 @@ def test_what_is_cut_is_counted_and_told(tmp_path):
     told = json.loads((tmp_path / "mask/somf.json").read_text())
     assert told["dataset"]["cut"] == data.cut
     content["parameters"]["max_length"] = whole[-1]
-    assert data_of(content).cut_told(whole[-1]) == ""
+    assert data_of(content).cut_text(whole[-1]) == ""
 
 
 def test_tokens_without_a_row_of_the_embeddings_are_refused(tmp_path):

@@ -28,7 +28,7 @@ from ..prepass.forecast import merge_bytes
 from ..prepass.places import File, check_room, weight_bytes
 from ..prepass.plan import PlannedMerge, mask_name, with_fields
 from ..prepass.prepass import mask_for
-from ..prepass.provenance import told_settings
+from ..prepass.provenance import recorded_settings
 from ..prepass.ties import as_written, copy_ties
 from ..recipe import settings as recipe
 from ..recipe.blocks import recipe_text
@@ -204,7 +204,7 @@ def learn(
     assert inputs is not None  # somf always has some
     masks = mask_for(planned, inputs, folder)
     if is_first():
-        warn(masks.provenance, told_settings(planned)["mask_kind"])
+        warn(masks.provenance, recorded_settings(planned)["mask_kind"])
     return masks
 
 

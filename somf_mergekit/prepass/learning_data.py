@@ -59,7 +59,7 @@ class SafetyData:
         """How many prompts and answers of the safety data were cut; see ``data_fit.cut_counts``."""
         return cut_counts([*self.pairs, *self.held_out])
 
-    def cut_told(self, max_length: int) -> str:
+    def cut_text(self, max_length: int) -> str:
         """Return in words what of all data was cut to ``max_length``, empty where nothing was."""
         parts = (
             ("", cut_line([*self.pairs, *self.held_out], max_length)),

@@ -26,7 +26,13 @@ from .forecast import forecast
 from .learning_data import SafetyData
 from .places import File, check_room
 from .plan import PlannedMerge
-from .provenance import differences, learning_fingerprint, provenance, provenance_of_use, told_date
+from .provenance import (
+    differences,
+    learning_fingerprint,
+    provenance,
+    provenance_of_use,
+    recorded_date,
+)
 from .training import comparison, constructed, diverged, learn_with_progress, learned_line
 
 CHECKING = "checking models and data"
@@ -115,8 +121,8 @@ def learning_date(folder: str) -> str | None:
     later. None where none was.
     """
     if os.path.exists(os.path.join(folder, MASKS_FILE)):
-        return told_date(MaskSet.open(folder).provenance.get("fingerprint"))
-    return told_date(told_fingerprint(checkpoint_folder(folder)))
+        return recorded_date(MaskSet.open(folder).provenance.get("fingerprint"))
+    return recorded_date(told_fingerprint(checkpoint_folder(folder)))
 
 
 def _stored(planned: PlannedMerge, masks: MaskSet, folder: str) -> str:
@@ -147,7 +153,7 @@ def _learned_mask(
     with learning_folder(folder, together) as place, ExitStack() as ending:
         for note in data.notes:
             _say(planned, f"somf: {note}")
-        cut = data.cut_told(planned.settings.max_length)
+        cut = data.cut_text(planned.settings.max_length)
         if cut:
             _say(planned, f"somf: {cut}")
         with _stage(timer, "reading task vectors"):

@@ -66,7 +66,7 @@ def learning_fingerprint(planned: PlannedMerge, data: SafetyData) -> dict[str, A
     }
 
 
-def told_date(fingerprint: Any) -> str | None:
+def recorded_date(fingerprint: Any) -> str | None:
     """Return the date that a chat template wrote when a mask was learned, None where none is told.
 
     Args:
@@ -182,7 +182,7 @@ def provenance(
             "cut": cut_counts(data.utility),
             "fingerprint": fingerprint["utility data"],
         },
-        "settings": told_settings(planned),
+        "settings": recorded_settings(planned),
         "seed": settings.seed,
         "steps": len(history),
         "tensors": len(tensors),
@@ -204,14 +204,14 @@ def provenance_of_use(planned: PlannedMerge, masks: MaskSet) -> dict[str, Any]:
         "recipe": planned.recipe,
         "base_model": str(planned.base_model),
         "models": [str(model) for model in planned.models],
-        "settings": told_settings(planned),
+        "settings": recorded_settings(planned),
         "mask": settings.mask,
         "origin": masks.provenance,
         "versions": versions(),
     }
 
 
-def told_settings(planned: PlannedMerge) -> dict[str, Any]:
+def recorded_settings(planned: PlannedMerge) -> dict[str, Any]:
     """Return all settings; those that differ between tensors as the recipe says them."""
     told = planned.settings.model_dump()
     content = plain(planned.config.parameters)

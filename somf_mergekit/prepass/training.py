@@ -30,7 +30,7 @@ from ..mask.census import MaskCensus
 from .forecast import Forecast
 from .learning_data import SafetyData
 from .plan import PlannedMerge
-from .provenance import told_settings
+from .provenance import recorded_settings
 from .task_vectors import loaded_tensors
 
 # Rows, or tensors, that are named.
@@ -181,7 +181,7 @@ def comparison(planned: PlannedMerge, problem: LearningProblem, quiet: bool) -> 
     with tqdm(total=count, desc="Held-out pairs", unit="pair", leave=False, disable=quiet) as bar:
         plain = held_out_margins(problem, Content.UNMASKED, bar.update)
         merged = held_out_margins(problem, Content.MERGED, bar.update)
-    return HeldOut.of(plain, merged, told_settings(planned)["mask_kind"])
+    return HeldOut.of(plain, merged, recorded_settings(planned)["mask_kind"])
 
 
 def learned_line(masks: MaskSet, compared: HeldOut | str) -> str:
@@ -221,7 +221,7 @@ def diverged(
         kept: the folder of the last mask without a fault; None where there is none.
         ways: how the mask was learned, as recorded with it.
     """
-    settings = told_settings(planned)
+    settings = recorded_settings(planned)
     told = [f"{error.what} at step {error.step + 1} of {steps}"]
     for what, rows, source in (
         ("loss", error.rows, settings["safety_dataset"]),

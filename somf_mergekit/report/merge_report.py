@@ -18,7 +18,7 @@ from ..mask.artifact import MaskSet
 from ..mask.artifact_folder import masks_path
 from ..mask.census import MaskCensus
 from ..prepass.plan import PlannedMerge
-from ..prepass.provenance import told_settings
+from ..prepass.provenance import recorded_settings
 from .card import write_section
 from .content import Report
 from .curve import training_history
@@ -84,7 +84,7 @@ def merge_with_report(
 
         report = Report(planned, _origin(planned, timer), masks.provenance, vectors, timer)
         _write(report, masks, Path(folder), out, write_plain, timer)
-    warn(masks.provenance, told_settings(planned)["mask_kind"])
+    warn(masks.provenance, recorded_settings(planned)["mask_kind"])
     return result
 
 
