@@ -133,7 +133,7 @@ def _check(recipe_file: str, show: int, options: Any) -> None:
         ("cut", data.cut_text(settings.max_length) or "nothing"),
         ("steps", f"{expected.steps:,} of {settings.batch_size} pairs"),
         ("micro-batch", f"{expected.micro_batch} pairs"),
-        ("engine", expected.told),
+        ("engine", expected.line),
     ):
         click.echo(f"  {label + ':':14}{text}")
     for note in data.notes:

@@ -29,7 +29,7 @@ from somf_mergekit.learner.interruption import LearningInterrupted
 from somf_mergekit.learner.learning_folder import learning_folder
 from somf_mergekit.learner.loop import learn_logits
 from somf_mergekit.learner.safetensors_file import StoredTensor, write_safetensors
-from somf_mergekit.prepass import construction, prepass
+from somf_mergekit.prepass import prepass, training
 
 FINGERPRINT = {"models": ["a", "b"]}
 SETTINGS = {
@@ -568,7 +568,7 @@ def test_where_memory_runs_out_the_same_command_goes_on(
 @pytest.mark.parametrize(
     ("room", "name", "what"),
     [
-        (construction, "learning_model", "reading task vectors"),
+        (training, "learning_model", "reading task vectors"),
         (prepass, "write_masks", "writing the mask"),
     ],
 )

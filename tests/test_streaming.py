@@ -25,7 +25,7 @@ from somf_mergekit.learner.mapped import MappedFiles
 from somf_mergekit.learner.pinned import PinnedMemory
 from somf_mergekit.learner.tensors import Content, State
 from somf_mergekit.plugin.merge_check import planned_merge
-from somf_mergekit.prepass import construction
+from somf_mergekit.prepass import training
 from somf_mergekit.prepass.forecast import forecast
 from somf_mergekit.prepass.learning_data import SafetyData, checked_data
 from somf_mergekit.recipe.validate import read_recipe
@@ -227,7 +227,7 @@ def test_on_a_gpu_the_engine_is_chosen_by_both_memories(monkeypatch, family_reci
     assert chosen.engine == "streaming"
     # A base and a task vector of two bytes or more, and a logit of four, for each entry.
     assert chosen.host >= 8 * chosen.entries
-    assert chosen.told.endswith(" GiB beside the GPU")
+    assert chosen.line.endswith(" GiB beside the GPU")
     free["cpu"] = chosen.host
     with pytest.raises(
         RecipeError, match=r"and 0\.0 GiB beside the GPU, .* are free, 0\.0 GiB beside"
@@ -279,8 +279,8 @@ def test_memory_that_can_not_be_pinned_is_told(monkeypatch):
 
 
 def test_the_store_is_chosen_by_device(monkeypatch, tmp_path):
-    assert isinstance(construction._store("cpu", str(tmp_path / "a/m")), MappedFiles)
-    assert isinstance(construction._store("cuda:1", str(tmp_path / "b/m")), PinnedMemory)
+    assert isinstance(training.weight_store("cpu", str(tmp_path / "a/m")), MappedFiles)
+    assert isinstance(training.weight_store("cuda:1", str(tmp_path / "b/m")), PinnedMemory)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 

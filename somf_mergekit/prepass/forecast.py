@@ -60,12 +60,12 @@ class Forecast:
     free_host: int
 
     @property
-    def told(self) -> str:
-        """The engine and its need in a line."""
-        told = f"{self.engine}: needs about {_gib(self.memory)} of {_gib(self.free)} GiB free"
+    def line(self) -> str:
+        """The engine and its need."""
+        line = f"{self.engine}: needs about {_gib(self.memory)} of {_gib(self.free)} GiB free"
         if self.host:
-            told += f", and {_gib(self.host)} of {_gib(self.free_host)} GiB beside the GPU"
-        return told + (f", and {_gib(self.disk)} GiB of disk" if self.disk else "")
+            line += f", and {_gib(self.host)} of {_gib(self.free_host)} GiB beside the GPU"
+        return line + (f", and {_gib(self.disk)} GiB of disk" if self.disk else "")
 
     def files(self, folder: str) -> list[tuple[str, str, int]]:
         """Return what learning writes into the mask's folder or beside it, see ``check_room``."""

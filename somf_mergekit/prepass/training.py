@@ -37,39 +37,39 @@ from .task_vectors import loaded_tensors
 _NAMED = 5
 
 
-def constructed(
+def training_setup(
     planned: PlannedMerge,
     folder: str,
     data: SafetyData,
     expected: Forecast,
-    together: Processes,
+    group: Processes,
     ending: ExitStack,
 ) -> tuple[LearningModel, LearningProblem, dict[str, Any]]:
     """Return the model that learns, what it learns from, and how: on the engine that fits.
 
-    How a mask is learned changes its last digits alone. It is told with it, and decides nothing.
+    How a mask is learned changes its last digits alone: it is recorded, and decides nothing.
 
     Args:
         planned: the recipe.
         folder: where the mask will be put.
         data: its data.
         expected: its forecast, with the engine.
-        together: this process among those that learn.
+        group: this process among those that learn.
         ending: gives back, when learning ends, what must be given back.
 
     Raises:
         RecipeError: the engine can't run the merge, or something is wrong with the models.
     """
-    chosen = expected.engine
-    device = own_device(planned.options.device)
-    store = _store(device, folder) if chosen == machine.STREAMING else None
+    options, chosen = planned.options, expected.engine
+    device = own_device(options.device)
+    store = weight_store(device, folder) if chosen == machine.STREAMING else None
     if isinstance(store, PinnedMemory):
         ending.enter_context(store)
     placement = Placement(
         device=device,
-        autocast=machine.autocast_type(device, planned.options.machine.precision),
+        autocast=machine.autocast_type(device, options.machine.precision),
         store=store,
-        keepers=together if chosen == machine.SHARDED else ALONE,
+        keepers=group if chosen == machine.SHARDED else ALONE,
     )
     learning = learning_model(
         planned.out_config,
@@ -77,56 +77,55 @@ def constructed(
         planned.settings,
         {weight.name for weight, _ in planned.tensors if planned.may_get_mask(weight.name)},
         placement,
-        planned.options.trust_remote_code,
+        options.trust_remote_code,
     )
     engine = ResidentEngine if chosen == machine.RESIDENT else StreamingEngine
     try:
-        runs = engine(learning.model, learning.masked, learning.fixed, placement.autocast, together)
+        runs = engine(learning.model, learning.masked, learning.fixed, placement.autocast, group)
     except StreamingImpossible as error:
         raise RecipeError(
             f"the {chosen} engine can't run this merge: {error}. The resident one can, where the "
             "memory is enough: --engine resident (SOMF_ENGINE=resident)."
         ) from error
-    problem = LearningProblem(
+    setup = LearningProblem(
         engine=runs,
         tensors=learning.masked,
         pairs=data.pairs,
         utility=data.utility,
         settings=planned.settings,
         micro_batch=expected.micro_batch,
-        together=together,
+        together=group,
         held_out=data.held_out,
     )
     ways = {
-        "engine": expected.engine,
+        "engine": chosen,
         "precision": str(placement.autocast or torch.float32).removeprefix("torch."),
         "device": torch.device(device).type,
-        "processes": together.count,
+        "processes": group.count,
         "micro_batch": expected.micro_batch,
     }
-    return learning, problem, ways
+    return learning, setup, ways
 
 
-def _store(device: str, folder: str) -> MappedFiles | PinnedMemory:
-    """Return where the streaming engine keeps what it brings layer by layer."""
+def weight_store(device: str, folder: str) -> MappedFiles | PinnedMemory:
+    """Return where the streaming engine has what it brings layer by layer: beside the mask, or
+    beside the GPU.
+    """
     if torch.device(device).type != "cpu":
         return PinnedMemory(torch.device(device))
-    # The files go beside the mask: where that goes, there is a disk with room for models.
+    # Where the mask goes, there is a disk with room for models.
     beside = os.path.dirname(os.path.abspath(folder))
     os.makedirs(beside, exist_ok=True)
     return MappedFiles(beside)
 
 
-def learn_with_progress(
-    problem: LearningProblem,
-    progress: Progress,
-    checkpoints: Checkpoints,
-    quiet: bool,
+def train(
+    setup: LearningProblem, progress: Progress, checkpoints: Checkpoints, quiet: bool
 ) -> None:
     """Learn, with a progress bar, from where ``progress`` is.
 
     Args:
-        problem: what is learned; its logits are changed in place.
+        setup: what is learned; its logits are changed in place.
         progress: the steps done before; changed in place.
         checkpoints: take what is learned every few minutes.
         quiet: show no bar.
@@ -146,7 +145,7 @@ def learn_with_progress(
 
     def on_reference(done: int, total: int) -> None:
         # Several processes can't know of each other here, and end after the first step.
-        if checkpoints.stop.signal and problem.together.count == 1:
+        if checkpoints.stop.signal and setup.together.count == 1:
             raise LearningInterrupted(checkpoints.stop.signal, progress.step)
         reference = bar("Reference", total, unit="example", leave=False)
         reference.update(done - reference.n)
@@ -161,26 +160,26 @@ def learn_with_progress(
 
     try:
         with stop_requests(checkpoints.stop), memory_for(lambda: f"step {progress.step + 1}"):
-            learn_logits(problem, on_step, on_reference, progress, checkpoints)
+            learn_logits(setup, on_step, on_reference, progress, checkpoints)
     finally:
         for shown in bars.values():
             shown.close()
 
 
-def comparison(planned: PlannedMerge, problem: LearningProblem, quiet: bool) -> HeldOut:
-    """Return what the held-out pairs tell of the merge under the learned mask and without one.
+def comparison(planned: PlannedMerge, setup: LearningProblem, quiet: bool) -> HeldOut:
+    """Return how the held-out pairs compare the merge under the learned mask with one without.
 
     Args:
         planned: the merge.
-        problem: what was learned from.
-        quiet: whether no bar is shown.
+        setup: what was learned from.
+        quiet: show no bar.
     """
     from tqdm import tqdm
 
-    count = 2 * len(problem.together.share(list(range(len(problem.held_out)))))
+    count = 2 * len(setup.together.share(list(range(len(setup.held_out)))))
     with tqdm(total=count, desc="Held-out pairs", unit="pair", leave=False, disable=quiet) as bar:
-        plain = held_out_margins(problem, Content.UNMASKED, bar.update)
-        merged = held_out_margins(problem, Content.MERGED, bar.update)
+        plain = held_out_margins(setup, Content.UNMASKED, bar.update)
+        merged = held_out_margins(setup, Content.MERGED, bar.update)
     return HeldOut.of(plain, merged, recorded_settings(planned)["mask_kind"])
 
 
@@ -189,27 +188,27 @@ def learned_line(masks: MaskSet, compared: HeldOut | str) -> str:
 
     Args:
         masks: that were learned.
-        compared: what the held-out pairs tell, or why they tell nothing.
+        compared: what the held-out pairs say, or why they say nothing.
     """
     steps = masks.provenance["steps"]
-    told = [f"learned in {steps:,} steps"]
-    told += [f"no held-out pairs: {compared}" if isinstance(compared, str) else compared.line]
+    parts = [f"learned in {steps:,} steps"]
+    parts += [f"no held-out pairs: {compared}" if isinstance(compared, str) else compared.line]
     collapses = MaskCensus(masks).collapses()
     tensors = {name for collapse in collapses for name in collapse.tensors}
     if steps and tensors:
         ways = ", ".join(f"{c.what} {len(c.tensors):,}" for c in collapses)
-        told += [
+        parts += [
             f"the masks of {len(tensors):,} of {len(masks.names()):,} tensors have collapsed "
             f"({ways})"
         ]
-    return "; ".join(told)
+    return "; ".join(parts)
 
 
 def diverged(
     planned: PlannedMerge,
     error: LearningDiverged,
     steps: int,
-    kept: str | None,
+    stored: str | None,
     ways: Mapping[str, Any],
 ) -> str:
     """Return why learning stopped, where the mask is stored, and what to change.
@@ -218,33 +217,32 @@ def diverged(
         planned: the merge.
         error: what is known.
         steps: of the whole training run.
-        kept: the folder of the last mask without a fault; None where there is none.
+        stored: the folder of the last mask without a fault; None where there is none.
         ways: how the mask was learned, as recorded with it.
     """
     settings = recorded_settings(planned)
-    told = [f"{error.what} at step {error.step + 1} of {steps}"]
-    for what, rows, source in (
+    what = f"{error.what} at step {error.step + 1} of {steps}"
+    for term, rows, source in (
         ("loss", error.rows, settings["safety_dataset"]),
         ("utility term", error.utility_rows, settings["utility_dataset"]),
     ):
         if rows:
-            told[0] += f"; the {what} on row {_listed(rows)} of {source} (counted from 0)"
+            what += f"; the {term} on row {_listed(rows)} of {source} (counted from 0)"
     if error.tensors:
-        told[0] += f", that of {_listed(error.tensors)}"
-    if kept:
-        told.append(f"The last good mask is stored in {kept}")
-    changes = [f"a smaller learning_rate (now {settings['learning_rate']})"]
+        what += f", that of {_listed(error.tensors)}"
+    if stored:
+        what += f". The last good mask is stored in {stored}"
+    changes = []
     if error.rows or error.utility_rows:
-        changes.insert(
-            0, "look at these rows, and leave them out if they are not what they should be"
-        )
+        changes.append("look at these rows, and leave them out if they are not what they should be")
+    changes.append(f"a smaller learning_rate (now {settings['learning_rate']})")
     if ways["precision"] != "float32":
         changes.append(f"--precision float32 (SOMF_PRECISION) instead of {ways['precision']}")
     if planned.config.dtype == "float16":
         changes.append("dtype: bfloat16 or float32")
     if settings["mask_rescale"] == "mean":
         changes.append("mask_rescale: none (a mask that is next to empty is divided by its mean)")
-    return f"{'. '.join(told)}. What to try: {'; '.join(changes)}."
+    return f"{what}. What to try: {'; '.join(changes)}."
 
 
 def _listed(items: Sequence[Any]) -> str:
