@@ -55,7 +55,7 @@ def main(batch_size: int, micro_batch: int, max_length: int, granularity: str) -
         )
 
         def memory(need: Need) -> str:
-            return f"{(need.kept + micro_batch * need.pair) / _GIB:.1f} GiB"
+            return f"{(need.held + micro_batch * need.pair) / _GIB:.1f} GiB"
 
         streaming, streaming_on_gpu = on_cpu[STREAMING], on_gpu[STREAMING]
         click.echo(
@@ -88,11 +88,11 @@ def _model(
     tensors = {
         name: PlannedTensor(
             may_get_mask=True,
-            kept_as=name,
+            mask_name=name,
             shape=tuple(weight.shape),
             has_vocabulary="embed" in name,
             granularity=granularity,
-            kept_tensors=1,
+            delta_tensors=1,
             itemsize=2,
         )
         for name, weight in model.named_parameters()

@@ -91,11 +91,12 @@ def _merge(config_file: str, out_path: str, options: Any) -> None:
 @_command("recipe_file", "folder", merges=True)
 def _learn(recipe_file: str, folder: str, options: Any) -> None:
     """Learn the mask of a recipe into a folder, without merging."""
-    from .plugin.planner import learn
+    from .plugin.planner import plan_and_mask, warn_of
 
-    masks = learn(recipe_file, folder, options)
+    planned, masks = plan_and_mask(recipe_file, folder, options)
     if is_first():
         click.echo(f"mask of {len(masks.names())} tensors in {os.path.dirname(masks.path)}")
+    warn_of(planned, masks)
 
 
 @_command(

@@ -76,9 +76,9 @@ def test_the_recipes_chat_template_is_learned_under(family, family_recipe, tmp_p
 def test_a_chat_template_that_is_none_is_refused(family_recipe, tmp_path):
     content = family_recipe() | {"chat_template": "chatlm"}
     said = tiny.refused(content, tmp_path)
-    assert "chat_template: 'chatlm' is no template; expected auto, one of alpaca, chatml" in said
+    assert "chat_template: 'chatlm' isn't a template; expected auto, one of alpaca, chatml" in said
     given = family_recipe(safety_dataset=None, mask=str(tmp_path)) | {"chat_template": "chatlm"}
-    assert "chat_template: 'chatlm' is no template" in tiny.refused(given, tmp_path)
+    assert "chat_template: 'chatlm' isn't a template" in tiny.refused(given, tmp_path)
 
 
 def test_keywords_of_the_template_decide_the_tokens(tmp_path):

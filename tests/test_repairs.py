@@ -240,7 +240,7 @@ def test_roles_in_memory(roles, said):
 def test_repairs_are_no_fusions_of_somf(family_recipe, tmp_path):
     assert not set(REPAIRS) & set(fusion_methods.known_fusions())
     message = tiny.refused(family_recipe(fusion="resta"), tmp_path)
-    assert "'resta' is no method of mergekit that is known" in message
+    assert "'resta' isn't a method of mergekit that is known" in message
 
 
 @pytest.fixture

@@ -528,7 +528,7 @@ def test_what_equals_the_recipe_is_listed_once():
         ({}, "include", "--over include: has no usual values; name some"),
         ({}, "safety_eval=a.jsonl", "is what merges are measured on, not how one is made"),
         ({}, "utility_weight=1", "changes nothing without a utility term"),
-        ({}, "fusion=tees", "'tees' is no method of mergekit that is known (did you mean 'ties'?)"),
+        ({}, "fusion=tees", "'tees' isn't a method of mergekit that is known (did you mean 'ties'"),
         ({}, "fusion=slerp", "slerp can't fuse 2 fine-tuned models"),
         ({"fusion": "linear"}, "weight", "for linear takes weights relative to each other here"),
         ({"fusion": "ties", "density": 0.5}, "weight", "sweep lambda instead, or set `normalize:"),

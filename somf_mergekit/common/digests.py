@@ -94,7 +94,7 @@ def _remembered(file: Path) -> dict[str, str]:
 
 
 def _is_own(path: Path) -> bool:
-    """Whether this user alone owns and can write a file or folder, which is no link."""
+    """Whether this user alone owns and can write a file or folder, which isn't a link."""
     found = path.lstat()
     others = stat.S_IWGRP | stat.S_IWOTH
     is_link, owner = stat.S_ISLNK(found.st_mode), os.geteuid() if os.name == "posix" else None

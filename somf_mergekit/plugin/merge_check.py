@@ -89,7 +89,7 @@ def planned_merge(config: MergeConfiguration, options: MergeOptions) -> PlannedM
 def _planned(
     config: MergeConfiguration, options: MergeOptions, problems: Iterable[str]
 ) -> tuple[PlannedMerge, list[str]]:
-    """Return the plan of a recipe, and what is wrong with it as far as that tells.
+    """Return the plan of a recipe, and what is wrong with it.
 
     Raises:
         RecipeError: ``problems`` and what else keeps mergekit from planning it.

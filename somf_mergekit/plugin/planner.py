@@ -4,13 +4,11 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mergekit.merge
 from mergekit.config import MergeConfiguration
-from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 from pydantic import PrivateAttr
@@ -26,7 +24,7 @@ from ..evaluate.for_recipe import asks_to_be_measured
 from ..mask.artifact import MaskSet
 from ..prepass.forecast import merge_bytes
 from ..prepass.places import File, check_room, weight_bytes
-from ..prepass.plan import PlannedMerge, mask_name, with_fields
+from ..prepass.plan import PlannedMerge, with_masks
 from ..prepass.prepass import mask_for
 from ..prepass.provenance import recorded_settings
 from ..prepass.ties import as_written, copy_ties
@@ -63,10 +61,29 @@ def wrap_planner() -> None:
     Safe to repeat.
     """
     original = MergePlanner._plan
-    if not hasattr(original, WRAPPED):
-        wrapped = functools.wraps(original)(_with_checks(original))
-        setattr(wrapped, WRAPPED, True)
-        MergePlanner._plan = wrapped
+    if hasattr(original, WRAPPED):
+        return
+
+    @functools.wraps(original)
+    def plan(self: MergePlanner) -> None:
+        if self.config.merge_method not in OWN_METHODS:
+            original(self)
+            return
+        if isinstance(self.config, ReadyRecipe):
+            planned = self.config._planned
+        else:
+            # Not by run_merge, as where models are merged in memory.
+            options = SomfOptions.of(self.options)
+            folder, found = artifact_folder(None, options), processes_problem(self.config)
+            planned, inputs = checked_merge(self.config, options, found, folder=folder)
+            if inputs is not None:
+                planned = with_masks(planned, mask_for(planned, inputs, folder))
+        self._tensors = [(weight, as_written(weight, task)) for weight, task in planned.tensors]
+        copy_ties(planned.out_config, self.out_model_config)
+        self._tokenizer_task = planned.tokenizer_task
+
+    setattr(plan, WRAPPED, True)
+    MergePlanner._plan = plan
 
 
 def wrap_run_merge(module: Any) -> None:
@@ -94,7 +111,7 @@ def wrap_run_merge(module: Any) -> None:
         text = config_source or recipe_text(config)
 
         def merge(planned: PlannedMerge, folder: str, how: MergeOptions) -> Any:
-            with _told_of_writing(folder):
+            with _writing_to(folder):
                 return _merged(original, config, planned, folder, how, text, **further)
 
         timer = Timer()
@@ -107,7 +124,7 @@ def wrap_run_merge(module: Any) -> None:
         if inputs is None:
             check_room(_files(planned, out_path))
             return merge(planned, out_path, options)
-        with _told_of_writing(folder):
+        with _writing_to(folder):
             masks = mask_for(planned, inputs, folder, _files(planned, out_path), timer)
 
         def write(to: str, how: MergeOptions, is_masked: bool) -> Any:
@@ -133,7 +150,7 @@ def write_merge(
     Args:
         config: the recipe.
         planned: its plan.
-        masks: its mask, kept in ``out``; for a merge without a mask any of the same models.
+        masks: its mask, stored in ``out``; for a merge without a mask any of the same models.
         out: the folder.
         options: mergekit's.
         is_masked: whether tensors get their masks.
@@ -144,7 +161,7 @@ def write_merge(
     if is_masked:
         masks = mask_for(planned, masks, os.path.join(os.path.abspath(out), ARTIFACT_FOLDER))
     ready = with_masks(planned, masks, is_masked=is_masked)
-    with _told_of_writing(out):
+    with _writing_to(out):
         run_merge = mergekit.merge.run_merge.__wrapped__
         _merged(run_merge, config, ready, out, options, recipe_text(config))
 
@@ -195,38 +212,30 @@ def learn(
     Raises:
         RecipeError: the recipe, its models or its data are wrong.
     """
-    options = SomfOptions.of(options or MergeOptions())
+    planned, masks = plan_and_mask(source, out_dir, SomfOptions.of(options or MergeOptions()))
+    warn_of(planned, masks)
+    return masks
+
+
+def plan_and_mask(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    out_dir: str | os.PathLike[str],
+    options: SomfOptions,
+) -> tuple[PlannedMerge, MaskSet]:
+    """Return the plan of a recipe and its mask; see ``learn``."""
     config, problems = recipe_and_problems(source)
     if (config.parameters or {}).get("mask"):
         raise RecipeError("parameters.mask is given: there is nothing to learn")
     folder = os.path.abspath(out_dir)
     planned, inputs = checked_merge(config, options, problems, folder=folder)
     assert inputs is not None  # somf always has some
-    masks = mask_for(planned, inputs, folder)
+    return planned, mask_for(planned, inputs, folder)
+
+
+def warn_of(planned: PlannedMerge, masks: MaskSet) -> None:
+    """Warn where held-out pairs don't speak for a mask: the last words, of the first process."""
     if is_first():
         warn(masks.provenance, recorded_settings(planned)["mask_kind"])
-    return masks
-
-
-def _with_checks(original: Callable[[MergePlanner], None]) -> Callable[[MergePlanner], None]:
-    def plan(self: MergePlanner) -> None:
-        if self.config.merge_method not in OWN_METHODS:
-            original(self)
-            return
-        if isinstance(self.config, ReadyRecipe):
-            planned = self.config._planned
-        else:
-            # Not by run_merge, as where models are merged in memory.
-            options = SomfOptions.of(self.options)
-            folder, found = artifact_folder(None, options), processes_problem(self.config)
-            planned, inputs = checked_merge(self.config, options, found, folder=folder)
-            if inputs is not None:
-                planned = with_masks(planned, mask_for(planned, inputs, folder))
-        self._tensors = [(weight, as_written(weight, task)) for weight, task in planned.tensors]
-        copy_ties(planned.out_config, self.out_model_config)
-        self._tokenizer_task = planned.tokenizer_task
-
-    return plan
 
 
 def _ready(config: MergeConfiguration, planned: PlannedMerge) -> ReadyRecipe:
@@ -239,8 +248,12 @@ def _ready(config: MergeConfiguration, planned: PlannedMerge) -> ReadyRecipe:
 
 
 @contextmanager
-def _told_of_writing(folder: str) -> Iterator[None]:
-    """Say what to do where a file of a merge can't be written."""
+def _writing_to(folder: str) -> Iterator[None]:
+    """Say what to do where a file of a merge can't be written.
+
+    Raises:
+        RecipeError: it can't.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -248,7 +261,7 @@ def _told_of_writing(folder: str) -> Iterator[None]:
             raise
         raise RecipeError(
             f"the merge can't be written to {folder}: {first_line(error)}. Make room, and "
-            "give the same command again: a mask that was learned is kept, and used again."
+            "give the same command again: a mask that was learned is stored, and used again."
         ) from error
 
 
@@ -260,29 +273,6 @@ def _files(planned: PlannedMerge, out: str) -> list[File]:
     if is_somf and asks_to_be_measured(planned.settings):
         files.append(("the plain fusion, to measure", os.path.dirname(os.path.abspath(out)), size))
     return files
-
-
-def with_masks(planned: PlannedMerge, masks: MaskSet, *, is_masked: bool = True) -> PlannedMerge:
-    """Return a plan whose tasks take their masks from ``masks``, or none of them.
-
-    Without its masks a merge is the same in everything else, what it draws at random included.
-    """
-    further = {} if is_masked else {"exclude": "*"}
-    tensors = ((weight, with_mask(task, masks.path, **further)) for weight, task in planned.tensors)
-    return replace(planned, tensors=tuple(tensors))
-
-
-def with_mask(task: ExecuteMergeMethodTask, mask: str, **further: Any) -> ExecuteMergeMethodTask:
-    """Return mergekit's task of a tensor with the artifact that it takes its mask from.
-
-    Args:
-        task: of a somf recipe.
-        mask: the artifact.
-        further: parameters that are to be others than the recipe says.
-    """
-    parameters = dict(task.parameters.items())
-    own = {"mask": mask, recipe.MASK_TENSOR: mask_name(task), **further}
-    return with_fields(task, parameters=parameters | own)
 
 
 wrap_planner()

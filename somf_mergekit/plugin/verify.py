@@ -20,13 +20,13 @@ from ..common.machine import MachineOptions
 from ..common.merge_options import SomfOptions
 from ..fusion.groups import are_equal
 from ..mask.artifact import MaskSet
+from ..prepass.plan import with_mask
 from ..prepass.task_vectors import content_fingerprint
 from ..prepass.tensor_sets import tensor_set_problems
 from ..recipe import settings as recipe
 from ..recipe.model_check import check_models
 from ..recipe.validate import read_recipe
 from .merge_check import OWN_METHODS, unchecked_plan
-from .planner import with_mask
 
 RECIPE_FILE = "mergekit_config.yml"
 RIGHT, WRONG, UNCHECKED = "right", "WRONG", "not checked"

@@ -1,4 +1,4 @@
-"""What learning a mask takes on this machine, and so which engine runs it: told from headers."""
+"""What learning a mask takes on this machine, and so which engine runs it: read off headers."""
 
 import math
 import re
@@ -31,7 +31,7 @@ _LAYER = re.compile(r"^(.*?\.\d+)\.")
 
 @dataclass(frozen=True)
 class Forecast:
-    """What learning a recipe's mask would take: told without loading weights.
+    """What learning a recipe's mask would take: known without loading weights.
 
     Attributes:
         tensors: tensors that may get a mask.
@@ -77,21 +77,21 @@ class Forecast:
         ]
 
 
-def forecast(planned: PlannedMerge, data: SafetyData, together: Processes = ALONE) -> Forecast:
+def forecast(planned: PlannedMerge, data: SafetyData, group: Processes = ALONE) -> Forecast:
     """Return what learning the mask of a recipe would take: the same for all processes.
 
     Args:
         planned: the recipe.
         data: its data.
-        together: this process among those that learn.
+        group: this process among those that learn.
 
     Raises:
         RecipeError: no engine fits in what is free, or the one asked for can't run.
     """
     settings, device = planned.settings, own_device(planned.options.device)
-    on_cpu, is_alone = device == "cpu", together.count == 1
-    free = min(together.gathered([machine.free_memory(device)]))
-    free_host = free if on_cpu else min(together.gathered([machine.free_memory("cpu")]))
+    on_cpu, is_alone = device == "cpu", group.count == 1
+    free = min(group.gathered([machine.free_memory(device)]))
+    free_host = free if on_cpu else min(group.gathered([machine.free_memory("cpu")]))
     chosen = planned.options.machine
     autocast = machine.autocast_type(device, chosen.precision)
     tensors = planned_tensors(planned)
@@ -101,7 +101,7 @@ def forecast(planned: PlannedMerge, data: SafetyData, together: Processes = ALON
         computed=autocast.itemsize if autocast else 4,
         step_tokens=2 * settings.max_length * settings.batch_size,
         pair_tokens=2 * settings.max_length,
-        processes=together.count,
+        processes=group.count,
         on_cpu=on_cpu,
         has_moments=settings.optimizer == "adamw",
     )
@@ -122,7 +122,7 @@ def forecast(planned: PlannedMerge, data: SafetyData, together: Processes = ALON
     engine = chosen.engine or fitting[0]
     need = needs[engine]
     # At most half of what is free: larger micro-batches save little time.
-    room = min(usable - need.kept, free // 2)
+    room = min(usable - need.held, free // 2)
     micro_batch = chosen.micro_batch_size or room // need.pair
     micro_batch = max(1, min(settings.batch_size, micro_batch))
     storage = weight_storage(planned.out_config)
@@ -138,7 +138,7 @@ def forecast(planned: PlannedMerge, data: SafetyData, together: Processes = ALON
         steps=step_count(settings, len(data.pairs)),
         engine=engine,
         micro_batch=micro_batch,
-        memory=need.kept + micro_batch * need.pair,
+        memory=need.held + micro_batch * need.pair,
         free=free,
         disk=need.disk,
         host=need.host,
@@ -161,13 +161,13 @@ class Need:
     """What an engine needs, in bytes.
 
     Attributes:
-        kept: in memory throughout.
+        held: in memory throughout.
         pair: for the activations of each pair that goes through the model at once.
         disk: in files while learning.
         host: in the host's memory, where the rest is on a GPU.
     """
 
-    kept: int
+    held: int
     pair: int
     disk: int = 0
     host: int = 0
@@ -175,7 +175,7 @@ class Need:
     @property
     def least(self) -> int:
         """Memory with one pair at once."""
-        return self.kept + self.pair
+        return self.held + self.pair
 
 
 def engine_needs(
@@ -197,7 +197,7 @@ def engine_needs(
         computed: bytes of a number in the type the model computes in.
         step_tokens: of all sequences of an optimiser step.
         pair_tokens: of a pair's two sequences.
-        processes: that learn together.
+        processes: that learn group.
         on_cpu: whether the model learns there, not on a GPU.
         has_moments: whether the optimiser keeps two numbers an entry, as AdamW does.
     """
@@ -210,28 +210,28 @@ def engine_needs(
         size = math.prod(tensor.shape)
         # Embeddings stay float32 under autocast.
         in_model = size * (4 if tensor.has_vocabulary else computed)
-        kept = size * tensor.itemsize
-        linear = tensor.kept_tensors == 1
+        held = size * tensor.itemsize
+        linear = tensor.delta_tensors == 1
         if tensor.may_get_mask:
             in_model *= 2  # with the gradient
-            kept += size * (computed if linear else tensor.kept_tensors * tensor.itemsize)
+            held += size * (computed if linear else tensor.delta_tensors * tensor.itemsize)
             layout = mask_layout(tensor.granularity, name, tensor.shape, storage)
             entries = math.prod(layout.shape)
-            kept += _LOGIT_BYTES * entries * (3 if has_moments else 1)
+            held += _LOGIT_BYTES * entries * (3 if has_moments else 1)
             if has_moments and not linear:
                 # The gradient and slope of each entry, until the norm of the whole is known.
                 resident += 2 * _LOGIT_BYTES * entries
-        resident += in_model + kept
-        stores += kept
-        shards += kept // processes if linear else kept
+        resident += in_model + held
+        stores += held
+        shards += held // processes if linear else held
         layer = _LAYER.match(name)
         if layer:
             layers[layer[1]] += in_model
-            brought[layer[1]] += kept
+            brought[layer[1]] += held
         else:
             outside += in_model
-            visitor = max(visitor, kept)
-    # Between layers the hidden states of a process' share of a step are kept, in float32.
+            visitor = max(visitor, held)
+    # Between layers the hidden states of a process' share of a step are held, in float32.
     states = 4 * step_tokens * text.hidden_size * text.num_hidden_layers // processes
     hidden = text.hidden_size
     inner = getattr(text, "intermediate_size", None) or 4 * hidden
@@ -254,7 +254,7 @@ def engine_needs(
 
 
 def _does_not_fit(needs: dict[str, Need], free: int, free_host: int) -> str:
-    told = ", ".join(
+    listed = ", ".join(
         f"{name} needs about {_gib(need.least)} GiB"
         + (f" and {_gib(need.host)} GiB beside the GPU" if need.host else "")
         for name, need in needs.items()
@@ -262,7 +262,7 @@ def _does_not_fit(needs: dict[str, Need], free: int, free_host: int) -> str:
     has_host = any(need.host for need in needs.values())
     beside = f", {_gib(free_host)} GiB beside the GPU" if has_host else ""
     return (
-        f"learning this mask does not fit in memory: {told}, {_gib(free)} GiB are free{beside}. "
+        f"learning this mask does not fit in memory: {listed}, {_gib(free)} GiB are free{beside}. "
         "What helps: a coarser granularity, fewer masked tensors (include, exclude), a smaller "
         "max_length or batch_size, or a mask learned elsewhere (mask). --engine (SOMF_ENGINE) "
         "tries one all the same."

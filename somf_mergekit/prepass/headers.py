@@ -26,7 +26,7 @@ _INTEGERS = ("I8", "U8", "I32")
 
 
 def checkpoint_problems(planned: PlannedMerge) -> list[str]:
-    """Return what does not fit between the models, told from file headers alone."""
+    """Return what does not fit between the models, as far as file headers say."""
     problems = tensor_set_problems(planned.tensors, planned.options)
     quantized: dict[ModelReference, list[str]] = {}
     for weight, task in planned.tensors:
@@ -85,34 +85,34 @@ class PlannedTensor:
 
     Attributes:
         may_get_mask: whether the recipe's patterns let it have one.
-        kept_as: the name under which its mask is kept.
+        mask_name: the name under which its mask is stored.
         shape: as merged, with the vocabulary that mergekit aligns all models to.
         has_vocabulary: whether one of its axes are the tokens.
         granularity: of a mask that would be learned.
-        kept_tensors: how many tensors of this shape learning keeps for the task vectors.
+        delta_tensors: how many tensors of this shape learning holds for the task vectors.
         itemsize: bytes of a number in the type that the models are merged in.
     """
 
     may_get_mask: bool
-    kept_as: str
+    mask_name: str
     shape: tuple[int, ...]
     has_vocabulary: bool
     granularity: str
-    kept_tensors: int
+    delta_tensors: int
     itemsize: int
 
 
 def planned_tensors(planned: PlannedMerge) -> dict[str, PlannedTensor]:
-    """Return the tensors of a somf merge by name, as far as file headers tell their shapes."""
+    """Return the tensors of a somf merge by name, whose shapes file headers say."""
     shapes = tensor_shapes(planned)
     return {
         weight.name: PlannedTensor(
             may_get_mask=planned.may_get_mask(weight.name),
             has_vocabulary=weight.vocabulary_axis is not None,
-            kept_as=mask_name(task),
+            mask_name=mask_name(task),
             shape=shapes[weight.name],
             granularity=str(task.parameters["granularity"]),
-            kept_tensors=1 if is_linear(task_parameters(task)) else len(task.model_order),
+            delta_tensors=1 if is_linear(task_parameters(task)) else len(task.model_order),
             itemsize=_itemsize(planned, weight, task),
         )
         for weight, task in planned.tensors
@@ -122,7 +122,7 @@ def planned_tensors(planned: PlannedMerge) -> dict[str, PlannedTensor]:
 
 
 def tensor_shapes(planned: PlannedMerge) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors of a merge, as far as file headers tell them."""
+    """Return the shapes of the tensors of a merge, as far as file headers say them."""
     found = {}
     defined: dict[str, tuple[int, ...]] | None = None
     for weight, task in planned.tensors:

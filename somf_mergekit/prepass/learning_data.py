@@ -163,7 +163,7 @@ def _misfits(planned: PlannedMerge, masks: MaskSet, source: str) -> list[str]:
     planned_for = {
         name: tensor for name, tensor in planned_tensors(planned).items() if tensor.may_get_mask
     }
-    if not any(mask.kept_as in masks for mask in planned_for.values()):
+    if not any(mask.mask_name in masks for mask in planned_for.values()):
         problems.append(
             f"mask {source}: none of its {len(masks.names())} tensors is in this merge (it has "
             f"{', '.join(masks.names()[:2])} ...): the mask is of another model"
@@ -171,13 +171,13 @@ def _misfits(planned: PlannedMerge, masks: MaskSet, source: str) -> list[str]:
     storage = weight_storage(planned.out_config)
     asks = "granularity" in (planned.config.parameters or {})
     for name, mask in planned_for.items():
-        if mask.kept_as not in masks:
+        if mask.mask_name not in masks:
             continue
-        problem = mask_shape_problem(name, masks.shape(mask.kept_as), mask.shape, source)
+        problem = mask_shape_problem(name, masks.shape(mask.mask_name), mask.shape, source)
         if problem:
             problems.append(problem)
             continue
-        layout = masks.layout(mask.kept_as)
+        layout = masks.layout(mask.mask_name)
         if asks and layout.shape != mask_layout(mask.granularity, name, mask.shape, storage).shape:
             problems.append(
                 f"parameters.granularity: {mask.granularity} does not fit the mask {source}, "

@@ -81,10 +81,10 @@ def check_room(files: Iterable[File]) -> None:
         wanted = sum(size for _, _, size in found)
         free = shutil.disk_usage(_existing(found[0][1])).free
         if wanted > free:
-            told = ", ".join(f"{what} {_gib(n)} in {place}" for what, place, n in found if n)
+            listed = ", ".join(f"{what} {_gib(n)} in {place}" for what, place, n in found if n)
             raise RecipeError(
                 f"there is no room for what this merge writes: {_gib(wanted)} GiB are needed "
-                f"({told}), {_gib(free)} GiB are free. Make room, or name folders on another disk"
+                f"({listed}), {_gib(free)} GiB are free. Make room, or name folders on another disk"
             )
 
 
@@ -122,7 +122,7 @@ def _harm(name: str, place: str, out: str) -> Iterator[str]:
 
 
 def _files(folder: str) -> dict[tuple[int, int], str]:
-    """Return the files in a folder by what tells them apart, whatever links lead to them."""
+    """Return the files in a folder by device and number, whatever links lead to them."""
     if not os.path.isdir(folder):
         return {}
     entries = [entry for entry in os.scandir(folder) if entry.is_file()]

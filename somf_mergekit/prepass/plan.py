@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -18,7 +18,8 @@ from mergekit.tokenizer.build import get_stripped_tokenizer
 from ..common.errors import RecipeError
 from ..common.merge_options import SomfOptions
 from ..data.chat import check_words
-from ..recipe.settings import Settings, may_get_mask, recipe_settings
+from ..mask.artifact import MaskSet
+from ..recipe.settings import MASK_TENSOR, Settings, may_get_mask, recipe_settings
 
 TaskT = TypeVar("TaskT", bound=Task)
 
@@ -199,7 +200,7 @@ def source_names(task: ExecuteMergeMethodTask) -> set[str]:
 
 
 def mask_name(task: ExecuteMergeMethodTask) -> str:
-    """Return the name under which a mask for this tensor is kept: its name in the base."""
+    """Return the name under which a mask for this tensor is stored: its name in the base."""
     return str(gather_task(task).weight_info[task.base_model].name)
 
 
@@ -207,3 +208,26 @@ def gather_task(task: ExecuteMergeMethodTask) -> GatherTensors:
     """Return the part of a task that loads its inputs, before any alignment of vocabularies."""
     inner = task.gather_tensors
     return inner if isinstance(inner, GatherTensors) else inner.gather_tensors
+
+
+def with_masks(planned: PlannedMerge, masks: MaskSet, *, is_masked: bool = True) -> PlannedMerge:
+    """Return a plan whose tasks take their masks from ``masks``, or none of them.
+
+    Without its masks a merge is the same in everything else, what it draws at random included.
+    """
+    further = {} if is_masked else {"exclude": "*"}
+    tensors = ((weight, with_mask(task, masks.path, **further)) for weight, task in planned.tensors)
+    return replace(planned, tensors=tuple(tensors))
+
+
+def with_mask(task: ExecuteMergeMethodTask, mask: str, **further: Any) -> ExecuteMergeMethodTask:
+    """Return mergekit's task of a tensor with the artifact that it takes its mask from.
+
+    Args:
+        task: of a somf recipe.
+        mask: the artifact.
+        further: parameters that are to be others than the recipe says.
+    """
+    parameters = dict(task.parameters.items())
+    own = {"mask": mask, MASK_TENSOR: mask_name(task), **further}
+    return with_fields(task, parameters=parameters | own)

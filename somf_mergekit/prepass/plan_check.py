@@ -1,4 +1,4 @@
-"""Say what is wrong with a recipe as far as its plan tells: values are resolved per tensor."""
+"""What is wrong with a recipe as its plan says: values are resolved per tensor."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -83,7 +83,7 @@ def learning_problem(planned: PlannedMerge) -> str | None:
     if example is None:
         return _class_problem(planned)
     return (
-        f"a mask can't be learned for this merge, whose output is no model of the base's shape: "
+        f"a mask can't be learned for this merge, whose output isn't a model of the base's shape: "
         f"{example}. A learned mask can still be applied with the parameter `mask`"
     )
 
@@ -131,7 +131,7 @@ def _unreached(value: Any, names: set[str]) -> Iterator[str]:
             continue
         is_for_all = item.filter in (None, "*")
         matching = names if is_for_all else {name for name in names if item.filter in name}
-        told = f"the value {item.value!r}" if is_for_all else f"the filter {item.filter!r}"
+        named = f"the value {item.value!r}" if is_for_all else f"the filter {item.filter!r}"
         if not matching:
             yield (
                 f"no tensor has {item.filter!r} in its name; a filter is a part of a name such as "
@@ -139,7 +139,7 @@ def _unreached(value: Any, names: set[str]) -> Iterator[str]:
             )
         elif is_final or not (is_for_all or matching & left):
             yield (
-                f"{told} is never reached: mergekit takes the first filter that a name matches, "
+                f"{named} is never reached: mergekit takes the first filter that a name matches, "
                 "and one above it has all of its tensors; move it up"
             )
         left -= matching

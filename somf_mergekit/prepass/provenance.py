@@ -1,4 +1,4 @@
-"""What decides a learned mask, and what is told with it."""
+"""What decides a learned mask, and what is recorded with it."""
 
 import json
 import math
@@ -36,7 +36,7 @@ _STAND_INS = (
     *(f"safety_{what}" for what in ("dataset", "split", "config", "samples")),
     *(f"utility_{what}" for what in ("dataset", "split", "config", "samples")),
 )
-# What a configuration tells of the file that it was read from.
+# What a configuration says of the file that it was read from.
 _CONFIGURATION_NOTES = ("_name_or_path", "transformers_version")
 # In the fingerprint: what the chat template wrote as today's date.
 DATE = "date in the chat template"
@@ -67,14 +67,14 @@ def learning_fingerprint(planned: PlannedMerge, data: SafetyData) -> dict[str, A
 
 
 def recorded_date(fingerprint: Any) -> str | None:
-    """Return the date that a chat template wrote when a mask was learned, None where none is told.
+    """Return the date that a chat template wrote when a mask was learned, None where none is known.
 
     Args:
-        fingerprint: as told with a mask or a checkpoint, perhaps by a stranger.
+        fingerprint: as stored with a mask or a checkpoint, perhaps by a stranger.
     """
-    told = fingerprint.get(DATE) if isinstance(fingerprint, dict) else None
+    written = fingerprint.get(DATE) if isinstance(fingerprint, dict) else None
     try:
-        return date.fromisoformat(str(told)).isoformat()
+        return date.fromisoformat(str(written)).isoformat()
     except ValueError:
         return None
 
@@ -95,7 +95,7 @@ def content_of_models(planned: PlannedMerge) -> dict[str, Any]:
 
 
 def resolved_learning(planned: PlannedMerge) -> list[Any]:
-    """Return what of a recipe decides its mask, as JSON, as far as the recipe itself tells."""
+    """Return what of a recipe decides its mask, as JSON, as far as the recipe itself says."""
     settings = planned.settings.model_dump(exclude={*_USE_ONLY, "preset"})
     return [settings, [_resolved(planned, *tensor) for tensor in planned.tensors]]
 
@@ -120,12 +120,12 @@ def _sources(planned: PlannedMerge, task: Any) -> list[Any]:
 def _configuration(planned: PlannedMerge) -> list[Any]:
     """Return what transformers makes the model that learns from."""
     content = planned.out_config.to_dict()
-    told = {key: value for key, value in content.items() if key not in _CONFIGURATION_NOTES}
+    deciding = {k: v for k, v in content.items() if k not in _CONFIGURATION_NOTES}
     code = []
     if planned.options.trust_remote_code:
         folder = LoaderCache().get(planned.base_model).index.base_path
         code = [file_digest(file) for file in sorted(Path(folder).glob("*.py"))]
-    return [told, code]
+    return [deciding, code]
 
 
 def _tokens(planned: PlannedMerge) -> list[Any]:
@@ -133,7 +133,7 @@ def _tokens(planned: PlannedMerge) -> list[Any]:
     tokenizer, info = planned.tokenizer, planned.tokenizer_info
     if tokenizer.is_fast:
         own: Any = json.loads(tokenizer.backend_tokenizer.to_str())
-        # How texts were last cut and filled up is kept there too.
+        # How texts were last cut and filled up stands there too.
         own |= dict.fromkeys(("padding", "truncation"))
     else:
         own = sorted(tokenizer.get_vocab().items())
@@ -151,7 +151,7 @@ def provenance(
     tensors: Sequence[MaskedTensor],
     compared: HeldOut | str,
 ) -> dict[str, Any]:
-    """Return what is told with a mask, as JSON: no text of the data is in it.
+    """Return what is recorded with a mask, as JSON: no text of the data is in it.
 
     Args:
         planned: the merge.
@@ -159,7 +159,7 @@ def provenance(
         fingerprint: see ``learning_fingerprint``.
         history: a row per step of learning.
         tensors: that have a mask.
-        compared: what the held-out pairs tell, or why they tell nothing.
+        compared: what the held-out pairs say, or why they say nothing.
     """
     settings = planned.settings
     return {
@@ -198,7 +198,7 @@ def provenance(
 
 
 def provenance_of_use(planned: PlannedMerge, masks: MaskSet) -> dict[str, Any]:
-    """Return what is told with a mask that another recipe learned, as JSON."""
+    """Return what is recorded with a mask that another recipe learned, as JSON."""
     settings = planned.settings
     return {
         "recipe": planned.recipe,
@@ -213,10 +213,10 @@ def provenance_of_use(planned: PlannedMerge, masks: MaskSet) -> dict[str, Any]:
 
 def recorded_settings(planned: PlannedMerge) -> dict[str, Any]:
     """Return all settings; those that differ between tensors as the recipe says them."""
-    told = planned.settings.model_dump()
+    settings = planned.settings.model_dump()
     content = plain(planned.config.parameters)
-    varied = {k: v for k, v in content.items() if k in told and isinstance(v, (dict, list))}
-    return told | varied
+    varied = {k: v for k, v in content.items() if k in settings and isinstance(v, (dict, list))}
+    return settings | varied
 
 
 def _curve_mean(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -227,16 +227,16 @@ def _curve_mean(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def differences(
-    told: dict[str, Any], fingerprint: dict[str, Any], models: Sequence[str]
+    record: dict[str, Any], fingerprint: dict[str, Any], models: Sequence[str]
 ) -> list[str]:
-    """Return in what a mask told with ``told`` differs from one with ``fingerprint``.
+    """Return in what a mask stored with ``record`` differs from one with ``fingerprint``.
 
     Args:
-        told: provenance, perhaps made by a stranger.
+        record: provenance, perhaps made by a stranger.
         fingerprint: see ``learning_fingerprint``.
         models: names of the models of ``fingerprint``, in its order.
     """
-    before = told.get("fingerprint")
+    before = record.get("fingerprint")
     before = before if isinstance(before, dict) else {}
     found = []
     for key, value in fingerprint.items():
@@ -248,5 +248,5 @@ def differences(
             parts = [name for name, a, b in zip(models, old, value, strict=True) if a != b]
         elif isinstance(value, dict) and isinstance(old, dict):
             parts = sorted(k for k in {*value, *old} if value.get(k) != old.get(k))
-        found.append(key + f" ({', '.join(parts)})" * bool(parts))
+        found.append(f"{key} ({', '.join(parts)})" if parts else key)
     return found

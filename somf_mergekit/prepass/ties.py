@@ -123,9 +123,9 @@ def _are_parted(task: ExecuteMergeMethodTask, other: ExecuteMergeMethodTask) -> 
 
 def ties_embeddings(config: Any, options: MergeOptions) -> bool:
     """Return whether transformers makes one weight of embeddings and head of a configuration."""
-    told = {bool(getattr(part, "tie_word_embeddings", False)) for part in _parts(config)}
-    if len(told) == 1:
-        return told.pop()
+    said = {bool(getattr(part, "tie_word_embeddings", False)) for part in _parts(config)}
+    if len(said) == 1:
+        return said.pop()
     # Which of the two counts depends on the class of the model.
     try:
         made = empty_model(get_auto_cls(config.architectures[0]), config, options.trust_remote_code)

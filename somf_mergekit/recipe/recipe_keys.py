@@ -88,8 +88,8 @@ class _Walk:
         lines = [str(node.start_mark.line + 1) for node in nodes if node.start_mark]
         if not lines:
             return ""
-        told = f"line{'s' if len(lines) > 1 else ''} {' and '.join(lines)}"
-        return f" ({', '.join(filter(None, [self._file, told]))})"
+        where = f"line{'s' if len(lines) > 1 else ''} {' and '.join(lines)}"
+        return f" ({', '.join(filter(None, [self._file, where]))})"
 
 
 def _hint(key: str, fields: Iterable[str], place: str) -> str:

@@ -17,7 +17,7 @@ GROUPS = {
     "include": "Which tensors get a mask",
     "safety_eval": "What the report measures",
 }
-# Where the planner writes under which name a tensor's mask is kept: that of the base's tensor,
+# Where the planner writes under which name a tensor's mask is stored: that of the base's tensor,
 # which layers stacked in another order keep. No key of a recipe.
 MASK_TENSOR = "mask_tensor"
 

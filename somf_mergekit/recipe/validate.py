@@ -76,7 +76,7 @@ def recipe_and_problems(
         raise RecipeError(f"{place} can't be read: {error}") from error
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-        raise_together(problems, f"{place} is no recipe of mergekit")
+        raise_together(problems, f"{place} isn't a recipe of mergekit")
         raise
     except RuntimeError as error:
         raise RecipeError(f"{place}: {error}") from error
@@ -164,7 +164,7 @@ def template_problems(config: MergeConfiguration) -> list[str]:
         files = importlib.resources.files(chat_templates).iterdir()
         names = sorted(f.name.removesuffix(".jinja") for f in files if f.name.endswith(".jinja"))
         return [
-            f"chat_template: {config.chat_template!r} is no template; expected auto, one of "
+            f"chat_template: {config.chat_template!r} isn't a template; expected auto, one of "
             f"{', '.join(names)}, or a Jinja text"
         ]
     return []
@@ -184,7 +184,7 @@ def _identity(model: ModelReference) -> tuple[str, ...]:
 
 
 def recipe_problems(config: Any) -> list[str]:
-    """Return everything that is wrong with a recipe as far as its text tells, a sentence each.
+    """Return everything that is wrong with the text of a recipe, a sentence each.
 
     Args:
         config: a mergekit MergeConfiguration.
@@ -204,7 +204,7 @@ def recipe_problems(config: Any) -> list[str]:
         problems += _fusion_problems(config, fusion)
     elif isinstance(fusion, str):
         problems.append(
-            f"parameters.fusion: {fusion!r} is no method of mergekit that is known"
+            f"parameters.fusion: {fusion!r} isn't a method of mergekit that is known"
             f"{nearest(fusion, known_fusions())}; known are {', '.join(sorted(known_fusions()))}"
         )
     for place, settings, per_model in parameter_blocks(config):
