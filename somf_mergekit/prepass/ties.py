@@ -27,11 +27,11 @@ class TiedCopy(Task[torch.Tensor]):
     tensor_task: ExecuteMergeMethodTask
 
     def arguments(self) -> dict[str, Task[Any]]:
-        """See mergekit's Task."""
+        """Return the task of the tensor to copy."""
         return {"tensor": self.tensor_task}
 
     def group_label(self) -> str | None:
-        """See mergekit's Task."""
+        """Return that task's label, so that the two are run together."""
         return self.tensor_task.group_label()
 
     def execute(self, tensor: torch.Tensor, **_: Any) -> torch.Tensor:
@@ -136,9 +136,9 @@ def ties_embeddings(config: Any, options: MergeOptions) -> bool:
     return head is not None and head.weight is made.get_input_embeddings().weight
 
 
-def copy_ties(config: Any, other: Any) -> None:
+def copy_ties(config: Any, to: Any) -> None:
     """Let another configuration say of ties what ``config`` says."""
-    for part, own in zip(_parts(other), _parts(config), strict=True):
+    for part, own in zip(_parts(to), _parts(config), strict=True):
         if hasattr(own, "tie_word_embeddings"):
             part.tie_word_embeddings = own.tie_word_embeddings
 
