@@ -187,15 +187,9 @@ def refused(content, folder, *options):
 def merged_in_steps(steps, folder):
     """Run mergekit-multi on recipes, the last one into ``folder / "out"``, others beside it."""
     (folder / "multi.yml").write_text(yaml.safe_dump_all(steps))
-    result = run(
-        command("mergekit-multi"),
-        folder / "multi.yml",
-        "--out-path",
-        folder / "out",
-        "-I",
-        folder / "steps",
-    )
-    assert result.returncode == 0, result.stderr
+    places = ("--out-path", folder / "out", "-I", folder / "steps")
+    result = invoke("mergekit-multi", folder / "multi.yml", *places)
+    assert result.exit_code == 0, result.output
 
 
 def on_machine(planned, device="cpu", **machine):

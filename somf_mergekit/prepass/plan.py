@@ -188,17 +188,6 @@ def with_fields(task: TaskT, **fields: Any) -> TaskT:
     return type(task)(**own | fields)
 
 
-def input_names(task: ExecuteMergeMethodTask) -> list[str]:
-    """Return the name that a tensor has in each model it is made of, in the task's order."""
-    names = gather_task(task).weight_info
-    return [str(names[model].name) for model in task.model_order]
-
-
-def source_names(task: ExecuteMergeMethodTask) -> set[str]:
-    """Return the names that a tensor has in the models it is made of."""
-    return {str(source.name) for source in gather_task(task).weight_info.values()}
-
-
 def mask_name(task: ExecuteMergeMethodTask) -> str:
     """Return the name under which a mask for this tensor is stored: its name in the base."""
     return str(gather_task(task).weight_info[task.base_model].name)

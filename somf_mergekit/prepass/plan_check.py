@@ -13,7 +13,7 @@ from ..fusion.fusion_methods import known_fusions
 from ..recipe.blocks import parameter_blocks
 from ..recipe.fusion_check import fusing_problem
 from ..recipe.model_classes import class_of, empty_model
-from .plan import PlannedMerge, gather_task, mask_name, source_names, task_parameters
+from .plan import PlannedMerge, gather_task, mask_name, task_parameters
 
 
 def plan_problems(planned: PlannedMerge) -> list[str]:
@@ -55,7 +55,8 @@ def unused_filters(config: MergeConfiguration, planned: PlannedMerge) -> list[st
         planned: its plan.
     """
     names = {weight.name for weight, _ in planned.tensors}
-    names |= {name for _, task in planned.tensors for name in source_names(task)}
+    sources = (gather_task(task).weight_info for _, task in planned.tensors)
+    names |= {str(source.name) for found in sources for source in found.values()}
     problems = []
     for place, settings, _ in parameter_blocks(config):
         for key, value in settings.items():

@@ -18,7 +18,7 @@ from ..recipe.blocks import plain
 from ..recipe.settings import MASK_TENSOR
 from .data_fit import cut_counts
 from .learning_data import SafetyData
-from .plan import PlannedMerge, input_names
+from .plan import PlannedMerge, gather_task
 from .task_vectors import content_fingerprint
 
 # Settings that choose how a learned mask is used, not which mask is learned.
@@ -53,8 +53,12 @@ def learning_fingerprint(planned: PlannedMerge, data: SafetyData) -> dict[str, A
         RecipeError: a model's files or tokenizer can't be read.
     """
     settings = planned.settings.model_dump(exclude=set(_USE_ONLY))
+    cache_dir = planned.options.machine.cache_dir
     return {
-        **content_of_models(planned),
+        "models": [content_fingerprint(model, cache_dir) for model in planned.models],
+        "model configuration": json_digest(_configuration(planned)),
+        "tokenizer": json_digest(_tokens(planned)),
+        "chat template": json_digest(planned.tokenizer.chat_template),
         "data": json_digest([[p.prompt, p.chosen, p.rejected] for p in data.pairs]),
         "held-out data": json_digest([[p.prompt, p.chosen, p.rejected] for p in data.held_out]),
         "utility data": json_digest([[e.prompt, e.answer] for e in data.utility]),
@@ -79,21 +83,6 @@ def recorded_date(fingerprint: Any) -> str | None:
         return None
 
 
-def content_of_models(planned: PlannedMerge) -> dict[str, Any]:
-    """Return what is in the files of a merge's models, as JSON.
-
-    Raises:
-        RecipeError: a model's files or tokenizer can't be read.
-    """
-    cache_dir = planned.options.machine.cache_dir
-    return {
-        "models": [content_fingerprint(model, cache_dir) for model in planned.models],
-        "model configuration": json_digest(_configuration(planned)),
-        "tokenizer": json_digest(_tokens(planned)),
-        "chat template": json_digest(planned.tokenizer.chat_template),
-    }
-
-
 def resolved_learning(planned: PlannedMerge) -> list[Any]:
     """Return what of a recipe decides its mask, as JSON, as far as the recipe itself says."""
     settings = planned.settings.model_dump(exclude={*_USE_ONLY, "preset"})
@@ -107,14 +96,11 @@ def _resolved(planned: PlannedMerge, weight: Any, task: Any) -> list[Any]:
         sorted((k, v) for k, v in task.input_parameters.get(model, {}).items() if v is not None)
         for model in task.model_order
     ]
-    taken = _sources(planned, task)
-    return [weight.name, sorted(shared.items(), key=str), per_model, taken]
-
-
-def _sources(planned: PlannedMerge, task: Any) -> list[Any]:
-    """Return from which tensors of which models a tensor is made."""
     numbers = [planned.models.index(model) for model in task.model_order]
-    return [numbers, input_names(task), type(task.gather_tensors).__name__]
+    names = gather_task(task).weight_info
+    taken = [str(names[model].name) for model in task.model_order]
+    made = [numbers, taken, type(task.gather_tensors).__name__]
+    return [weight.name, sorted(shared.items(), key=str), per_model, made]
 
 
 def _configuration(planned: PlannedMerge) -> list[Any]:
