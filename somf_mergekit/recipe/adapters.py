@@ -18,8 +18,7 @@ LOG = logging.getLogger(__name__)
 
 
 def cached_folder(model: ModelReference, options: MergeOptions) -> str:
-    """Return where mergekit stores an adapter with its base once it has put them together."""
-    # As ModelReference.merged names it.
+    """Return where mergekit stores an adapter with its base, as ModelReference.merged names it."""
     name = f"{model.model._unique_id()}_{model.lora._unique_id()}"
     return os.path.join(options.lora_merge_cache, name)
 
