@@ -134,7 +134,7 @@ def shown(text: str, records: list[dict[str, Any]]) -> str:
     Raises:
         click.ClickException: a mark names a row that no record has.
     """
-    from somf_mergekit.common.markdown import aligned_table
+    from somf_mergekit.common.console import aligned_table
     from somf_mergekit.evaluate.sweep import value_table
 
     def table(mark: re.Match[str]) -> str:

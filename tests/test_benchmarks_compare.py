@@ -14,7 +14,7 @@ from benchmarks import compare, plain_dpo, real_data
 from benchmarks.compare_inputs import halves, write_splits
 from somf_mergekit.evaluate.sweep.sweep_file import read_file
 from somf_mergekit.learner.loop import batches
-from somf_mergekit.plugin.planner import planned_merge
+from somf_mergekit.plugin.merge_check import planned_merge
 from somf_mergekit.prepass.learning_data import checked_data
 from somf_mergekit.recipe.validate import read_recipe
 from somf_mergekit.repairs.catalogue import REPAIRS

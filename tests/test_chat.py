@@ -16,7 +16,7 @@ from somf_mergekit.evaluate.evaluation_sets import EvaluationSets
 from somf_mergekit.evaluate.evaluation_settings import EvaluationSettings, NamedModel
 from somf_mergekit.evaluate.generation import greedy_answers, greedy_batches
 from somf_mergekit.evaluate.runner import evaluated
-from somf_mergekit.plugin.planner import planned_merge
+from somf_mergekit.plugin.merge_check import planned_merge
 from somf_mergekit.prepass import learning_data as inputs
 from somf_mergekit.prepass.learning_data import checked_data
 from somf_mergekit.recipe.validate import read_recipe
@@ -76,9 +76,9 @@ def test_the_recipes_chat_template_is_learned_under(family, family_recipe, tmp_p
 def test_a_chat_template_that_is_none_is_refused(family_recipe, tmp_path):
     content = family_recipe() | {"chat_template": "chatlm"}
     said = tiny.refused(content, tmp_path)
-    assert "chat_template: 'chatlm' is no template; expected auto, one of alpaca, chatml" in said
+    assert "chat_template: 'chatlm' isn't a template; expected auto, one of alpaca, chatml" in said
     given = family_recipe(safety_dataset=None, mask=str(tmp_path)) | {"chat_template": "chatlm"}
-    assert "chat_template: 'chatlm' is no template" in tiny.refused(given, tmp_path)
+    assert "chat_template: 'chatlm' isn't a template" in tiny.refused(given, tmp_path)
 
 
 def test_keywords_of_the_template_decide_the_tokens(tmp_path):
@@ -227,7 +227,7 @@ def test_what_is_cut_is_counted_and_told(tmp_path):
     whole = sorted(pair.cut.whole for pair in data.pairs)
     assert data.cut == {"prompts": 3, "answers": 3, "enough": whole[-1]}
     said = "3 of 20 prompts and 3 of 40 answers were cut to max_length 40; max_length: "
-    assert data.cut_told(40) == f"{said}{whole[-1]} would cut less than 5 % of the examples"
+    assert data.cut_text(40) == f"{said}{whole[-1]} would cut less than 5 % of the examples"
     file = tiny.write_recipe(tmp_path / "recipe.yml", content)
     assert said in tiny.invoke("mergekit-somf", "check", file).output
     learned = tiny.invoke("mergekit-somf", "learn", file, tmp_path / "mask")
@@ -235,7 +235,7 @@ def test_what_is_cut_is_counted_and_told(tmp_path):
     told = json.loads((tmp_path / "mask/somf.json").read_text())
     assert told["dataset"]["cut"] == data.cut
     content["parameters"]["max_length"] = whole[-1]
-    assert data_of(content).cut_told(whole[-1]) == ""
+    assert data_of(content).cut_text(whole[-1]) == ""
 
 
 def test_tokens_without_a_row_of_the_embeddings_are_refused(tmp_path):

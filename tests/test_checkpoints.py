@@ -28,7 +28,7 @@ from somf_mergekit.learner.checkpoints import Checkpoints, learning_folder
 from somf_mergekit.learner.engine import ResidentEngine
 from somf_mergekit.learner.loop import learn_logits
 from somf_mergekit.learner.stopping import LearningInterrupted
-from somf_mergekit.prepass import construction, prepass
+from somf_mergekit.prepass import prepass, training
 
 FINGERPRINT = {"models": ["a", "b"]}
 SETTINGS = {
@@ -572,7 +572,7 @@ def test_where_memory_runs_out_the_same_command_goes_on(
 @pytest.mark.parametrize(
     ("room", "name", "what"),
     [
-        (construction, "learning_model", "reading task vectors"),
+        (training, "learning_model", "reading task vectors"),
         (prepass, "write_masks", "writing the mask"),
     ],
 )

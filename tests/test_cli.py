@@ -11,6 +11,7 @@ from somf_mergekit.common import errors
 from somf_mergekit.data.chat import user_prompt
 from somf_mergekit.mask.writing import write_masks
 from somf_mergekit.recipe import settings as recipe
+from somf_mergekit.recipe.schema import table_rows
 from somf_mergekit.report import MaskCensus, kind_of, layer_of
 
 ROOT = Path(__file__).parent.parent
@@ -21,7 +22,7 @@ def recipe_file(tmp_path, family_recipe):
     return tiny.write_recipe(tmp_path / "recipe.yml", family_recipe())
 
 
-def test_help_lists_every_command_and_every_recipe_parameter():
+def test_help_lists_every_command_and_fits_a_screen():
     result = tiny.invoke("mergekit-somf", "--help")
     assert result.exit_code == 0
     for name in (
@@ -33,11 +34,25 @@ def test_help_lists_every_command_and_every_recipe_parameter():
         "verify",
         "evaluate",
         "sweep",
+        "parameters",
         "demo",
+        "doctor",
     ):
         assert re.search(rf"^  {name}  +[A-Z]", result.output, re.M), name
+    assert len(result.output.splitlines()) <= 40
+
+
+def test_parameters_are_listed_and_explained():
+    listed = tiny.invoke("mergekit-somf", "parameters").output
     for parameter in recipe.parameters():
-        assert re.search(rf"^  {parameter.name}  +[A-Z`]", result.output, re.M), parameter.name
+        assert re.search(rf"^  {parameter.name}  +[A-Z`]", listed, re.M), parameter.name
+    assert all(f"{heading}:\n" in listed for heading in recipe.GROUPS.values())
+    one = tiny.invoke("mergekit-somf", "parameters", "learning_rate").output
+    assert one.startswith("learning_rate: a number > 0 and <= 100; default: 0.03\n")
+    assert "may differ between tensors" in one
+    unknown = tiny.invoke("mergekit-somf", "parameters", "learnin_rate")
+    assert unknown.exit_code == 1
+    assert "did you mean 'learning_rate'?" in unknown.output
 
 
 def test_merge_takes_the_options_of_mergekit_yaml():
@@ -146,7 +161,7 @@ def test_learn_writes_the_artifact_and_check_accepts_it_as_a_mask(
     given = family_recipe(safety_dataset=None, mask=str(tmp_path / "mask"))
     file = tiny.write_recipe(tmp_path / "given.yml", given)
     checked = tiny.invoke("mergekit-somf", "check", file)
-    assert "recipe: right. Mask of 21 tensors" in checked.output
+    assert "recipe: OK. Mask of 21 tensors" in checked.output
     refused = tiny.invoke("mergekit-somf", "learn", file, tmp_path / "other")
     assert refused.exit_code == 1
     assert "there is nothing to learn" in refused.output
@@ -213,7 +228,8 @@ def test_inspect_prints_tables_and_writes_a_png(masks, tmp_path):
 
 
 def test_documentation_shows_the_parameters_as_they_are():
-    assert recipe.parameter_table() in (ROOT / "docs/recipe.md").read_text()
+    table = "\n".join(table_rows(recipe.parameters()))
+    assert table in (ROOT / "docs/recipe.md").read_text()
 
 
 def test_the_traceback_behind_a_reported_line_is_shown_to_who_debugs(monkeypatch, capsys):

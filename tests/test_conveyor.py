@@ -15,7 +15,7 @@ from somf_mergekit.learner.layered import LayeredModel
 from somf_mergekit.learner.loop import learn_logits
 from somf_mergekit.learner.stores import PinnedMemory
 from somf_mergekit.learner.streaming import StreamingEngine
-from somf_mergekit.prepass import construction
+from somf_mergekit.prepass import training
 
 
 class LateStream:
@@ -153,7 +153,7 @@ def test_a_mask_learned_from_pinned_memory_is_the_same(
     cuda, moved = FakeCuda(), []
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
     monkeypatch.setattr(
-        construction, "_store", lambda device, folder: PinnedMemory(torch.device("cuda"))
+        training, "weight_store", lambda device, folder: PinnedMemory(torch.device("cuda"))
     )
     real = model._move
 

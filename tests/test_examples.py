@@ -20,6 +20,7 @@ from somf_mergekit import MaskSet
 from somf_mergekit.mask import noise
 from somf_mergekit.mask.writing import write_masks
 from somf_mergekit.recipe import settings as recipe
+from somf_mergekit.recipe.presets import preset_values
 from somf_mergekit.repairs.catalogue import REPAIRS
 
 ROOT = Path(__file__).parent.parent
@@ -220,7 +221,7 @@ def resolved(content):
     """Every setting of a recipe: its own, else its preset's, else the default."""
     parameters = content["parameters"]
     values = {parameter.name: parameter.default for parameter in recipe.parameters()}
-    values |= recipe.preset_values(MergeConfiguration.model_validate(content))
+    values |= preset_values(MergeConfiguration.model_validate(content))
     values["beta"] = 5.0 if values["objective"] == "dpo_norm" else 0.1
     values |= {key: value for key, value in parameters.items() if key in values}
     return {

@@ -8,20 +8,36 @@ import stat
 import pytest
 import tiny
 import torch
+from mergekit.options import MergeOptions
 from safetensors.torch import save_file
 
+from somf_mergekit import MaskSet
 from somf_mergekit.common import digests
 from somf_mergekit.common.requirements import versions
+from somf_mergekit.plugin.merge_check import checked_merge
 from somf_mergekit.prepass import provenance
+from somf_mergekit.recipe.validate import read_recipe
+
+
+def copied(family, folder):
+    for name in ("base", "math", "code", "pairs.jsonl"):
+        copy = shutil.copytree if (family / name).is_dir() else shutil.copy
+        copy(family / name, folder / name)
+    return folder
 
 
 @pytest.fixture
 def own_family(family, tmp_path):
-    """A family that a test may change, and its recipe."""
-    for name in ("base", "math", "code", "pairs.jsonl"):
-        copy = shutil.copytree if (family / name).is_dir() else shutil.copy
-        copy(family / name, tmp_path / name)
-    return tmp_path
+    """A family that a test may change."""
+    return copied(family, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def learned_family(family, tmp_path_factory):
+    """A family with a mask that was learned of it."""
+    folder = copied(family, tmp_path_factory.mktemp("learned"))
+    learned(folder)
+    return folder
 
 
 def recipe(folder, **parameters):
@@ -117,21 +133,30 @@ def order_of_models(folder, content):
         (order_of_models, "models ("),
     ],
 )
-def test_what_changes_a_mask_is_named_and_the_old_one_kept(own_family, change, named):
+def test_what_changes_a_mask_is_named(learned_family, tmp_path, change, named):
+    own = shutil.copytree(learned_family, tmp_path / "own")
+    content = recipe(own)
+    change(own, content)
+    planned, data = checked_merge(read_recipe(content), MergeOptions())
+    found = provenance.differences(
+        MaskSet.open(own / "mask").provenance,
+        provenance.learning_fingerprint(planned, data),
+        [str(model) for model in planned.models],
+    )
+    assert named.format(folder=own) in ", ".join(found)
+
+
+def test_a_mask_of_another_recipe_is_put_aside(own_family):
     learned(own_family)
     old = (own_family / "mask/masks.safetensors").read_bytes()
-    content = recipe(own_family)
-    change(own_family, content)
-    told = learned(own_family, content)
-    assert "was learned with other" in told
-    assert named.format(folder=own_family) in told.split("was learned with other")[1]
+    content = recipe(own_family, beta=0.2)
+    assert "was learned with other settings (beta): a new one" in learned(own_family, content)
     assert (own_family / "mask.before/masks.safetensors").read_bytes() == old
     assert "reusing the mask" in learned(own_family, content)
     # One is stored, however often the recipe changes.
-    if change is setting:
-        content["parameters"]["beta"] += 1
-        learned(own_family, content)
-        assert (own_family / "mask.before/masks.safetensors").read_bytes() != old
+    content["parameters"]["beta"] += 1
+    learned(own_family, content)
+    assert (own_family / "mask.before/masks.safetensors").read_bytes() != old
     assert not (own_family / "mask.before-2").exists()
 
 
@@ -206,7 +231,7 @@ def test_files_are_hashed_once(cache, weights, hashed):
     assert len(hashed) == 2
     assert stat.S_IMODE(cache.stat().st_mode) == 0o700
     (kept,) = cache.iterdir()
-    assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+    assert stat.S_IMODE(kept.stat().st_mode) & 0o022 == 0
 
 
 def test_files_that_were_just_written_are_hashed_again(cache, weights, hashed, monkeypatch):

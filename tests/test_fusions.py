@@ -399,7 +399,7 @@ def test_a_fusion_whose_parameters_have_our_names_is_refused(tmp_path, registere
         ({"fusion": "ties", "density": "most"}, 0.5, "'most' is not what ties takes (float)"),
         ({"fusion": "sce"}, 0.5, "models[0].parameters.weight: unknown parameter"),
         ({"fusion": "della", "density": 0.9}, 0.5, "Epsilon must be chosen such that density"),
-        ({"fusion": "somf"}, 0.5, "'somf' is no method of mergekit that is known"),
+        ({"fusion": "somf"}, 0.5, "'somf' isn't a method of mergekit that is known"),
         ({"fusion": "unheard_of"}, 0.5, "known are arcee_fusion, breadcrumbs"),
         ({"fusion": ["ties", "sce"]}, 0.5, "fusion: takes one value for all tensors"),
         ({"fusion": 7}, 0.5, "parameters.fusion: 7 is not text"),

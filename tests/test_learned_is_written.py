@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from somf_mergekit import MaskSet
 from somf_mergekit.evaluate.likelihood import preference_margins
-from somf_mergekit.plugin.planner import planned_merge
+from somf_mergekit.plugin.merge_check import planned_merge
 from somf_mergekit.prepass.learning_data import checked_data
 from somf_mergekit.prepass.ties import ties_embeddings
 from somf_mergekit.recipe.validate import read_recipe

@@ -448,22 +448,33 @@ def test_a_work_folder_keeps_the_mask_out_of_the_model(tmp_path, family_recipe, 
     assert MaskSet.open(tmp_path / "work").names()
 
 
-def test_precision_is_set_from_the_environment(monkeypatch):
-    from somf_mergekit.common import machine
+def test_options_of_the_machine_are_read_from_the_environment(monkeypatch):
+    from mergekit.options import MergeOptions
 
+    from somf_mergekit.common.machine import MachineOptions, autocast_type
+    from somf_mergekit.common.merge_options import SomfOptions
+
+    for variable, text in (
+        ("SOMF_PRECISION", "float32"),
+        ("SOMF_MICRO_BATCH_SIZE", "3"),
+        ("SOMF_CHECKPOINT_MINUTES", "0.5"),
+        ("SOMF_ENGINE", ""),
+        ("SOMF_REPORT", "none"),
+        ("SOMF_CACHE_DIR", "somewhere"),
+    ):
+        monkeypatch.setenv(variable, text)
+    expected = MachineOptions(3, None, "float32", 0.5, None, "none", "somewhere")
+    found = SomfOptions.of(MergeOptions(cuda=True))
+    assert (found.machine, found.device) == (expected, "cuda")
+    assert SomfOptions.of(found) is found
     for text, dtype in (("float32", None), ("bfloat16", torch.bfloat16)):
-        monkeypatch.setenv("SOMF_PRECISION", text)
-        assert machine.autocast_type("cpu") is dtype
-    monkeypatch.delenv("SOMF_PRECISION")
-    assert machine.autocast_type("cpu") in (None, torch.bfloat16)
+        assert autocast_type("cpu", text) is dtype
+    assert autocast_type("cpu") in (None, torch.bfloat16)
 
 
 def test_micro_batches_are_set_from_the_environment(tmp_path, family_recipe, monkeypatch):
-    from somf_mergekit.common import machine
-
     monkeypatch.setenv("SOMF_PRECISION", "float32")
     monkeypatch.setenv("SOMF_MICRO_BATCH_SIZE", "1")
-    assert machine.machine_setting("micro_batch_size") == 1
     merged(family_recipe(), tmp_path / "one")
     monkeypatch.delenv("SOMF_MICRO_BATCH_SIZE")
     merged(family_recipe(), tmp_path / "all")

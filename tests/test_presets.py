@@ -11,7 +11,8 @@ from mergekit.options import MergeOptions
 from somf_mergekit import MaskSet
 from somf_mergekit.learner import loop
 from somf_mergekit.mask import noise
-from somf_mergekit.plugin.planner import planned_merge
+from somf_mergekit.plugin.merge_check import planned_merge
+from somf_mergekit.recipe import presets
 from somf_mergekit.recipe import settings as recipe
 from somf_mergekit.recipe.validate import read_recipe
 
@@ -160,7 +161,7 @@ def test_documentation_shows_the_preset_as_it_is():
     rows = re.findall(r"^\| `(\w+)` \| (\S+) \| (\S+) \|$", section, re.M)
     defaults = {parameter.name: parameter.default_text for parameter in recipe.parameters()}
     assert rows == [
-        (name, str(value), defaults[name]) for name, value in recipe.PRESETS["paper"].items()
+        (name, str(value), defaults[name]) for name, value in presets.PRESETS["paper"].items()
     ]
     ends = re.findall(r"^\| `(\w+)` \| (\d+) \| [\d.]+ \| [\d.]+ \|$", section, re.M)
-    assert ends == [(name, str(steps)) for name, steps in recipe.PAPER_STEPS.items()]
+    assert ends == [(name, str(steps)) for name, steps in presets.PAPER_STEPS.items()]

@@ -329,11 +329,11 @@ def test_no_room(family_recipe, family, tmp_path, monkeypatch):
 
 
 def test_each_recipe_is_checked_once(family_recipe, family, tmp_path, monkeypatch):
-    from somf_mergekit.plugin import planner
+    from somf_mergekit.plugin import merge_check
     from somf_mergekit.prepass import learning_data as inputs
 
     calls = []
-    for module, name in ((planner, "check_recipe"), (inputs, "checkpoint_problems")):
+    for module, name in ((merge_check, "check_recipe"), (inputs, "checkpoint_problems")):
         original = getattr(module, name)
 
         def counted(*arguments, _name=name, _original=original):

@@ -130,7 +130,7 @@ def test_stacked_layers_are_refused_for_learning_and_take_a_learned_mask(
     del recipe["models"]
     recipe["slices"] = slices_of(family, [0, 2], [1, 2], [0, 1])
     message = tiny.refused(recipe, tmp_path)
-    assert "whose output is no model of the base's shape" in message
+    assert "whose output isn't a model of the base's shape" in message
     assert "model.layers.2.input_layernorm.weight is made of model.layers.1." in message
     assert "A learned mask can still be applied with the parameter `mask`" in message
     recipe["parameters"] = {"mask": str(tmp_path / "mask")}

@@ -87,7 +87,7 @@ def test_a_check_says_that_nothing_is_learned(family, tmp_path):
     checked = tiny.invoke("mergekit-somf", "check", file)
     assert checked.exit_code == 0, checked.output
     count = len(tiny.tensors_of(family / "base"))
-    assert checked.stdout == f"recipe: right. {count} tensors; nothing is learned.\n"
+    assert checked.stdout == f"recipe: OK. {count} tensors; nothing is learned.\n"
 
 
 def test_defaults(family, tmp_path):
@@ -222,7 +222,7 @@ def test_roles_in_memory(roles, said):
 def test_repairs_are_no_fusions_of_somf(family_recipe, tmp_path):
     assert not set(REPAIRS) & set(fusion_methods.known_fusions())
     message = tiny.refused(family_recipe(fusion="resta"), tmp_path)
-    assert "'resta' is no method of mergekit that is known" in message
+    assert "'resta' isn't a method of mergekit that is known" in message
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import tiny
 import torch
 from mergekit.options import MergeOptions
 
@@ -12,7 +13,7 @@ from somf_mergekit.common.process_group import Processes
 from somf_mergekit.fusion.merges import AutogradMerge, LinearMerge, LoadedTensor
 from somf_mergekit.fusion.shards import Shard
 from somf_mergekit.learner.learning_model import Placement
-from somf_mergekit.plugin.planner import planned_merge
+from somf_mergekit.plugin.merge_check import planned_merge
 from somf_mergekit.prepass.forecast import forecast
 from somf_mergekit.prepass.learning_data import checked_data
 from somf_mergekit.recipe.validate import read_recipe
@@ -69,17 +70,17 @@ class Two(Processes):
 def test_a_model_that_does_not_fit_in_each_process_is_kept_by_all_together(
     monkeypatch, family_recipe
 ):
-    monkeypatch.setenv("SOMF_MICRO_BATCH_SIZE", "1")
-    planned = planned_merge(read_recipe(family_recipe()), MergeOptions())
+    planned = tiny.on_machine(
+        planned_merge(read_recipe(family_recipe()), MergeOptions()), micro_batch_size=1
+    )
     data = checked_data(planned)
     needs = {}
     for name in machine.ENGINES:
-        monkeypatch.setenv("SOMF_ENGINE", name)
+        chosen = tiny.on_machine(planned, micro_batch_size=1, engine=name)
         if name == "sharded":
             with pytest.raises(RecipeError, match="needs several processes"):
-                forecast(planned, data)
-        needs[name] = forecast(planned, data, Two(0, 2)).memory
-    monkeypatch.delenv("SOMF_ENGINE")
+                forecast(chosen, data)
+        needs[name] = forecast(chosen, data, Two(0, 2)).memory
     assert needs["streaming"] < needs["sharded"] < needs["resident"]
     for name, usable in (
         ("resident", needs["resident"]),

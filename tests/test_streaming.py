@@ -22,8 +22,8 @@ from somf_mergekit.learner import engine, streaming
 from somf_mergekit.learner.layered import LayeredModel, StreamingImpossible
 from somf_mergekit.learner.stores import MappedFiles, PinnedMemory
 from somf_mergekit.learner.tensors import Content, State
-from somf_mergekit.plugin.planner import planned_merge
-from somf_mergekit.prepass import construction
+from somf_mergekit.plugin.merge_check import planned_merge
+from somf_mergekit.prepass import training
 from somf_mergekit.prepass.forecast import forecast
 from somf_mergekit.prepass.learning_data import SafetyData, checked_data
 from somf_mergekit.recipe.validate import read_recipe
@@ -161,12 +161,12 @@ def test_the_engine_is_chosen_by_what_is_free(monkeypatch, family_recipe, tmp_pa
     data = checked_data(planned)
     needs = {}
     for name in ("streaming", "resident"):
-        monkeypatch.setenv("SOMF_ENGINE", name)
-        needs[name] = forecast(planned, data).memory
+        chosen = tiny.on_machine(planned, micro_batch_size=1, engine=name)
+        needs[name] = forecast(chosen, data).memory
     with_moments = planned_merge(read_recipe(family_recipe(optimizer="adamw")), MergeOptions())
-    expected = forecast(with_moments, data)
+    chosen = tiny.on_machine(with_moments, micro_batch_size=1, engine="resident")
+    expected = forecast(chosen, data)
     assert expected.memory - needs["resident"] == 2 * 4 * expected.entries
-    monkeypatch.delenv("SOMF_ENGINE")
     assert 0 < needs["streaming"] < needs["resident"]
     file = tiny.write_recipe(tmp_path / "recipe.yml", content)
     for name, usable in (
@@ -208,18 +208,15 @@ def test_weights_count_by_the_type_that_they_are_merged_in(family, family_recipe
 
 
 def test_on_a_gpu_the_engine_is_chosen_by_both_memories(monkeypatch, family_recipe):
-    monkeypatch.setenv("SOMF_MICRO_BATCH_SIZE", "1")
     planned = planned_merge(read_recipe(family_recipe()), MergeOptions())
     data = checked_data(planned)
-    planned = dataclasses.replace(planned, options=MergeOptions(device="cuda"))
-    monkeypatch.setattr(machine, "autocast_type", lambda device: torch.bfloat16)
+    gpu = {"device": "cuda", "micro_batch_size": 1, "precision": "bfloat16"}
+    planned = tiny.on_machine(planned, **gpu)
     free = {"cuda": 1 << 40, "cpu": 1 << 40}
     monkeypatch.setattr(machine, "free_memory", lambda device: free[device])
     needs = {}
     for name in ("resident", "streaming"):
-        monkeypatch.setenv("SOMF_ENGINE", name)
-        needs[name] = forecast(planned, data)
-    monkeypatch.delenv("SOMF_ENGINE")
+        needs[name] = forecast(tiny.on_machine(planned, engine=name, **gpu), data)
     assert needs["streaming"].memory < needs["resident"].memory
     assert (needs["resident"].host, needs["streaming"].disk) == (0, 0)
     assert forecast(planned, data).engine == "resident"
@@ -228,7 +225,7 @@ def test_on_a_gpu_the_engine_is_chosen_by_both_memories(monkeypatch, family_reci
     assert chosen.engine == "streaming"
     # A base and a task vector of two bytes or more, and a logit of four, for each entry.
     assert chosen.host >= 8 * chosen.entries
-    assert chosen.told.endswith(" GiB beside the GPU")
+    assert chosen.line.endswith(" GiB beside the GPU")
     free["cpu"] = chosen.host
     with pytest.raises(
         RecipeError, match=r"and 0\.0 GiB beside the GPU, .* are free, 0\.0 GiB beside"
@@ -280,8 +277,8 @@ def test_memory_that_can_not_be_pinned_is_told(monkeypatch):
 
 
 def test_the_store_is_chosen_by_device(monkeypatch, tmp_path):
-    assert isinstance(construction._store("cpu", str(tmp_path / "a/m")), MappedFiles)
-    assert isinstance(construction._store("cuda:1", str(tmp_path / "b/m")), PinnedMemory)
+    assert isinstance(training.weight_store("cpu", str(tmp_path / "a/m")), MappedFiles)
+    assert isinstance(training.weight_store("cuda:1", str(tmp_path / "b/m")), PinnedMemory)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 

@@ -540,7 +540,7 @@ def test_what_is_wrong_with_swept_values_is_reported_together(chat, tmp_path):
     ("recipe", "over", "expected"),
     [
         ({}, "utility_weight=1", "changes nothing without a utility term"),
-        ({}, "fusion=tees", "'tees' is no method of mergekit that is known (did you mean 'ties'?)"),
+        ({}, "fusion=tees", "'tees' isn't a method of mergekit that is known (did you mean 'ties'"),
         ({}, "fusion=slerp", "slerp can't fuse 2 fine-tuned models"),
         ({"fusion": "linear"}, "weight", "for linear takes weights relative to each other here"),
         ({"fusion": "ties", "density": 0.5}, "weight", "sweep lambda instead, or set `normalize:"),

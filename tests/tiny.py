@@ -1,13 +1,13 @@
 """Tiny models, tokenizers and data, made on the spot: nothing comes from a hub."""
 
 import copy
+import dataclasses
 import json
 import os
 import random
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import torch
 import yaml
@@ -167,9 +167,7 @@ def invoke(name, *arguments):
         from mergekit.scripts.multimerge import main
     else:
         from somf_mergekit.cli import main
-    # Options of the machine become environment variables, which go with a command's own process.
-    with mock.patch.dict(os.environ):
-        return CliRunner().invoke(main, [str(a) for a in arguments], catch_exceptions=True)
+    return CliRunner().invoke(main, [str(a) for a in arguments], catch_exceptions=True)
 
 
 def merged(content, folder, *options):
@@ -195,6 +193,15 @@ def refused(content, folder, *options):
 def merged_in_steps(steps, folder):
     """Run mergekit-multi on recipes, the last one into ``folder / "out"``, others beside it."""
     (folder / "multi.yml").write_text(yaml.safe_dump_all(steps))
-    options = ["--out-path", folder / "out", "-I", folder / "steps"]
-    result = invoke("mergekit-multi", folder / "multi.yml", *options)
+    places = ("--out-path", folder / "out", "-I", folder / "steps")
+    result = invoke("mergekit-multi", folder / "multi.yml", *places)
     assert result.exit_code == 0, result.output
+
+
+def on_machine(planned, device="cpu", **machine):
+    """A planned merge with other options of the machine."""
+    from somf_mergekit.common.machine import MachineOptions
+    from somf_mergekit.common.merge_options import SomfOptions
+
+    options = SomfOptions(device=device, machine=MachineOptions(**machine))
+    return dataclasses.replace(planned, options=options)

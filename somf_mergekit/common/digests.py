@@ -5,16 +5,15 @@ import hashlib
 import json
 import os
 import stat
-import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
-from .machine import machine_setting
+from .files import write_whole
 
 _BLOCK = 1 << 22
 _CACHE_FILE = "file-digests.json"
 _MOST_REMEMBERED = 4096
-_MOST_BYTES = 1 << 24
 # A file that was written this shortly ago may change again without another time of change.
 _TOO_NEW = 2.0
 
@@ -33,19 +32,24 @@ def json_digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def file_digests(paths: list[str]) -> list[str]:
+def file_digests(paths: list[str], cache_dir: str | None = None) -> list[str]:
     """Return the SHA-256 of the contents of large files, hashed again only where they changed.
 
-    What is remembered is in a folder of the user's own (``SOMF_CACHE_DIR``, else ``somf-mergekit``
-    under ``XDG_CACHE_HOME`` or ``~/.cache``). It decides whether a mask is learned anew, so that a
-    file of it which anyone else owns or can write is not believed; neither would be one beside the
-    models or the output, which may have been made by strangers.
+    What is remembered decides whether a mask is learned anew, so a folder or file that anyone
+    else owns or can write is ignored.
+
+    Args:
+        paths: of the files.
+        cache_dir: where digests are remembered; ``SOMF_CACHE_DIR`` where None, else
+            ``somf-mergekit`` under ``XDG_CACHE_HOME`` or ``~/.cache``.
 
     Raises:
         OSError: a file can't be read.
     """
-    folder = _cache_folder()
-    known = _remembered(folder) if folder else {}
+    user_cache = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    chosen = cache_dir or os.environ.get("SOMF_CACHE_DIR")
+    file = Path(chosen or os.path.join(user_cache, "somf-mergekit")).expanduser() / _CACHE_FILE
+    known = _remembered(file)
     found, new = [], {}
     for path in paths:
         state = _state(path)
@@ -55,10 +59,13 @@ def file_digests(paths: list[str]) -> list[str]:
             if state == _state(path) and _is_old(path):
                 new[state] = digest
         found.append(digest)
-    if folder and new:
+    if new:
         with contextlib.suppress(OSError):
-            # Another process may have added to it meanwhile.
-            _remember(folder, {**_remembered(folder), **new})
+            file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if _is_own(file.parent):
+                # Another process may have added to it meanwhile.
+                latest = [*{**_remembered(file), **new}.items()][-_MOST_REMEMBERED:]
+                write_whole(file, json.dumps(dict(latest), indent=0))
     return found
 
 
@@ -75,50 +82,20 @@ def _is_old(path: str) -> bool:
     return time.time() - max(found.st_mtime, found.st_ctime) > _TOO_NEW
 
 
-def _cache_folder() -> str | None:
-    """Return where digests are remembered; None where it can't be told whose files are."""
-    if not hasattr(os, "geteuid"):
-        return None
-    chosen = machine_setting("cache_dir")
-    if chosen:
-        return os.path.abspath(os.path.expanduser(chosen))
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
-    return os.path.join(os.path.abspath(os.path.expanduser(base)), "somf-mergekit")
-
-
-def _remembered(folder: str) -> dict[str, str]:
+def _remembered(file: Path) -> dict[str, str]:
+    """Return the digests in a file by ``_state``, none where others may have written them."""
     try:
-        # Neither folder nor file may be another's, or a link to what is another's.
-        if not _is_own(os.lstat(folder), stat.S_ISDIR):
-            return {}
-        handle = os.open(os.path.join(folder, _CACHE_FILE), os.O_RDONLY | os.O_NOFOLLOW)
-        with open(handle, encoding="utf-8") as file:
-            if not _is_own(os.fstat(handle), stat.S_ISREG):
-                return {}
-            content = json.loads(file.read(_MOST_BYTES))
-    except (OSError, ValueError, RecursionError):
+        own = _is_own(file.parent) and _is_own(file)
+        content = json.loads(file.read_text(encoding="utf-8")) if own else {}
+    except (OSError, ValueError):
         return {}
     items = content.items() if isinstance(content, dict) else ()
     return {key: value for key, value in items if isinstance(value, str) and len(value) == 64}
 
 
-def _is_own(found: os.stat_result, is_kind: Any) -> bool:
+def _is_own(path: Path) -> bool:
+    """Whether this user alone owns and can write a file or folder, which isn't a link."""
+    found = path.lstat()
     others = stat.S_IWGRP | stat.S_IWOTH
-    return is_kind(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & others
-
-
-def _remember(folder: str, digests: dict[str, str]) -> None:
-    os.makedirs(os.path.dirname(folder), exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(folder, 0o700)
-    if not _is_own(os.lstat(folder), stat.S_ISDIR):
-        return
-    latest = dict(list(digests.items())[-_MOST_REMEMBERED:])
-    handle, place = tempfile.mkstemp(prefix=".digests-", dir=folder)
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            json.dump(latest, file, indent=0)
-        os.replace(place, os.path.join(folder, _CACHE_FILE))
-    except OSError:
-        os.unlink(place)
-        raise
+    is_link, owner = stat.S_ISLNK(found.st_mode), os.geteuid() if os.name == "posix" else None
+    return not is_link and found.st_uid == owner and not found.st_mode & others

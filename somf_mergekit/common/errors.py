@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -86,3 +86,9 @@ def first_line(error: BaseException) -> str:
     """
     log_traceback(error)
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def few(names: Collection[str]) -> str:
+    """Return the first of some names, and how many more there are."""
+    shown = ", ".join(sorted(names)[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

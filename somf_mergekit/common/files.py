@@ -20,7 +20,7 @@ _SECONDS = 0.5
 
 
 def is_of_writing(error: Exception) -> bool:
-    """Return whether an error says that a disk takes no more, told by Python or by safetensors."""
+    """Return whether an error says that a disk takes no more, from Python or from safetensors."""
     if isinstance(error, OSError):
         return error.errno in _NOT_WRITTEN
     # safetensors has one class for all, in whose text the system's error stands with its number.

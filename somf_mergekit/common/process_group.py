@@ -1,9 +1,9 @@
-"""The processes that learn one mask together, as torchrun or accelerate launch starts them."""
+"""The process group that learns one mask, as torchrun or accelerate launch starts it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from .errors import RecipeError
 
@@ -18,14 +18,10 @@ _LONGEST_WAIT = timedelta(days=2)
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that learn together.
+    """This process in its process group, of ``count``.
 
     Each takes its share of a step's pairs, all add up their gradients, and all make the same
-    updates.
-
-    Attributes:
-        rank: of this one, from 0; the first writes and speaks.
-        count: how many there are.
+    updates. The first one, of ``rank`` 0, writes and speaks.
     """
 
     rank: int = 0
@@ -33,7 +29,7 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes and speaks."""
+        """Whether this is the one that writes and speaks."""
         return self.rank == 0
 
     def share(self, rows: list[int]) -> list[int]:
@@ -56,8 +52,7 @@ class Processes:
             return values
         from accelerate.utils import gather_object
 
-        found: list[Any] = gather_object(values)
-        return found
+        return list(gather_object(values))
 
     def of_first(self, value: _T) -> _T:
         """Return the first process' value, in all of them."""
@@ -75,8 +70,7 @@ class Processes:
         Raises:
             RecipeError: the action raised it; in all processes, so that none waits in vain.
         """
-        value: Any = None
-        problem = ""
+        value, problem = None, ""
         if self.is_first:
             try:
                 value = action()
@@ -87,8 +81,7 @@ class Processes:
         value, problem = self.of_first((value, problem))
         if problem:
             raise RecipeError(problem)
-        result: _T = value
-        return result
+        return cast(_T, value)
 
     def wait(self) -> None:
         """Go on when all processes are here."""

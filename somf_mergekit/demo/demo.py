@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ..common.progress import no_model_bars
+from ..common.console import no_model_bars
 from .demo_data import DemoData, demo_data, preference_rows, texts
 from .demo_folder import (
     MERGES,

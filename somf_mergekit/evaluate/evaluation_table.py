@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..common.console import aligned_table
 from ..common.files import write_whole
-from ..common.markdown import aligned_table
 from ..common.requirements import versions
 from .evaluation import NUMBER, SHARE, Estimate, Evaluation, Measure, Row
 from .store import ANSWERS

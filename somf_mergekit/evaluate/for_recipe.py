@@ -9,7 +9,7 @@ from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
 from ..common.errors import RecipeError
-from ..common.timing import phase
+from ..common.timing import Timer
 from ..data.rendering import Rendering
 from ..recipe.settings import Settings
 from .evaluation import Evaluation
@@ -90,6 +90,7 @@ def measured(
     options: MergeOptions,
     out: str,
     write_plain: Callable[[str], None],
+    timer: Timer,
 ) -> Evaluation | None:
     """Return the evaluation of a merge, None where its recipe asks for none.
 
@@ -102,6 +103,7 @@ def measured(
         options: mergekit's.
         out: the folder where the merge was written.
         write_plain: writes the plain fusion into a folder.
+        timer: gets the seconds of each phase.
 
     Raises:
         RecipeError: a set can't be read any more, or a model can't be loaded or used.
@@ -113,9 +115,9 @@ def measured(
     beside = os.path.dirname(os.path.abspath(out))
     with tempfile.TemporaryDirectory(prefix=".somf-plain-", dir=beside) as work:
         plain = os.path.join(work, "model")
-        with phase("writing the plain fusion"):
+        with timer.phase("writing the plain fusion"):
             write_plain(plain)
-        with phase("measuring"):
+        with timer.phase("measuring"):
             evaluation = evaluated(
                 [NamedModel(PLAIN, plain), NamedModel(MERGED, out), base],
                 sets,

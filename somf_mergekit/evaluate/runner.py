@@ -6,8 +6,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..common.console import no_model_bars
 from ..common.errors import noted, raise_together
-from ..common.progress import no_model_bars
 from .evaluation import Evaluation, row_of
 from .evaluation_sets import HARMFUL, HARMLESS, EvaluationSets
 from .evaluation_settings import EvaluationSettings, NamedModel

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 GRANULARITIES = ("weight", "row", "column", "head", "tensor")
@@ -127,4 +128,20 @@ def _entry_shape(shape: tuple[int, ...], axis: int, entries: int) -> tuple[int, 
     last = range(len(shape) - 2, len(shape))
     return tuple(
         entries if at == axis else 1 if at in last else size for at, size in enumerate(shape)
+    )
+
+
+def mask_shape_problem(
+    name: str, mask: tuple[int, ...], weight: tuple[int, ...], where: str
+) -> str | None:
+    """Return a sentence on a mask that does not broadcast to its weight, None where it does."""
+    try:
+        fits = torch.broadcast_shapes(mask, weight) == torch.Size(weight)
+    except RuntimeError:
+        fits = False
+    if fits:
+        return None
+    return (
+        f"{name}: the mask in {where} has shape {mask}, the weight {weight}: the mask is of "
+        "another model"
     )

@@ -24,12 +24,10 @@ from ..fusion.groups import as_type, is_finite, is_shared_buffer, not_finite
 from ..fusion.merges import fused_masked, show_task_vectors
 from ..mask.artifact import MaskSet
 from ..mask.artifact_folder import masks_path
+from ..mask.granularity import mask_shape_problem
 from ..recipe import settings as recipe
 from ..report.vectors import recorded
 
-# Where the planner writes under which name a tensor's mask is kept: that of the base's tensor,
-# which layers stacked in another order keep. No key of a recipe.
-MASK_TENSOR = "mask_tensor"
 _OWN_NAMES = frozenset(parameter.name for parameter in recipe.parameters())
 
 
@@ -67,7 +65,7 @@ class SomfMethod(OwnMethod):
             return base
         factor = _factor(group, masks, parameters)
         vectors = recorded(masks.path)
-        kept_as = None if factor is None else str(parameters[MASK_TENSOR] or name)
+        kept_as = None if factor is None else str(parameters[recipe.MASK_TENSOR] or name)
         # A slice may be of the base alone.
         watch = vectors.watch(group, kept_as) if vectors and group.non_base else None
         if factor is None:
@@ -88,7 +86,7 @@ def _factor(
 ) -> torch.Tensor | None:
     """Return what the task vectors are multiplied by, None where they have no mask."""
     name = str(group.metadata.name)
-    kept_as = parameters[MASK_TENSOR] or name
+    kept_as = parameters[recipe.MASK_TENSOR] or name
     if kept_as not in masks:
         return None
     if not recipe.may_get_mask(name, parameters["include"], parameters["exclude"]):
@@ -114,29 +112,13 @@ def _spec(theirs: tuple[ParameterSpec, ...]) -> MergeMethodSpec:
         for p in recipe.parameters()
         if p.merge
     )
-    internal = ParameterSpec(MASK_TENSOR, str | None, ParameterScope.SHARED, None)
+    internal = ParameterSpec(recipe.MASK_TENSOR, str | None, ParameterScope.SHARED, None)
     return MergeMethodSpec(
         name=recipe.METHOD_NAME,
         pretty_name="SOMF",
         reference_url="https://arxiv.org/abs/2405.09055",
         parameters=(*own, internal, *theirs),
         contract=InputContract(base=BasePolicy.REQUIRED),
-    )
-
-
-def mask_shape_problem(
-    name: str, mask: tuple[int, ...], weight: tuple[int, ...], where: str
-) -> str | None:
-    """Return a sentence on a mask that does not broadcast to its weight, None where it does."""
-    try:
-        fits = torch.broadcast_shapes(mask, weight) == torch.Size(weight)
-    except RuntimeError:
-        fits = False
-    if fits:
-        return None
-    return (
-        f"{name}: the mask in {where} has shape {mask}, the weight {weight}: the mask is of "
-        "another model"
     )
 
 

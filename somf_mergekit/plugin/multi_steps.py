@@ -10,13 +10,15 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from ..common.errors import noted, raise_together
+from ..common.merge_options import SomfOptions
 from ..data.dataset_reading import dataset_rows
 from ..mask.artifact import MaskSet
 from ..prepass.places import place_problems
 from ..recipe.recipe_keys import key_problems
 from ..recipe.settings import METHOD_NAME, recipe_settings
-from ..recipe.validate import OWN_METHODS, WRONG_RECIPE, check_recipe
-from .planner import WRAPPED, artifact_folder, checked_merge
+from ..recipe.validate import WRONG_RECIPE, check_recipe
+from .merge_check import OWN_METHODS, artifact_folder, checked_merge
+from .planner import WRAPPED
 
 WRONG_STEPS = "These steps are not right"
 
@@ -81,11 +83,13 @@ def _check_step(
     Raises:
         RecipeError: everything that is wrong, together.
     """
-    folder = artifact_folder(out)
+    options = SomfOptions.of(options)
+    folder = artifact_folder(out, options)
     if not awaited:
         checked_merge(config, options, out=out, folder=folder)
         return
     problems = place_problems(config, options, out=out, folder=folder)
+    problems += OWN_METHODS[config.merge_method](config)
     check_recipe(config, options, problems, awaited)
     if config.merge_method == METHOD_NAME:
         settings, unread = recipe_settings(config), list[str]()

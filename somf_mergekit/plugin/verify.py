@@ -15,16 +15,18 @@ from mergekit.merge_methods import registry
 from mergekit.options import MergeOptions
 from torch import Tensor
 
-from ..common import machine
 from ..common.errors import RecipeError, first_line
+from ..common.machine import MachineOptions
+from ..common.merge_options import SomfOptions
 from ..fusion.groups import are_equal
 from ..mask.artifact import MaskSet
+from ..prepass.plan import with_mask
 from ..prepass.task_vectors import content_fingerprint
 from ..prepass.tensor_sets import tensor_set_problems
 from ..recipe import settings as recipe
 from ..recipe.model_check import check_models
-from ..recipe.validate import OWN_METHODS, read_recipe
-from .planner import unchecked_plan, with_mask
+from ..recipe.validate import read_recipe
+from .merge_check import OWN_METHODS, unchecked_plan
 
 RECIPE_FILE = "mergekit_config.yml"
 RIGHT, WRONG, UNCHECKED = "right", "WRONG", "not checked"
@@ -61,6 +63,7 @@ def checks(folder: str, options: MergeOptions, sample: int | None) -> Iterator[C
         sample: how many tensors are computed once more; None for all.
     """
     config, masks = None, None
+    machine = SomfOptions.of(options).machine
     file = os.path.join(folder, RECIPE_FILE)
     try:
         config = read_recipe(file, [method.spec.name for method in registry.registered_methods()])
@@ -70,7 +73,7 @@ def checks(folder: str, options: MergeOptions, sample: int | None) -> Iterator[C
         yield Check("recipe", verdict, f"{error.message}; without it no tensor can be computed")
     if config is None or config.merge_method == recipe.METHOD_NAME:
         try:
-            masks = MaskSet.open(machine.machine_setting("work_dir") or folder)
+            masks = MaskSet.open(machine.work_dir or folder)
             yield _intact(masks)
         except RecipeError as error:
             yield Check("artifact", WRONG, error.message)
@@ -78,7 +81,7 @@ def checks(folder: str, options: MergeOptions, sample: int | None) -> Iterator[C
         return
     LoaderCache().setup(options=options)
     if masks:
-        yield _models(config, masks)
+        yield _models(config, masks, machine)
     elif config.merge_method == recipe.METHOD_NAME:
         yield Check("tensors", UNCHECKED, "there is no mask to compute them with")
         return
@@ -95,7 +98,7 @@ def _intact(masks: MaskSet) -> Check:
     return Check("artifact", RIGHT, f"{told}, as their checksums say")
 
 
-def _models(config: MergeConfiguration, masks: MaskSet) -> Check:
+def _models(config: MergeConfiguration, masks: MaskSet, machine: MachineOptions) -> Check:
     """Compare the models that the recipe names with those that the mask was learned with."""
     recorded = masks.provenance.get("models")
     if not isinstance(recorded, dict) or not recorded:
@@ -106,7 +109,7 @@ def _models(config: MergeConfiguration, masks: MaskSet) -> Check:
     found: list[str] = []
     for model in sorted(config.referenced_models(), key=str):
         try:
-            digest = content_fingerprint(model)
+            digest = content_fingerprint(model, machine.cache_dir)
         except Exception as error:  # a missing model comes in many ways
             missing.append(f"{model} is not at hand ({first_line(error)})")
             continue

@@ -97,8 +97,8 @@ def _places_without_row(planned: PlannedMerge, examples: Sequence[EncodedPair]) 
     if not tables:
         return []
     # OPT has two rows more than it can use.
-    told = getattr(planned.out_config.get_text_config(), "max_position_embeddings", tables[0])
-    most: int = min(*tables, told)
+    known = getattr(planned.out_config.get_text_config(), "max_position_embeddings", tables[0])
+    most: int = min(*tables, known)
     longest = max(map(_length, examples), default=0)
     if longest <= most:
         return []

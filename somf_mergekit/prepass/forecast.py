@@ -1,11 +1,10 @@
-"""What learning a mask takes on this machine, and so which engine runs it: told from headers."""
+"""What learning a mask takes on this machine, and so which engine runs it: read off headers."""
 
 import math
 import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from mergekit.common import dtype_from_name
 from mergekit.io.tasks import LoaderCache
@@ -19,7 +18,7 @@ from ..learner.loop import step_count
 from ..mask.granularity import mask_layout, weight_storage
 from .headers import PlannedTensor, planned_tensors, tensor_shapes
 from .learning_data import SafetyData
-from .places import weight_bytes
+from .places import File, weight_bytes
 from .plan import PlannedMerge
 
 # What a forecast leaves to the rest of the system, and to what it does not know.
@@ -31,7 +30,7 @@ _LAYER = re.compile(r"^(.*?\.\d+)\.")
 
 @dataclass(frozen=True)
 class Forecast:
-    """What learning a recipe's mask would take: told without loading weights.
+    """What learning a recipe's mask would take: known without loading weights.
 
     Attributes:
         tensors: tensors that may get a mask.
@@ -43,7 +42,7 @@ class Forecast:
         memory: bytes of a process, with those of activations.
         free: bytes that each process can have.
         disk: bytes of files while learning.
-        host: bytes of the host's memory that a process keeps for its GPU.
+        host: bytes of the host's memory that a process holds for its GPU.
         free_host: bytes of it that each process can have.
     """
 
@@ -60,14 +59,14 @@ class Forecast:
     free_host: int
 
     @property
-    def told(self) -> str:
-        """The engine and its need in a line."""
-        told = f"{self.engine}: needs about {_gib(self.memory)} of {_gib(self.free)} GiB free"
+    def line(self) -> str:
+        """The engine and its need."""
+        line = f"{self.engine}: needs about {_gib(self.memory)} of {_gib(self.free)} GiB free"
         if self.host:
-            told += f", and {_gib(self.host)} of {_gib(self.free_host)} GiB beside the GPU"
-        return told + (f", and {_gib(self.disk)} GiB of disk" if self.disk else "")
+            line += f", and {_gib(self.host)} of {_gib(self.free_host)} GiB beside the GPU"
+        return line + (f", and {_gib(self.disk)} GiB of disk" if self.disk else "")
 
-    def files(self, folder: str) -> list[tuple[str, str, int]]:
+    def files(self, folder: str) -> list[File]:
         """Return what learning writes into the mask's folder or beside it, see ``check_room``."""
         return [
             ("the mask", folder, self.entries),
@@ -77,67 +76,57 @@ class Forecast:
         ]
 
 
-def forecast(planned: PlannedMerge, data: SafetyData, together: Processes = ALONE) -> Forecast:
+def forecast(planned: PlannedMerge, data: SafetyData, group: Processes = ALONE) -> Forecast:
     """Return what learning the mask of a recipe would take: the same for all processes.
 
     Args:
         planned: the recipe.
         data: its data.
-        together: this process among those that learn.
+        group: this process among those that learn.
 
     Raises:
         RecipeError: no engine fits in what is free, or the one asked for can't run.
     """
     settings, device = planned.settings, own_device(planned.options.device)
-    on_cpu, is_alone = device == "cpu", together.count == 1
-    free = min(together.gathered([machine.free_memory(device)]))
-    free_host = free if on_cpu else min(together.gathered([machine.free_memory("cpu")]))
-    autocast = machine.autocast_type(device)
+    chosen = planned.options.machine
+    free = min(group.gathered([machine.free_memory(device)]))
+    on_cpu = device == "cpu"
+    free_host = free if on_cpu else min(group.gathered([machine.free_memory("cpu")]))
+    autocast = machine.autocast_type(device, chosen.precision)
     tensors = planned_tensors(planned)
-    needs = engine_needs(
-        planned.out_config,
-        tensors,
-        computed=autocast.itemsize if autocast else 4,
-        step_tokens=2 * settings.max_length * settings.batch_size,
-        pair_tokens=2 * settings.max_length,
-        processes=together.count,
-        on_cpu=on_cpu,
-        has_moments=settings.optimizer == "adamw",
-    )
-    usable = int(_USABLE_SHARE * free)
-    chosen = machine.machine_setting("engine")
-    if chosen == SHARDED and is_alone:
-        raise RecipeError(
-            "the sharded engine needs several processes, as `torchrun ... -m somf_mergekit learn "
-            "recipe.yml DIR` starts them"
-        )
-    possible = [RESIDENT, *[SHARDED] * (not is_alone), STREAMING]
-    usable_host = int(_USABLE_SHARE * free_host)
-    fitting = [
-        name for name in possible if needs[name].least <= usable and needs[name].host <= usable_host
-    ]
-    if not chosen and not fitting:
-        told = {name: needs[name] for name in possible}
-        raise RecipeError(_does_not_fit(told, free, free_host))
-    engine = chosen or fitting[0]
+    storage = weight_storage(planned.out_config)
+    entries = {
+        name: math.prod(mask_layout(tensor.granularity, name, tensor.shape, storage).shape)
+        for name, tensor in tensors.items()
+        if tensor.may_get_mask
+    }
+    computed = autocast.itemsize if autocast else 4
+    needs = _engine_needs(planned, tensors, entries, computed, group.count, on_cpu)
+    if group.count == 1:
+        if chosen.engine == SHARDED:
+            raise RecipeError(
+                "the sharded engine needs several processes, as `torchrun ... -m somf_mergekit "
+                "learn recipe.yml DIR` starts them"
+            )
+        del needs[SHARDED]
+    usable, usable_host = int(_USABLE_SHARE * free), int(_USABLE_SHARE * free_host)
+    fitting = [n for n, need in needs.items() if need.least <= usable and need.host <= usable_host]
+    if not chosen.engine and not fitting:
+        raise RecipeError(_does_not_fit(needs, free, free_host))
+    engine = chosen.engine or fitting[0]
     need = needs[engine]
     # At most half of what is free: larger micro-batches save little time.
-    room = min(usable - need.kept, free // 2)
-    micro_batch = machine.micro_batch_pairs(settings.batch_size, need.pair, room)
-    storage = weight_storage(planned.out_config)
-    masked = {name: tensor for name, tensor in tensors.items() if tensor.may_get_mask}
-    entries = sum(
-        math.prod(mask_layout(tensor.granularity, name, tensor.shape, storage).shape)
-        for name, tensor in masked.items()
-    )
+    room = min(usable - need.held, free // 2)
+    micro_batch = chosen.micro_batch_size or room // need.pair
+    micro_batch = max(1, min(settings.batch_size, micro_batch))
     return Forecast(
-        tensors=len(masked),
-        entries=entries,
+        tensors=len(entries),
+        entries=sum(entries.values()),
         pairs=len(data.pairs),
         steps=step_count(settings, len(data.pairs)),
         engine=engine,
         micro_batch=micro_batch,
-        memory=need.kept + micro_batch * need.pair,
+        memory=need.held + micro_batch * need.pair,
         free=free,
         disk=need.disk,
         host=need.host,
@@ -149,24 +138,23 @@ def merge_bytes(planned: PlannedMerge) -> int:
     """Return about how many bytes the weights of a merge take on disk."""
     name = planned.config.out_dtype or planned.config.dtype
     if name is None:
-        index = LoaderCache().get(planned.base_model).index
-        return weight_bytes(index.base_path)
+        return weight_bytes(LoaderCache().get(planned.base_model).index.base_path)
     entries = sum(map(math.prod, tensor_shapes(planned).values()))
     return entries * dtype_from_name(name).itemsize
 
 
 @dataclass(frozen=True)
-class Need:
-    """What an engine needs, in bytes.
+class _Need:
+    """What an engine needs in each process, in bytes.
 
     Attributes:
-        kept: in memory throughout.
+        held: in memory throughout.
         pair: for the activations of each pair that goes through the model at once.
         disk: in files while learning.
         host: in the host's memory, where the rest is on a GPU.
     """
 
-    kept: int
+    held: int
     pair: int
     disk: int = 0
     host: int = 0
@@ -174,34 +162,30 @@ class Need:
     @property
     def least(self) -> int:
         """Memory with one pair at once."""
-        return self.kept + self.pair
+        return self.held + self.pair
 
 
-def engine_needs(
-    config: Any,
+def _engine_needs(
+    planned: PlannedMerge,
     tensors: Mapping[str, PlannedTensor],
-    *,
+    entries: Mapping[str, int],
     computed: int,
-    step_tokens: int,
-    pair_tokens: int,
-    processes: int = 1,
-    on_cpu: bool = True,
-    has_moments: bool = False,
-) -> dict[str, Need]:
-    """Return what each engine needs in each process.
+    processes: int,
+    on_cpu: bool,
+) -> dict[str, _Need]:
+    """Return what each engine needs, the fastest one first.
 
     Args:
-        config: the model's transformers configuration.
+        planned: the recipe.
         tensors: of the merge, by name.
+        entries: of the masks of those that may get one.
         computed: bytes of a number in the type the model computes in.
-        step_tokens: of all sequences of an optimiser step.
-        pair_tokens: of a pair's two sequences.
-        processes: that learn together.
+        processes: how many learn together.
         on_cpu: whether the model learns there, not on a GPU.
-        has_moments: whether the optimiser keeps two numbers an entry, as AdamW does.
     """
-    text = config.get_text_config()
-    storage = weight_storage(config)
+    settings, text = planned.settings, planned.out_config.get_text_config()
+    # Beside a logit, AdamW holds two numbers.
+    has_moments = settings.optimizer == "adamw"
     resident = outside = stores = shards = visitor = 0
     layers: Counter[str] = Counter()
     brought: Counter[str] = Counter()
@@ -209,54 +193,56 @@ def engine_needs(
         size = math.prod(tensor.shape)
         # Embeddings stay float32 under autocast.
         in_model = size * (4 if tensor.has_vocabulary else computed)
-        kept = size * tensor.itemsize
-        linear = tensor.kept_tensors == 1
-        if tensor.may_get_mask:
+        held = size * tensor.itemsize
+        linear = tensor.delta_tensors == 1
+        if name in entries:
             in_model *= 2  # with the gradient
-            kept += size * (computed if linear else tensor.kept_tensors * tensor.itemsize)
-            layout = mask_layout(tensor.granularity, name, tensor.shape, storage)
-            entries = math.prod(layout.shape)
-            kept += _LOGIT_BYTES * entries * (3 if has_moments else 1)
+            held += size * (computed if linear else tensor.delta_tensors * tensor.itemsize)
+            held += _LOGIT_BYTES * entries[name] * (3 if has_moments else 1)
             if has_moments and not linear:
                 # The gradient and slope of each entry, until the norm of the whole is known.
-                resident += 2 * _LOGIT_BYTES * entries
-        resident += in_model + kept
-        stores += kept
-        shards += kept // processes if linear else kept
+                resident += 2 * _LOGIT_BYTES * entries[name]
+        resident += in_model + held
+        stores += held
+        shards += held // processes if linear else held
         layer = _LAYER.match(name)
         if layer:
             layers[layer[1]] += in_model
-            brought[layer[1]] += kept
+            brought[layer[1]] += held
         else:
             outside += in_model
-            visitor = max(visitor, kept)
+            visitor = max(visitor, held)
+    pair_tokens = 2 * settings.max_length
     # Between layers the hidden states of a process' share of a step are kept, in float32.
-    states = 4 * step_tokens * text.hidden_size * text.num_hidden_layers // processes
-    pair = pair_tokens * machine.activation_bytes(config)
-    by_layer = outside + max(layers.values(), default=0) + states
-    pair_in_layer = pair // text.num_hidden_layers
+    states = 4 * pair_tokens * settings.batch_size * text.hidden_size * text.num_hidden_layers
+    by_layer = outside + max(layers.values(), default=0) + states // processes
+    # Of each token, a backward pass keeps about twelve vectors of the model's width and four of the
+    # feed-forward's in each layer, in float32.
+    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    pair_in_layer = pair_tokens * 4 * (12 * text.hidden_size + 4 * inner)
     if on_cpu:
-        streaming = Need(by_layer, pair_in_layer, disk=stores)
+        streaming = _Need(by_layer, pair_in_layer, disk=stores)
     else:
         # Two layers, and one tensor outside of layers, are on the GPU with what they are made of.
         on_gpu = by_layer + 2 * max(brought.values(), default=0) + visitor
-        streaming = Need(on_gpu, pair_in_layer, host=stores)
+        streaming = _Need(on_gpu, pair_in_layer, host=stores)
     return {
-        RESIDENT: Need(resident, pair),
-        SHARDED: Need(by_layer + shards, pair_in_layer),
+        RESIDENT: _Need(resident, pair_in_layer * text.num_hidden_layers),
+        SHARDED: _Need(by_layer + shards, pair_in_layer),
         STREAMING: streaming,
     }
 
 
-def _does_not_fit(needs: dict[str, Need], free: int, free_host: int) -> str:
-    told = ", ".join(
+def _does_not_fit(needs: dict[str, _Need], free: int, free_host: int) -> str:
+    listed = ", ".join(
         f"{name} needs about {_gib(need.least)} GiB"
         + (f" and {_gib(need.host)} GiB beside the GPU" if need.host else "")
         for name, need in needs.items()
     )
-    beside = f", {_gib(free_host)} GiB beside the GPU" * any(n.host for n in needs.values())
+    has_host = any(need.host for need in needs.values())
+    beside = f", {_gib(free_host)} GiB beside the GPU" if has_host else ""
     return (
-        f"learning this mask does not fit in memory: {told}, {_gib(free)} GiB are free{beside}. "
+        f"learning this mask does not fit in memory: {listed}, {_gib(free)} GiB are free{beside}. "
         "What helps: a coarser granularity, fewer masked tensors (include, exclude), a smaller "
         "max_length or batch_size, or a mask learned elsewhere (mask). --engine (SOMF_ENGINE) "
         "tries one all the same."

@@ -1,5 +1,6 @@
 """What the checkpoints of a merge say in their headers: what fits, what may get a mask."""
 
+import contextlib
 import os
 import re
 from dataclasses import dataclass
@@ -11,14 +12,13 @@ from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.graph import Executor
 from mergekit.io.tasks import LoaderCache
-from mergekit.options import MergeOptions
 from mergekit.tokenizer import PermutedVocabulary
 from safetensors import SafetensorError, safe_open
 
-from ..common.errors import RecipeError
+from ..common.errors import RecipeError, few
 from ..fusion.fuse import is_linear
 from ..recipe.model_classes import empty_model, shapes_of
-from .plan import PlannedMerge, few, gather_task, mask_name, task_parameters
+from .plan import PlannedMerge, gather_task, mask_name, task_parameters
 from .tensor_sets import is_missing, names_of, tensor_set_problems
 
 # As weights of models are stored once they are quantized.
@@ -26,30 +26,33 @@ _INTEGERS = ("I8", "U8", "I32")
 
 
 def checkpoint_problems(planned: PlannedMerge) -> list[str]:
-    """Return what does not fit between the models, told from file headers alone."""
+    """Return what does not fit between the models, as far as file headers say.
+
+    Raises:
+        RecipeError: a file is missing, damaged, or without a tensor of its index.
+    """
     problems = tensor_set_problems(planned.tensors, planned.options)
     quantized: dict[ModelReference, list[str]] = {}
     for weight, task in planned.tensors:
         gathered = gather_task(task)
         aligned = gathered is not task.gather_tensors
         stored = {m: _stored_as(m, source) for m, source in gathered.weight_info.items()}
-        shapes = {model: found[0] for model, found in stored.items() if found}
-        for model, (shape, kind) in ((m, found) for m, found in stored.items() if found):
+        known = {model: found for model, found in stored.items() if found}
+        base = known.get(task.base_model)
+        if not (weight.force_dtype or planned.config.dtype):
+            problems += _type_problems(weight, gathered, {kind for _, kind in known.values()})
+        for model, (shape, kind) in known.items():
             if kind in _INTEGERS and len(shape) > 1 and weight.name.endswith("weight"):
                 quantized.setdefault(model, []).append(weight.name)
-        base = shapes.get(task.base_model)
-        if not (weight.force_dtype or planned.config.dtype):
-            problems += _type_problems(weight, gathered, planned.options)
-        for model, shape in shapes.items():
-            if base is not None and not _fits(shape, base, weight, aligned):
+            if base is not None and not _fits(shape, base[0], weight, aligned):
                 hint = (
                     "; with another vocabulary, add `tokenizer: {source: base}`"
                     if weight.vocabulary_axis is not None
                     else "; all models must come from the same base"
                 )
                 problems.append(
-                    f"{weight.name}: shape {_shape_text(shape)} in {model}, {_shape_text(base)} in "
-                    f"the base {task.base_model}{hint}"
+                    f"{weight.name}: shape {_shape_text(shape)} in {model}, "
+                    f"{_shape_text(base[0])} in the base {task.base_model}{hint}"
                 )
     return problems + [
         f"{model}: it is quantized, since {few(names)} are stored as integers; give it in bfloat16 "
@@ -58,10 +61,8 @@ def checkpoint_problems(planned: PlannedMerge) -> list[str]:
     ]
 
 
-def _type_problems(weight: WeightInfo, gathered: Any, options: MergeOptions) -> list[str]:
-    """Return a sentence where a tensor is stored in a type that can't be fused."""
-    stored = [_stored_as(model, source) for model, source in gathered.weight_info.items()]
-    types = {found[1] for found in stored if found}
+def _type_problems(weight: WeightInfo, gathered: Any, types: set[str]) -> list[str]:
+    """Return a sentence where a tensor is stored in types that can't be fused."""
     if any(kind.startswith("F8") for kind in types):
         return [
             f"{weight.name} is stored in float8: set `dtype: bfloat16` or `float32` to merge in"
@@ -85,34 +86,34 @@ class PlannedTensor:
 
     Attributes:
         may_get_mask: whether the recipe's patterns let it have one.
-        kept_as: the name under which its mask is kept.
+        mask_name: the name under which its mask is stored.
         shape: as merged, with the vocabulary that mergekit aligns all models to.
         has_vocabulary: whether one of its axes are the tokens.
         granularity: of a mask that would be learned.
-        kept_tensors: how many tensors of this shape learning keeps for the task vectors.
+        delta_tensors: how many tensors of this shape learning holds for the task vectors.
         itemsize: bytes of a number in the type that the models are merged in.
     """
 
     may_get_mask: bool
-    kept_as: str
+    mask_name: str
     shape: tuple[int, ...]
     has_vocabulary: bool
     granularity: str
-    kept_tensors: int
+    delta_tensors: int
     itemsize: int
 
 
 def planned_tensors(planned: PlannedMerge) -> dict[str, PlannedTensor]:
-    """Return the tensors of a somf merge by name, as far as file headers tell their shapes."""
+    """Return the tensors of a somf merge by name, whose shapes file headers say."""
     shapes = tensor_shapes(planned)
     return {
         weight.name: PlannedTensor(
             may_get_mask=planned.may_get_mask(weight.name),
             has_vocabulary=weight.vocabulary_axis is not None,
-            kept_as=mask_name(task),
+            mask_name=mask_name(task),
             shape=shapes[weight.name],
             granularity=str(task.parameters["granularity"]),
-            kept_tensors=1 if is_linear(task_parameters(task)) else len(task.model_order),
+            delta_tensors=1 if is_linear(task_parameters(task)) else len(task.model_order),
             itemsize=_itemsize(planned, weight, task),
         )
         for weight, task in planned.tensors
@@ -122,24 +123,29 @@ def planned_tensors(planned: PlannedMerge) -> dict[str, PlannedTensor]:
 
 
 def tensor_shapes(planned: PlannedMerge) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors of a merge, as far as file headers tell them."""
-    found = {}
-    defined: dict[str, tuple[int, ...]] | None = None
+    """Return the shapes of the tensors of a merge, as far as file headers say them."""
+    from transformers import AutoModelForCausalLM
+
+    found, unstored = {}, []
     for weight, task in planned.tensors:
         source = gather_task(task).weight_info[task.base_model]
         stored = _stored_as(task.base_model, source)
-        shape = stored[0] if stored else None
-        if shape is None and not is_missing(task.base_model, source, planned.options):
-            if defined is None:
-                defined = _defined_shapes(planned)
-            shape = defined.get(weight.name)
-        if shape is not None:
-            found[weight.name] = _aligned(planned, weight, task, shape)
+        if stored:
+            found[weight.name] = _aligned(planned, weight, task, stored[0])
+        elif not is_missing(task.base_model, source, planned.options):
+            unstored.append((weight, task))
+    # Those that are put together from several when they are loaded stand in no header.
+    if unstored:
+        trust = planned.options.trust_remote_code
+        with contextlib.suppress(ValueError):
+            defined = shapes_of(empty_model(AutoModelForCausalLM, planned.out_config, trust))
+            for weight, task in unstored:
+                if weight.name in defined:
+                    found[weight.name] = _aligned(planned, weight, task, defined[weight.name])
     return found
 
 
 def _itemsize(planned: PlannedMerge, weight: WeightInfo, task: Any) -> int:
-    """Return the bytes of a number in the type that a tensor is merged in."""
     merged_in = dtype_from_name(weight.force_dtype or planned.config.dtype)
     if merged_in is not None:
         return merged_in.itemsize
@@ -165,30 +171,8 @@ def _aligned(
     return (*shape[:axis], many, *shape[axis + 1 :])
 
 
-def _defined_shapes(planned: PlannedMerge) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the merged model's weights as transformers defines them.
-
-    Those of tensors that are put together from several when they are loaded stand in no header.
-    """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        made = empty_model(
-            AutoModelForCausalLM, planned.out_config, planned.options.trust_remote_code
-        )
-    except ValueError:
-        return {}
-    return shapes_of(made)
-
-
 def _stored_as(model: ModelReference, source: WeightInfo) -> tuple[tuple[int, ...], str] | None:
-    """Return a tensor's shape and type from the file header.
-
-    None where it is in no safetensors file.
-
-    Raises:
-        RecipeError: the file is missing, damaged, or without the tensor.
-    """
+    """Return a tensor's shape and type from the file header, None where it has none."""
     index = LoaderCache().get(model).index
     name = next((name for name in names_of(source) if name in index.tensor_paths), None)
     if name is None or not index.tensor_paths[name].endswith(".safetensors"):

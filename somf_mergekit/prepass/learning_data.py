@@ -22,15 +22,14 @@ from ..data.pairs import (
 )
 from ..data.rendering import Rendering, writes_date
 from ..data.rows import Examples
-from ..evaluate.for_recipe import measuring_problems
 from ..mask.artifact import MaskSet
-from ..mask.granularity import mask_layout, weight_storage
-from ..plugin.method import mask_shape_problem
+from ..mask.granularity import mask_layout, mask_shape_problem, weight_storage
 from ..recipe.settings import METHOD_NAME, Settings
 from .data_fit import cut_counts, cut_line, fit_problems
 from .headers import checkpoint_problems, planned_tensors
-from .plan import PlannedMerge, learning_problem
-from .unchanged import unchanged_models
+from .plan import PlannedMerge
+from .plan_check import learning_problem
+from .task_vectors import unchanged_models
 
 CANT_BE_MADE = "This merge can't be made"
 
@@ -62,7 +61,7 @@ class SafetyData:
         """How many prompts and answers of the safety data were cut; see ``data_fit.cut_counts``."""
         return cut_counts([*self.pairs, *self.held_out])
 
-    def cut_told(self, max_length: int) -> str:
+    def cut_text(self, max_length: int) -> str:
         """Return in words what of all data was cut to ``max_length``, empty where nothing was."""
         parts = (
             ("", cut_line([*self.pairs, *self.held_out], max_length)),
@@ -126,7 +125,6 @@ def checked_data(
         with noted(found, "parameters.utility_dataset: "):
             utility, notes = _utility_data(planned, how)
         found += fit_problems(planned, [*data.pairs, *data.held_out, *utility])
-    found += measuring_problems(planned.settings, planned.base_model, planned.options)
     raise_together(found, CANT_BE_MADE)
     return replace(data, utility=utility, date=date, notes=data.notes + notes)
 
@@ -139,7 +137,6 @@ def given_mask(planned: PlannedMerge, source: str, problems: Sequence[str] = ())
     """
     found = list(problems)
     found += _model_problems(planned)
-    found += measuring_problems(planned.settings, planned.base_model, planned.options)
     with noted(found):
         masks = MaskSet.open(source)
         found += _misfits(planned, masks, source)
@@ -168,7 +165,7 @@ def _misfits(planned: PlannedMerge, masks: MaskSet, source: str) -> list[str]:
     planned_for = {
         name: tensor for name, tensor in planned_tensors(planned).items() if tensor.may_get_mask
     }
-    if not any(mask.kept_as in masks for mask in planned_for.values()):
+    if not any(mask.mask_name in masks for mask in planned_for.values()):
         problems.append(
             f"mask {source}: none of its {len(masks.names())} tensors is in this merge (it has "
             f"{', '.join(masks.names()[:2])} ...): the mask is of another model"
@@ -176,13 +173,13 @@ def _misfits(planned: PlannedMerge, masks: MaskSet, source: str) -> list[str]:
     storage = weight_storage(planned.out_config)
     asks = "granularity" in (planned.config.parameters or {})
     for name, mask in planned_for.items():
-        if mask.kept_as not in masks:
+        if mask.mask_name not in masks:
             continue
-        problem = mask_shape_problem(name, masks.shape(mask.kept_as), mask.shape, source)
+        problem = mask_shape_problem(name, masks.shape(mask.mask_name), mask.shape, source)
         if problem:
             problems.append(problem)
             continue
-        layout = masks.layout(mask.kept_as)
+        layout = masks.layout(mask.mask_name)
         if asks and layout.shape != mask_layout(mask.granularity, name, mask.shape, storage).shape:
             problems.append(
                 f"parameters.granularity: {mask.granularity} does not fit the mask {source}, "

@@ -3,9 +3,8 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
-from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
@@ -82,10 +81,10 @@ def check_room(files: Iterable[File]) -> None:
         wanted = sum(size for _, _, size in found)
         free = shutil.disk_usage(_existing(found[0][1])).free
         if wanted > free:
-            told = ", ".join(f"{what} {_gib(n)} in {place}" for what, place, n in found if n)
+            listed = ", ".join(f"{what} {_gib(n)} in {place}" for what, place, n in found if n)
             raise RecipeError(
                 f"there is no room for what this merge writes: {_gib(wanted)} GiB are needed "
-                f"({told}), {_gib(free)} GiB are free. Make room, or name folders on another disk"
+                f"({listed}), {_gib(free)} GiB are free. Make room, or name folders on another disk"
             )
 
 
@@ -95,19 +94,6 @@ def weight_bytes(folder: str) -> int:
     if not os.path.isdir(folder):
         return 0
     return sum(e.stat().st_size for e in os.scandir(folder) if e.name.endswith(ends))
-
-
-def same_models(models: Iterable[ModelReference]) -> Mapping[ModelReference, ModelReference]:
-    """Return for each model the first one of which it is another name: itself where it is new."""
-    first: dict[tuple[str, ...], ModelReference] = {}
-    return {model: first.setdefault(_identity(model), model) for model in models}
-
-
-def _identity(model: ModelReference) -> tuple[str, ...]:
-    parts = [part for part in (model.model, model.lora) if part]
-    return tuple(
-        os.path.realpath(part.path) if os.path.isdir(part.path) else str(part) for part in parts
-    )
 
 
 def _inputs(config: MergeConfiguration, options: MergeOptions) -> Iterator[tuple[str, str]]:
@@ -136,7 +122,7 @@ def _harm(name: str, place: str, out: str) -> Iterator[str]:
 
 
 def _files(folder: str) -> dict[tuple[int, int], str]:
-    """Return the files in a folder by what tells them apart, whatever links lead to them."""
+    """Return the files in a folder by device and number, whatever links lead to them."""
     if not os.path.isdir(folder):
         return {}
     entries = [entry for entry in os.scandir(folder) if entry.is_file()]

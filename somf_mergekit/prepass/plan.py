@@ -1,11 +1,9 @@
-"""A merge as mergekit planned it, and what its tasks say."""
+"""A merge as mergekit planned it: its tokenizer, and what its tasks say."""
 
 import copy
-import importlib.resources
-from collections.abc import Collection
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import cached_property
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 from mergekit.architecture import WeightInfo
@@ -14,15 +12,76 @@ from mergekit.config import MergeConfiguration
 from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
-from mergekit.options import MergeOptions
+from mergekit.tokenizer import BuildTokenizer, TokenizerInfo
+from mergekit.tokenizer.build import get_stripped_tokenizer
 
-from ..common.errors import RecipeError, first_line, log_traceback
+from ..common.errors import RecipeError
+from ..common.merge_options import SomfOptions
 from ..data.chat import check_words
-from ..recipe.model_classes import class_of, empty_model
-from ..recipe.settings import Settings, may_get_mask, recipe_settings
-from .merged_tokenizer import MergedTokenizer
+from ..mask.artifact import MaskSet
+from ..recipe.settings import MASK_TENSOR, Settings, may_get_mask, recipe_settings
 
 TaskT = TypeVar("TaskT", bound=Task)
+
+
+class MergedTokenizer(BuildTokenizer):
+    """Builds the tokenizer once, and numbers its tokens in the same way in every process.
+
+    mergekit numbers the tokens that the base lacks in the order of a fast tokenizer's
+    ``get_vocab()`` and of a set of models, both of which change. Here they are in the order of
+    their numbers in the models, whichever order the recipe names these in.
+    """
+
+    @classmethod
+    def of(cls, task: BuildTokenizer) -> "MergedTokenizer":
+        """Return the task that builds what ``task`` builds."""
+        fields = {name: getattr(task, name) for name in BuildTokenizer.model_fields}
+        # Of a token that several models have added, the first one's settings count.
+        return cls(**fields | {"referenced_models": sorted(task.referenced_models, key=str)})
+
+    def execute(self, **_: Any) -> TokenizerInfo:
+        """Return the tokenizer with each model's tokens: the same object at each call."""
+        return self._built
+
+    @cached_property
+    def _built(self) -> TokenizerInfo:
+        info = super().execute()
+        return info if self.tokenizer_source != "union" else self._numbered(info)
+
+    def _numbered(self, info: TokenizerInfo) -> TokenizerInfo:
+        base = self.base_model or self.referenced_models[0]
+        tokenizer = get_stripped_tokenizer(base.model, self.trust_remote_code)
+        vocabulary = info.tokenizer.get_vocab()
+        if tokenizer.get_vocab().keys() == vocabulary.keys():
+            return info
+
+        def place(token: str) -> tuple[float, str]:
+            own = [numbers[token] for numbers in info.original_vocabs.values() if token in numbers]
+            return min(own, default=math.inf), token
+
+        # mergekit adds every token that the base's vocabulary lacks.
+        added = info.tokenizer.added_tokens_decoder.values()
+        for token in sorted(added, key=lambda token: place(token.content)):
+            tokenizer.add_tokens(token)
+        numbers = tokenizer.get_vocab()
+        if numbers.keys() != vocabulary.keys():
+            raise RecipeError(
+                "tokenizer: the union of these models' tokens can't be numbered in the same way "
+                "each time; set `tokenizer: {source: base}`, or name a model as the source whose "
+                "tokenizer has all tokens"
+            )
+        return TokenizerInfo(
+            tokenizer=tokenizer,
+            permutations={
+                model: {
+                    number: own[vocabulary[token]]
+                    for token, number in numbers.items()
+                    if vocabulary[token] in own
+                }
+                for model, own in info.permutations.items()
+            },
+            original_vocabs=info.original_vocabs,
+        )
 
 
 @dataclass(frozen=True)
@@ -32,7 +91,7 @@ class PlannedMerge:
     Attributes:
         config: the recipe, as mergekit rewrote it.
         recipe: the recipe as it was given, YAML.
-        options: mergekit's options.
+        options: mergekit's options and the machine's.
         base_model: the aligned model.
         out_config: transformers configuration of the merged model.
         tensors: each tensor that will be written, with the task that makes it; tied weights have
@@ -42,7 +101,7 @@ class PlannedMerge:
 
     config: MergeConfiguration
     recipe: str
-    options: MergeOptions
+    options: SomfOptions
     base_model: ModelReference
     out_config: Any
     tensors: tuple[tuple[WeightInfo, ExecuteMergeMethodTask], ...]
@@ -114,26 +173,6 @@ class PlannedMerge:
         return may_get_mask(name, self.settings.include, self.settings.exclude)
 
 
-def template_problems(config: MergeConfiguration) -> list[str]:
-    """Return a sentence where the recipe's ``chat_template`` is none that mergekit would write."""
-    from mergekit._data import chat_templates
-    from mergekit.merge import _set_chat_template
-
-    if config.chat_template == "auto":
-        # Looked up among the models, which may be on the hub.
-        return []
-    try:
-        _set_chat_template(SimpleNamespace(), config)
-    except RuntimeError:
-        files = importlib.resources.files(chat_templates).iterdir()
-        names = sorted(f.name.removesuffix(".jinja") for f in files if f.name.endswith(".jinja"))
-        return [
-            f"chat_template: {config.chat_template!r} is no template; expected auto, one of "
-            f"{', '.join(names)}, or a Jinja text"
-        ]
-    return []
-
-
 def task_parameters(task: ExecuteMergeMethodTask) -> dict[str, Any]:
     """Return a task's parameters as ``fusions.fused`` takes them: those per model as mappings."""
     values = dict(task.parameters.items())
@@ -149,88 +188,35 @@ def with_fields(task: TaskT, **fields: Any) -> TaskT:
     return type(task)(**own | fields)
 
 
-def input_names(task: ExecuteMergeMethodTask) -> list[str]:
-    """Return the name that a tensor has in each model it is made of, in the task's order."""
-    names = gather_task(task).weight_info
-    return [str(names[model].name) for model in task.model_order]
-
-
-def source_names(task: ExecuteMergeMethodTask) -> set[str]:
-    """Return the names that a tensor has in the models it is made of."""
-    return {str(source.name) for source in gather_task(task).weight_info.values()}
-
-
 def mask_name(task: ExecuteMergeMethodTask) -> str:
-    """Return the name under which a mask for this tensor is kept: its name in the base."""
+    """Return the name under which a mask for this tensor is stored: its name in the base."""
     return str(gather_task(task).weight_info[task.base_model].name)
-
-
-def learning_problem(planned: PlannedMerge) -> str | None:
-    """Return a sentence where no mask can be learned for a merge as it is planned.
-
-    The merge without task vectors must be the base model, and transformers must make a causal
-    language model of it that has the tensors of the merge.
-    """
-    example = None
-    for _, task in planned.tensors:
-        name = task.output_weight.name
-        if task.base_model != planned.base_model or mask_name(task) != name:
-            example = f"{name} is made of {mask_name(task)} of {task.base_model}"
-            break
-    if example is None and planned.out_config is not None:
-        layers = planned.out_config.get_text_config().num_hidden_layers
-        base = planned.base_model.config(trust_remote_code=planned.options.trust_remote_code)
-        if layers != base.get_text_config().num_hidden_layers:
-            example = f"it has {layers} layers, the base {base.get_text_config().num_hidden_layers}"
-    if example is None:
-        return _class_problem(planned)
-    return (
-        f"a mask can't be learned for this merge, whose output is no model of the base's shape: "
-        f"{example}. A learned mask can still be applied with the parameter `mask`"
-    )
-
-
-def _class_problem(planned: PlannedMerge) -> str | None:
-    """Return a sentence where transformers makes no causal language model of the merge."""
-    from transformers import AutoModelForCausalLM
-
-    trust = planned.options.trust_remote_code
-    named = planned.base_model.config(trust_remote_code=trust).architectures[0]
-    ways = (
-        "Give models that are causal language models, or a learned mask with the parameter `mask`"
-    )
-    try:
-        made = class_of(empty_model(AutoModelForCausalLM, planned.out_config, trust, None))
-    except ImportError as error:
-        why = f"its configuration asks for what is not installed: {first_line(error)}"
-        ways = "Install it, or take it (attn_implementation) out of the base's config.json"
-    except Exception as error:  # a list of all configurations, or an error of a stranger's code
-        log_traceback(error)
-        why = "transformers can't load it as a causal language model"
-    else:
-        known = {name for weight, _ in planned.tensors for name in made.names_of(weight.name)}
-        known |= {name for tied in known for name in made.tied.get(tied, ())}
-        foreign = [w.name for w, _ in planned.tensors if not made.loads(w.name)]
-        lacking = made.parameters - known
-        if foreign and made.name != named:
-            why = f"it would be learned on a {made.name}, which has no {few(foreign)}"
-        elif lacking:
-            why = f"{made.name} needs {few(lacking)}, which the merge does not write"
-        else:
-            return None
-    return (
-        f"a mask can't be learned for this merge: the base {planned.base_model} is a {named}, and "
-        f"{why.removesuffix('.')}. {ways}"
-    )
-
-
-def few(names: Collection[str]) -> str:
-    """Return the first of some names, and how many more there are."""
-    shown = ", ".join(sorted(names)[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 def gather_task(task: ExecuteMergeMethodTask) -> GatherTensors:
     """Return the part of a task that loads its inputs, before any alignment of vocabularies."""
     inner = task.gather_tensors
     return inner if isinstance(inner, GatherTensors) else inner.gather_tensors
+
+
+def with_masks(planned: PlannedMerge, masks: MaskSet, *, is_masked: bool = True) -> PlannedMerge:
+    """Return a plan whose tasks take their masks from ``masks``, or none of them.
+
+    Without its masks a merge is the same in everything else, what it draws at random included.
+    """
+    further = {} if is_masked else {"exclude": "*"}
+    tensors = ((weight, with_mask(task, masks.path, **further)) for weight, task in planned.tensors)
+    return replace(planned, tensors=tuple(tensors))
+
+
+def with_mask(task: ExecuteMergeMethodTask, mask: str, **further: Any) -> ExecuteMergeMethodTask:
+    """Return mergekit's task of a tensor with the artifact that it takes its mask from.
+
+    Args:
+        task: of a somf recipe.
+        mask: the artifact.
+        further: parameters that are to be others than the recipe says.
+    """
+    parameters = dict(task.parameters.items())
+    own = {"mask": mask, MASK_TENSOR: mask_name(task), **further}
+    return with_fields(task, parameters=parameters | own)

@@ -1,4 +1,4 @@
-"""Say what is wrong with a recipe as far as its plan tells: values are resolved per tensor."""
+"""What is wrong with a recipe as its plan says: values are resolved per tensor."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -8,10 +8,12 @@ from mergekit.config import ConditionalParameter, MergeConfiguration
 from mergekit.merge_methods.base import ParameterScope
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
+from ..common.errors import few, first_line, log_traceback
 from ..fusion.fusion_methods import known_fusions
 from ..recipe.blocks import parameter_blocks
 from ..recipe.fusion_check import fusing_problem
-from .plan import PlannedMerge, gather_task, source_names, task_parameters
+from ..recipe.model_classes import class_of, empty_model
+from .plan import PlannedMerge, gather_task, mask_name, task_parameters
 
 
 def plan_problems(planned: PlannedMerge) -> list[str]:
@@ -53,12 +55,38 @@ def unused_filters(config: MergeConfiguration, planned: PlannedMerge) -> list[st
         planned: its plan.
     """
     names = {weight.name for weight, _ in planned.tensors}
-    names |= {name for _, task in planned.tensors for name in source_names(task)}
+    sources = (gather_task(task).weight_info for _, task in planned.tensors)
+    names |= {str(source.name) for found in sources for source in found.values()}
     problems = []
     for place, settings, _ in parameter_blocks(config):
         for key, value in settings.items():
             problems += [f"{place}.{key}: {problem}" for problem in _unreached(value, names)]
     return problems
+
+
+def learning_problem(planned: PlannedMerge) -> str | None:
+    """Return a sentence where no mask can be learned for a merge as it is planned.
+
+    The merge without task vectors must be the base model, and transformers must make a causal
+    language model of it that has the tensors of the merge.
+    """
+    example = None
+    for _, task in planned.tensors:
+        name = task.output_weight.name
+        if task.base_model != planned.base_model or mask_name(task) != name:
+            example = f"{name} is made of {mask_name(task)} of {task.base_model}"
+            break
+    if example is None and planned.out_config is not None:
+        layers = planned.out_config.get_text_config().num_hidden_layers
+        base = planned.base_model.config(trust_remote_code=planned.options.trust_remote_code)
+        if layers != base.get_text_config().num_hidden_layers:
+            example = f"it has {layers} layers, the base {base.get_text_config().num_hidden_layers}"
+    if example is None:
+        return _class_problem(planned)
+    return (
+        f"a mask can't be learned for this merge, whose output isn't a model of the base's shape: "
+        f"{example}. A learned mask can still be applied with the parameter `mask`"
+    )
 
 
 def _missing(values: dict[str, Any], models: list[Any]) -> Iterator[str]:
@@ -104,7 +132,7 @@ def _unreached(value: Any, names: set[str]) -> Iterator[str]:
             continue
         is_for_all = item.filter in (None, "*")
         matching = names if is_for_all else {name for name in names if item.filter in name}
-        told = f"the value {item.value!r}" if is_for_all else f"the filter {item.filter!r}"
+        named = f"the value {item.value!r}" if is_for_all else f"the filter {item.filter!r}"
         if not matching:
             yield (
                 f"no tensor has {item.filter!r} in its name; a filter is a part of a name such as "
@@ -112,8 +140,42 @@ def _unreached(value: Any, names: set[str]) -> Iterator[str]:
             )
         elif is_final or not (is_for_all or matching & left):
             yield (
-                f"{told} is never reached: mergekit takes the first filter that a name matches, "
+                f"{named} is never reached: mergekit takes the first filter that a name matches, "
                 "and one above it has all of its tensors; move it up"
             )
         left -= matching
         is_final |= is_for_all
+
+
+def _class_problem(planned: PlannedMerge) -> str | None:
+    """Return a sentence where transformers makes no causal language model of the merge."""
+    from transformers import AutoModelForCausalLM
+
+    trust = planned.options.trust_remote_code
+    named = planned.base_model.config(trust_remote_code=trust).architectures[0]
+    ways = (
+        "Give models that are causal language models, or a learned mask with the parameter `mask`"
+    )
+    try:
+        made = class_of(empty_model(AutoModelForCausalLM, planned.out_config, trust, None))
+    except ImportError as error:
+        why = f"its configuration asks for what is not installed: {first_line(error)}"
+        ways = "Install it, or take it (attn_implementation) out of the base's config.json"
+    except Exception as error:  # a list of all configurations, or an error of a stranger's code
+        log_traceback(error)
+        why = "transformers can't load it as a causal language model"
+    else:
+        known = {name for weight, _ in planned.tensors for name in made.names_of(weight.name)}
+        known |= {name for tied in known for name in made.tied.get(tied, ())}
+        foreign = [w.name for w, _ in planned.tensors if not made.loads(w.name)]
+        lacking = made.parameters - known
+        if foreign and made.name != named:
+            why = f"it would be learned on a {made.name}, which has no {few(foreign)}"
+        elif lacking:
+            why = f"{made.name} needs {few(lacking)}, which the merge does not write"
+        else:
+            return None
+    return (
+        f"a mask can't be learned for this merge: the base {planned.base_model} is a {named}, and "
+        f"{why.removesuffix('.')}. {ways}"
+    )

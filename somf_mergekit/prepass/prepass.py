@@ -9,11 +9,10 @@ from typing import Any
 import click
 import torch
 
-from ..common import machine
 from ..common.errors import RecipeError, raise_together
-from ..common.out_of_memory import memory_for
+from ..common.machine import memory_for
 from ..common.process_group import Processes, is_first, own_device, processes
-from ..common.timing import LEARNING, phase
+from ..common.timing import LEARNING, Timer
 from ..data.held_out import HeldOut
 from ..learner.checkpoints import (
     Checkpoints,
@@ -27,62 +26,82 @@ from ..learner.stopping import LearningDiverged
 from ..mask.artifact import MaskSet
 from ..mask.artifact_folder import MASKS_FILE, without_mask
 from ..mask.writing import keep_masks, write_masks
-from .construction import constructed
 from .forecast import forecast
-from .learning_bar import learn_with_progress
 from .learning_data import SafetyData
-from .messages import comparison, diverged, learned_line
 from .places import File, check_room
 from .plan import PlannedMerge
-from .provenance import differences, learning_fingerprint, provenance, provenance_of_use, told_date
+from .provenance import (
+    differences,
+    learning_fingerprint,
+    provenance,
+    provenance_of_use,
+    recorded_date,
+)
+from .training import comparison, diverged, learned_line, train, training_setup
 
 CHECKING = "checking models and data"
 
 
 def mask_for(
-    planned: PlannedMerge, inputs: SafetyData | MaskSet, folder: str, files: Sequence[File] = ()
+    planned: PlannedMerge,
+    inputs: SafetyData | MaskSet,
+    folder: str,
+    files: Sequence[File] = (),
+    timer: Timer | None = None,
 ) -> MaskSet:
     """Return the mask of a planned merge: the one given, the one found in ``folder``, or a new one.
 
     Args:
         planned: the merge.
-        inputs: the mask that it was given, or what it is learned from; see ``inputs.merge_inputs``.
+        inputs: the mask that it was given, or what it is learned from; see ``merge_inputs``.
         folder: of the mask.
         files: what is written afterwards, for which there must be room too.
+        timer: gets the seconds of each phase.
 
     Raises:
         RecipeError: what keeps the mask from being learned or written.
     """
-    together = processes(own_device(planned.options.device))
+    group = processes(own_device(planned.options.device))
     if isinstance(inputs, MaskSet):
         needed = [*files, ("the mask", folder, os.path.getsize(inputs.path))]
-        together.first_does(lambda: check_room(needed))
-        return MaskSet.open(together.first_does(lambda: _stored(planned, inputs, folder)))
-    with phase(CHECKING):
+        group.first_does(lambda: check_room(needed))
+        return MaskSet.open(group.first_does(lambda: _stored(planned, inputs, folder)))
+    timer = Timer() if timer is None else timer
+    with timer.phase(CHECKING):
         fingerprint = learning_fingerprint(planned, inputs)
-        _check_agreement(planned, fingerprint, together)
+        _check_agreement(planned, fingerprint, group)
     # The first process decides for all: another may see an older state of a network's disk.
-    if together.first_does(lambda: _is_known(planned, folder, fingerprint)):
-        together.first_does(lambda: check_room(files))
+    if group.first_does(lambda: _is_known(planned, folder, fingerprint)):
+        group.first_does(lambda: check_room(files))
         return MaskSet.open(folder)
-    return _learned_mask(planned, folder, inputs, fingerprint, together, files)
+    return _learned_mask(planned, folder, inputs, fingerprint, group, files, timer)
 
 
-def _check_agreement(
-    planned: PlannedMerge, fingerprint: dict[str, Any], together: Processes
-) -> None:
+def learning_date(folder: str) -> str | None:
+    """Return the date that a mask in ``folder``, or one begun there, was learned with, if any.
+
+    A chat template that writes today's date would else give other tokens, and another mask, a day
+    later.
+    """
+    if os.path.exists(os.path.join(folder, MASKS_FILE)):
+        return recorded_date(MaskSet.open(folder).provenance.get("fingerprint"))
+    return recorded_date(newest_fingerprint(checkpoint_folder(folder)))
+
+
+def _check_agreement(planned: PlannedMerge, fingerprint: dict[str, Any], group: Processes) -> None:
     """Check that all processes would learn the same mask.
 
     Raises:
         RecipeError: their models or data differ.
     """
-    first, *others = together.gathered([fingerprint])
+    first, *others = group.gathered([fingerprint])
     names = [str(model) for model in planned.models]
+    found = [differences({"fingerprint": first}, other, names) for other in others]
     raise_together(
         (
             f"process {number} has other {', '.join(differing)} than process 0"
-            for number, other in enumerate(others, 1)
-            if (differing := differences({"fingerprint": first}, other, names))
+            for number, differing in enumerate(found, 1)
+            if differing
         ),
         "the processes can't learn one mask together",
     )
@@ -109,26 +128,13 @@ def _is_known(planned: PlannedMerge, folder: str, fingerprint: dict[str, Any]) -
     return not differing
 
 
-def learning_date(folder: str) -> str | None:
-    """Return the date that a mask in ``folder``, or one begun there, was learned with.
-
-    A chat template that writes today's date would else give other tokens, and another mask, a day
-    later. None where none was.
-    """
-    if os.path.exists(os.path.join(folder, MASKS_FILE)):
-        return told_date(MaskSet.open(folder).provenance.get("fingerprint"))
-    return told_date(newest_fingerprint(checkpoint_folder(folder)))
-
-
 def _stored(planned: PlannedMerge, masks: MaskSet, folder: str) -> str:
     """Store given masks in a folder, unless they are those in it; return their place."""
     place = os.path.join(folder, MASKS_FILE)
     if os.path.exists(place) and os.path.samefile(place, masks.path):
         return masks.path
-    aside = f"{folder}.before"
-    if os.path.exists(place) and os.path.realpath(masks.path).startswith(
-        os.path.realpath(aside) + os.sep
-    ):
+    aside = os.path.realpath(f"{folder}.before")
+    if os.path.exists(place) and os.path.realpath(masks.path).startswith(aside + os.sep):
         raise RecipeError(
             f"mask {masks.path} is where the mask in {folder} would be put aside: move it to "
             "another folder first"
@@ -141,58 +147,49 @@ def _learned_mask(
     folder: str,
     data: SafetyData,
     fingerprint: dict[str, Any],
-    together: Processes,
+    group: Processes,
     files: Sequence[File],
+    timer: Timer,
 ) -> MaskSet:
-    with learning_folder(folder, together) as place, ExitStack() as ending:
-        for note in data.notes:
+    with learning_folder(folder, group) as place, ExitStack() as ending:
+        for note in filter(None, [*data.notes, data.cut_text(planned.settings.max_length)]):
             _say(planned, f"somf: {note}")
-        cut = data.cut_told(planned.settings.max_length)
-        if cut:
-            _say(planned, f"somf: {cut}")
-        with _stage("reading task vectors"):
-            expected = forecast(planned, data, together)
+        with _stage(timer, "reading task vectors"):
+            expected = forecast(planned, data, group)
             needed = [*files, *expected.files(folder)]
-            together.first_does(lambda: check_room(needed))
-            _say(planned, f"somf: {expected.told}")
-            learning, setup, ways = constructed(planned, folder, data, expected, together, ending)
-        checkpoints = Checkpoints(
-            place,
-            fingerprint,
-            learning.masked,
-            together,
-            seconds=machine.checkpoint_seconds(),
-        )
+            group.first_does(lambda: check_room(needed))
+            _say(planned, f"somf: {expected.line}")
+            learning, setup, ways = training_setup(planned, folder, data, expected, group, ending)
+        minutes = planned.options.machine.checkpoint_minutes
+        checkpoints = Checkpoints(place, fingerprint, learning.masked, group, seconds=60 * minutes)
         progress = checkpoints.latest()
         if progress.step:
-            _say(planned, f"somf: going on after step {progress.step}, kept in {place}")
+            _say(planned, f"somf: going on after step {progress.step}, stored in {place}")
 
         def artifact(named: str, compared: HeldOut | str, **further: Any) -> MaskSet:
-            told = provenance(
-                planned, data, fingerprint, progress.history, learning.masked, compared
-            )
-            told |= {"learned_with": ways, **further}
-            return _written(named, learning, together, told, progress.history)
+            history = progress.history
+            record = provenance(planned, data, fingerprint, history, learning.masked, compared)
+            record |= {"learned_with": ways, **further}
+            return _written(named, learning, group, record, history)
 
+        quiet = planned.options.quiet or not group.is_first
         try:
-            quiet = planned.options.quiet or not together.is_first
-            with phase(LEARNING):
-                learn_with_progress(setup, progress, checkpoints, quiet)
+            with timer.phase(LEARNING):
+                train(setup, progress, checkpoints, quiet)
         except LearningDiverged as error:
             # The gradients of a step are used one by one, before all of them are known.
             progress = progress if error.is_intact else checkpoints.latest()
-            kept = None
+            stored = None
             if progress.step:
-                kept = together.first_does(lambda: without_mask(f"{folder}.last-good"))
-                artifact(kept, "learning was stopped", stopped=error.record())
-            raise RecipeError(
-                diverged(planned, error, step_count(planned.settings, len(data.pairs)), kept, ways)
-            ) from error
+                stored = group.first_does(lambda: without_mask(f"{folder}.last-good"))
+                artifact(stored, "learning was stopped", stopped=error.record())
+            steps = step_count(planned.settings, len(data.pairs))
+            raise RecipeError(diverged(planned, error, steps, stored, ways)) from error
         compared: HeldOut | str = data.why_none or "nothing was learned"
-        if setup.held_out and progress.step:
-            with _stage("held-out pairs"):
+        if data.held_out and progress.step:
+            with _stage(timer, "held-out pairs"):
                 compared = comparison(planned, setup, quiet)
-        with _stage("writing the mask"):
+        with _stage(timer, "writing the mask"):
             masks = artifact(folder, compared)
         checkpoints.remove()
     _say(planned, f"somf: {learned_line(masks, compared)}")
@@ -202,34 +199,34 @@ def _learned_mask(
 def _written(
     folder: str,
     learning: LearningModel,
-    together: Processes,
-    told: dict[str, Any],
+    group: Processes,
+    record: dict[str, Any],
     history: list[dict[str, Any]],
 ) -> MaskSet:
     """Return the learned mask, which the first process writes into ``folder``."""
     tensors = learning.masked
     # All processes take part where each has a share of a mask.
     probabilities = ((t.name, torch.sigmoid(t.whole())) for t in tensors)
-    if not together.is_first:
+    if group.is_first:
+        layouts = {t.name: t.layout for t in tensors}
+        write_masks(
+            folder,
+            probabilities,
+            aliases=learning.aliases,
+            repeats={n: (at.axis, at.repeat) for n, at in layouts.items() if at.repeat > 1},
+            provenance=record,
+            history=history,
+        )
+    else:
         collections.deque(probabilities, maxlen=0)
-        together.wait()
-        return MaskSet.open(folder)
-    written = write_masks(
-        folder,
-        probabilities,
-        aliases=learning.aliases,
-        repeats={t.name: (t.layout.axis, t.layout.repeat) for t in tensors if t.layout.repeat > 1},
-        provenance=told,
-        history=history,
-    )
-    together.wait()
-    return written
+    group.wait()
+    return MaskSet.open(folder)
 
 
 @contextmanager
-def _stage(name: str) -> Iterator[None]:
+def _stage(timer: Timer, name: str) -> Iterator[None]:
     """Time a part of the pre-pass, and name it where memory runs out in it."""
-    with phase(name), memory_for(lambda: name):
+    with timer.phase(name), memory_for(lambda: name):
         yield
 
 

@@ -1,4 +1,4 @@
-"""What decides a learned mask, and what is told with it."""
+"""What decides a learned mask, and what is recorded with it."""
 
 import json
 import math
@@ -14,11 +14,11 @@ from ..common.requirements import versions
 from ..data.held_out import KEY, HeldOut
 from ..learner.tensors import MaskedTensor
 from ..mask.artifact import MaskSet
-from ..plugin.method import MASK_TENSOR
 from ..recipe.blocks import plain
+from ..recipe.settings import MASK_TENSOR
 from .data_fit import cut_counts
 from .learning_data import SafetyData
-from .plan import PlannedMerge, input_names
+from .plan import PlannedMerge, gather_task
 from .task_vectors import content_fingerprint
 
 # Settings that choose how a learned mask is used, not which mask is learned.
@@ -36,7 +36,7 @@ _STAND_INS = (
     *(f"safety_{what}" for what in ("dataset", "split", "config", "samples")),
     *(f"utility_{what}" for what in ("dataset", "split", "config", "samples")),
 )
-# What a configuration tells of the file that it was read from.
+# What a configuration says of the file that it was read from.
 _CONFIGURATION_NOTES = ("_name_or_path", "transformers_version")
 # In the fingerprint: what the chat template wrote as today's date.
 DATE = "date in the chat template"
@@ -53,8 +53,12 @@ def learning_fingerprint(planned: PlannedMerge, data: SafetyData) -> dict[str, A
         RecipeError: a model's files or tokenizer can't be read.
     """
     settings = planned.settings.model_dump(exclude=set(_USE_ONLY))
+    cache_dir = planned.options.machine.cache_dir
     return {
-        **content_of_models(planned),
+        "models": [content_fingerprint(model, cache_dir) for model in planned.models],
+        "model configuration": json_digest(_configuration(planned)),
+        "tokenizer": json_digest(_tokens(planned)),
+        "chat template": json_digest(planned.tokenizer.chat_template),
         "data": json_digest([[p.prompt, p.chosen, p.rejected] for p in data.pairs]),
         "held-out data": json_digest([[p.prompt, p.chosen, p.rejected] for p in data.held_out]),
         "utility data": json_digest([[e.prompt, e.chosen] for e in data.utility]),
@@ -66,35 +70,21 @@ def learning_fingerprint(planned: PlannedMerge, data: SafetyData) -> dict[str, A
     }
 
 
-def told_date(fingerprint: Any) -> str | None:
-    """Return the date that a chat template wrote when a mask was learned, None where none is told.
+def recorded_date(fingerprint: Any) -> str | None:
+    """Return the date that a chat template wrote when a mask was learned, None where none is known.
 
     Args:
-        fingerprint: as told with a mask or a checkpoint, perhaps by a stranger.
+        fingerprint: as stored with a mask or a checkpoint, perhaps by a stranger.
     """
-    told = fingerprint.get(DATE) if isinstance(fingerprint, dict) else None
+    written = fingerprint.get(DATE) if isinstance(fingerprint, dict) else None
     try:
-        return date.fromisoformat(str(told)).isoformat()
+        return date.fromisoformat(str(written)).isoformat()
     except ValueError:
         return None
 
 
-def content_of_models(planned: PlannedMerge) -> dict[str, Any]:
-    """Return what is in the files of a merge's models, as JSON.
-
-    Raises:
-        RecipeError: a model's files or tokenizer can't be read.
-    """
-    return {
-        "models": [content_fingerprint(model) for model in planned.models],
-        "model configuration": json_digest(_configuration(planned)),
-        "tokenizer": json_digest(_tokens(planned)),
-        "chat template": json_digest(planned.tokenizer.chat_template),
-    }
-
-
 def resolved_learning(planned: PlannedMerge) -> list[Any]:
-    """Return what of a recipe decides its mask, as JSON, as far as the recipe itself tells."""
+    """Return what of a recipe decides its mask, as JSON, as far as the recipe itself says."""
     settings = planned.settings.model_dump(exclude={*_USE_ONLY, "preset"})
     return [settings, [_resolved(planned, *tensor) for tensor in planned.tensors]]
 
@@ -106,25 +96,22 @@ def _resolved(planned: PlannedMerge, weight: Any, task: Any) -> list[Any]:
         sorted((k, v) for k, v in task.input_parameters.get(model, {}).items() if v is not None)
         for model in task.model_order
     ]
-    taken = _sources(planned, task)
-    return [weight.name, sorted(shared.items(), key=str), per_model, taken]
-
-
-def _sources(planned: PlannedMerge, task: Any) -> list[Any]:
-    """Return from which tensors of which models a tensor is made."""
     numbers = [planned.models.index(model) for model in task.model_order]
-    return [numbers, input_names(task), type(task.gather_tensors).__name__]
+    names = gather_task(task).weight_info
+    taken = [str(names[model].name) for model in task.model_order]
+    made = [numbers, taken, type(task.gather_tensors).__name__]
+    return [weight.name, sorted(shared.items(), key=str), per_model, made]
 
 
 def _configuration(planned: PlannedMerge) -> list[Any]:
     """Return what transformers makes the model that learns from."""
     content = planned.out_config.to_dict()
-    told = {key: value for key, value in content.items() if key not in _CONFIGURATION_NOTES}
+    deciding = {k: v for k, v in content.items() if k not in _CONFIGURATION_NOTES}
     code = []
     if planned.options.trust_remote_code:
         folder = LoaderCache().get(planned.base_model).index.base_path
         code = [file_digest(file) for file in sorted(Path(folder).glob("*.py"))]
-    return [told, code]
+    return [deciding, code]
 
 
 def _tokens(planned: PlannedMerge) -> list[Any]:
@@ -132,7 +119,7 @@ def _tokens(planned: PlannedMerge) -> list[Any]:
     tokenizer, info = planned.tokenizer, planned.tokenizer_info
     if tokenizer.is_fast:
         own: Any = json.loads(tokenizer.backend_tokenizer.to_str())
-        # How texts were last cut and filled up is kept there too.
+        # How texts were last cut and filled up stands there too.
         own |= dict.fromkeys(("padding", "truncation"))
     else:
         own = sorted(tokenizer.get_vocab().items())
@@ -150,7 +137,7 @@ def provenance(
     tensors: Sequence[MaskedTensor],
     compared: HeldOut | str,
 ) -> dict[str, Any]:
-    """Return what is told with a mask, as JSON: no text of the data is in it.
+    """Return what is recorded with a mask, as JSON: no text of the data is in it.
 
     Args:
         planned: the merge.
@@ -158,7 +145,7 @@ def provenance(
         fingerprint: see ``learning_fingerprint``.
         history: a row per step of learning.
         tensors: that have a mask.
-        compared: what the held-out pairs tell, or why they tell nothing.
+        compared: what the held-out pairs say, or why they say nothing.
     """
     settings = planned.settings
     return {
@@ -181,7 +168,7 @@ def provenance(
             "cut": cut_counts(data.utility),
             "fingerprint": fingerprint["utility data"],
         },
-        "settings": told_settings(planned),
+        "settings": recorded_settings(planned),
         "seed": settings.seed,
         "steps": len(history),
         "tensors": len(tensors),
@@ -197,25 +184,25 @@ def provenance(
 
 
 def provenance_of_use(planned: PlannedMerge, masks: MaskSet) -> dict[str, Any]:
-    """Return what is told with a mask that another recipe learned, as JSON."""
+    """Return what is recorded with a mask that another recipe learned, as JSON."""
     settings = planned.settings
     return {
         "recipe": planned.recipe,
         "base_model": str(planned.base_model),
         "models": [str(model) for model in planned.models],
-        "settings": told_settings(planned),
+        "settings": recorded_settings(planned),
         "mask": settings.mask,
         "origin": masks.provenance,
         "versions": versions(),
     }
 
 
-def told_settings(planned: PlannedMerge) -> dict[str, Any]:
+def recorded_settings(planned: PlannedMerge) -> dict[str, Any]:
     """Return all settings; those that differ between tensors as the recipe says them."""
-    told = planned.settings.model_dump()
+    settings = planned.settings.model_dump()
     content = plain(planned.config.parameters)
-    varied = {k: v for k, v in content.items() if k in told and isinstance(v, (dict, list))}
-    return told | varied
+    varied = {k: v for k, v in content.items() if k in settings and isinstance(v, (dict, list))}
+    return settings | varied
 
 
 def _curve_mean(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -226,16 +213,16 @@ def _curve_mean(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def differences(
-    told: dict[str, Any], fingerprint: dict[str, Any], models: Sequence[str]
+    record: dict[str, Any], fingerprint: dict[str, Any], models: Sequence[str]
 ) -> list[str]:
-    """Return in what a mask told with ``told`` differs from one with ``fingerprint``.
+    """Return in what a mask stored with ``record`` differs from one with ``fingerprint``.
 
     Args:
-        told: provenance, perhaps made by a stranger.
+        record: provenance, perhaps made by a stranger.
         fingerprint: see ``learning_fingerprint``.
         models: names of the models of ``fingerprint``, in its order.
     """
-    before = told.get("fingerprint")
+    before = record.get("fingerprint")
     before = before if isinstance(before, dict) else {}
     found = []
     for key, value in fingerprint.items():
@@ -247,5 +234,5 @@ def differences(
             parts = [name for name, a, b in zip(models, old, value, strict=True) if a != b]
         elif isinstance(value, dict) and isinstance(old, dict):
             parts = sorted(k for k in {*value, *old} if value.get(k) != old.get(k))
-        found.append(key + f" ({', '.join(parts)})" * bool(parts))
+        found.append(f"{key} ({', '.join(parts)})" if parts else key)
     return found

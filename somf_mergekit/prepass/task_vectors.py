@@ -8,12 +8,13 @@ from mergekit.common import ModelReference
 from mergekit.graph import Executor
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods import TensorEntry, TensorGroup, TensorMetadata
+from torch import Tensor
 
 from ..common.digests import file_digests
 from ..common.errors import RecipeError
 from ..fusion.groups import are_equal, is_shared_buffer, not_finite
 from ..fusion.merges import LinearMerge, LoadedTensor, merge_of
-from .plan import PlannedMerge, task_parameters
+from .plan import PlannedMerge, gather_task, task_parameters
 
 
 def loaded_tensors(planned: PlannedMerge) -> Iterator[LoadedTensor]:
@@ -63,8 +64,12 @@ def loaded_tensors(planned: PlannedMerge) -> Iterator[LoadedTensor]:
         )
 
 
-def content_fingerprint(model: ModelReference) -> str:
+def content_fingerprint(model: ModelReference, cache_dir: str | None = None) -> str:
     """Return a SHA-256 over the contents of a model's weight files.
+
+    Args:
+        model: its loader must be set up.
+        cache_dir: see ``file_digests``.
 
     Raises:
         RecipeError: one can't be read.
@@ -72,7 +77,33 @@ def content_fingerprint(model: ModelReference) -> str:
     index = LoaderCache().get(model).index
     files = sorted(set(index.tensor_paths.values()))
     try:
-        digests = file_digests([os.path.join(index.base_path, file) for file in files])
+        paths = [os.path.join(index.base_path, file) for file in files]
+        digests = file_digests(paths, cache_dir)
     except OSError as error:
         raise RecipeError(f"model {model}: a file of its weights can't be read: {error}") from error
     return hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
+def unchanged_models(planned: PlannedMerge) -> list[ModelReference]:
+    """Return the models of which no tensor differs from the base's.
+
+    Tensors are read one by one until each model has shown a difference: a few, but where a model
+    has none.
+    """
+    left = [model for model in planned.models if model != planned.base_model]
+    # Embeddings are large, and adapters leave them as they are.
+    for _, task in sorted(planned.tensors, key=lambda t: t[0].vocabulary_axis is not None):
+        if not any(model in left for model in task.model_order):
+            continue
+        ((_, tensors),) = Executor([gather_task(task)]).run(quiet=True)
+        base = tensors.get(task.base_model)
+        for model, tensor in tensors.items():
+            if model in left and not _is_same(tensor, base):
+                left.remove(model)
+    return left
+
+
+def _is_same(tensor: Tensor | None, base: Tensor | None) -> bool:
+    if tensor is None or base is None:
+        return tensor is base
+    return are_equal(tensor.to(base.dtype), base)

@@ -12,9 +12,9 @@ from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
-from ..common.errors import log_traceback
+from ..common.errors import few, log_traceback
 from ..recipe.model_classes import ModelClass, model_class
-from .plan import few, gather_task
+from .plan import gather_task
 
 LOG = logging.getLogger(__name__)
 # As mergekit finds a tensor's layer when it infers an architecture.

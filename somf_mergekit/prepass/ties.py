@@ -27,11 +27,11 @@ class TiedCopy(Task[torch.Tensor]):
     tensor_task: ExecuteMergeMethodTask
 
     def arguments(self) -> dict[str, Task[Any]]:
-        """See mergekit's Task."""
+        """Return the task of the tensor to copy."""
         return {"tensor": self.tensor_task}
 
     def group_label(self) -> str | None:
-        """See mergekit's Task."""
+        """Return that task's label, so that the two are run together."""
         return self.tensor_task.group_label()
 
     def execute(self, tensor: torch.Tensor, **_: Any) -> torch.Tensor:
@@ -123,9 +123,9 @@ def _are_parted(task: ExecuteMergeMethodTask, other: ExecuteMergeMethodTask) -> 
 
 def ties_embeddings(config: Any, options: MergeOptions) -> bool:
     """Return whether transformers makes one weight of embeddings and head of a configuration."""
-    told = {bool(getattr(part, "tie_word_embeddings", False)) for part in _parts(config)}
-    if len(told) == 1:
-        return told.pop()
+    said = {bool(getattr(part, "tie_word_embeddings", False)) for part in _parts(config)}
+    if len(said) == 1:
+        return said.pop()
     # Which of the two counts depends on the class of the model.
     try:
         made = empty_model(get_auto_cls(config.architectures[0]), config, options.trust_remote_code)
@@ -136,9 +136,9 @@ def ties_embeddings(config: Any, options: MergeOptions) -> bool:
     return head is not None and head.weight is made.get_input_embeddings().weight
 
 
-def copy_ties(config: Any, other: Any) -> None:
+def copy_ties(config: Any, to: Any) -> None:
     """Let another configuration say of ties what ``config`` says."""
-    for part, own in zip(_parts(other), _parts(config), strict=True):
+    for part, own in zip(_parts(to), _parts(config), strict=True):
         if hasattr(own, "tie_word_embeddings"):
             part.tie_word_embeddings = own.tie_word_embeddings
 

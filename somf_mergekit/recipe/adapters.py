@@ -11,16 +11,14 @@ from mergekit.common import ModelReference, get_auto_cls
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
-from ..common.errors import first_line
-from ..prepass.plan import few
+from ..common.errors import few, first_line
 from .model_classes import empty_model
 
 LOG = logging.getLogger(__name__)
 
 
 def cached_folder(model: ModelReference, options: MergeOptions) -> str:
-    """Return where mergekit stores an adapter with its base once it has put them together."""
-    # As ModelReference.merged names it.
+    """Return where mergekit stores an adapter with its base, as ModelReference.merged names it."""
     name = f"{model.model._unique_id()}_{model.lora._unique_id()}"
     return os.path.join(options.lora_merge_cache, name)
 

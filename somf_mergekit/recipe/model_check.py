@@ -12,8 +12,7 @@ from mergekit.io import ShardedTensorIndex
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
-from ..common.errors import first_line, raise_together
-from ..prepass.plan import few
+from ..common.errors import few, first_line, raise_together
 from .adapters import adapter_problem, cache_problem, cached_folder, is_cached, put_together
 
 LOG = logging.getLogger(__name__)
@@ -53,7 +52,7 @@ def check_models(
     problems = list(found)
     for model in models:
         problems += _configuration_problems(model, options)
-    # No weights are opened for what is wrong as its text tells.
+    # No weights are opened for what is wrong as its text says.
     raise_together(problems, heading)
     problems += _mixture_problems(models, base or models[0], options)
     for model in models:
@@ -64,7 +63,7 @@ def check_models(
 
 
 def _configuration_problems(model: ModelReference, options: MergeOptions) -> list[str]:
-    """Return a sentence where a model can't be merged as far as its configuration tells."""
+    """Return a sentence where a model can't be merged as its configuration says."""
     form = _other_form(model.model.path)
     if form:
         return [f"model {model}: {form}"]
@@ -156,8 +155,8 @@ def _weight_problems(model: ModelReference, options: MergeOptions) -> list[str]:
     try:
         index = LoaderCache().get(model).index
     except Exception as error:  # a damaged checkpoint has many of its own
-        kept = cached_folder(model, options) if model.lora else ""
-        hint = f"; if {kept} was left unfinished, remove it" if kept else ""
+        cached = cached_folder(model, options) if model.lora else ""
+        hint = f"; if {cached} was left unfinished, remove it" if cached else ""
         return [f"model {model}: its weights can't be opened: {first_line(error)}{hint}"]
     problems = _form_problems(model, index)
     if model.lora:

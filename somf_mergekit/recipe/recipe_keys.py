@@ -1,18 +1,16 @@
 """Keys that mergekit would not read as they are meant: unknown ones, and the same one twice."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
 from typing import Any, get_args, get_origin
 
 import yaml
 from mergekit.config import MergeConfiguration
+from mergekit.merge_methods import registry
 from pydantic import BaseModel
 
-from ..fusion.fusion_methods import known_fusions
-from ..repairs.catalogue import REPAIRS
 from .blocks import plain
-from .settings import parameters
-from .value_check import nearest
+from .schema import nearest
+from .settings import MASK_TENSOR, parameters
 
 _MERGE_KEY = "tag:yaml.org,2002:merge"
 
@@ -90,8 +88,8 @@ class _Walk:
         lines = [str(node.start_mark.line + 1) for node in nodes if node.start_mark]
         if not lines:
             return ""
-        told = f"line{'s' if len(lines) > 1 else ''} {' and '.join(lines)}"
-        return f" ({', '.join(filter(None, [self._file, told]))})"
+        where = f"line{'s' if len(lines) > 1 else ''} {' and '.join(lines)}"
+        return f" ({', '.join(filter(None, [self._file, where]))})"
 
 
 def _hint(key: str, fields: Iterable[str], place: str) -> str:
@@ -102,12 +100,11 @@ def _hint(key: str, fields: Iterable[str], place: str) -> str:
     return nearest(key, [*fields, *known])
 
 
-@cache
 def _parameter_names() -> set[str]:
-    """Return the names of all parameters that a recipe of one of our methods may have."""
-    own = [*parameters(), *(p for repair in REPAIRS.values() for p in repair.parameters)]
-    theirs = (spec for method in known_fusions().values() for spec in method.spec.parameters)
-    return {parameter.name for parameter in own} | {spec.name for spec in theirs}
+    """Return the names of all parameters that a recipe of a registered method may have."""
+    methods = registry.registered_methods()
+    registered = {spec.name for method in methods for spec in method.spec.parameters}
+    return ({parameter.name for parameter in parameters()} | registered) - {MASK_TENSOR}
 
 
 def _choices(kind: Any) -> list[Any]:

@@ -6,9 +6,20 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
-from .schema import Parameter, parameters_of, pattern_text, table_rows
+from .schema import Parameter, parameters_of, pattern_text
 
 METHOD_NAME = "somf"
+# What the parameters are about, from the one that is named on.
+GROUPS = {
+    "safety_dataset": "What is learned from",
+    "mask": "The mask and the fusion",
+    "objective": "How it is learned",
+    "include": "Which tensors get a mask",
+    "safety_eval": "What the report measures",
+}
+# Where the planner writes under which name a tensor's mask is stored: that of the base's tensor,
+# which layers stacked in another order keep. No key of a recipe.
+MASK_TENSOR = "mask_tensor"
 
 # Marks of a parameter, see ``declared.Parameter``.
 _MERGE: dict[str, Any] = {"merge": True}
@@ -248,44 +259,9 @@ class Settings(BaseModel):
         return values
 
 
-# The hyper-parameters of arXiv 2405.09055 and its authors' runs with LoRA: three passes over 5,135
-# pairs, 16 a step. Beta is the objective's own, and `preset_values` has what depends on the fusion.
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {
-        "held_out_share": 0.0,
-        "granularity": "weight",
-        "mask_kind": "sampled",
-        "temperature": 0.5,
-        "init_logit": 0.0,
-        "mask_rescale": "mean",
-        "objective": "dpo",
-        "reference": "redrawn",
-        "optimizer": "adamw",
-        "learning_rate": 0.01,
-        "warmup": 0.0,
-        "schedule_steps": 963,
-        "batch_size": 16,
-        "epochs": 3,
-        "max_length": 1024,
-    }
-}
-# At which of the 963 steps the authors took the mask, by fusion: the sums of rates are 2.8, 1.9,
-# 1.0 and 2.9. Fusions that they do not have end with task arithmetic.
-PAPER_STEPS = {"task_arithmetic": 300, "ties": 200, "dare_linear": 100, "linear": 321}
-# With one fine-tuned model, whatever the fusion: theirs for math and code, a sum of 2.4. For other
-# tasks it was taken at 500 to 800 steps, once at a rate of 0.001.
-PAPER_SINGLE = {"learning_rate": 0.005, "max_steps": 900}
-
-
 def parameters() -> list[Parameter]:
     """Return every parameter of a somf recipe, in the order of the documentation."""
     return parameters_of(Settings)
-
-
-def parameter_table() -> str:
-    """Return the parameters as a markdown table, as docs/recipe.md shows it."""
-    head = ["| parameter | type | default | meaning |", "|---|---|---|---|"]
-    return "\n".join([*head, *table_rows(parameters())])
 
 
 def recipe_settings(config: Any) -> Settings:
@@ -307,40 +283,9 @@ def recipe_settings(config: Any) -> Settings:
     return Settings(**fixed)
 
 
-def preset_values(config: Any) -> dict[str, Any]:
-    """Return what the preset that a checked recipe names sets for its fusion and models."""
-    given = config.parameters or {}
-    if given.get("preset") != "paper":
-        return {}
-    if len({*config.referenced_models(), config.base_model}) == 2:
-        return PRESETS["paper"] | PAPER_SINGLE
-    fusion = given.get("fusion", Settings.model_fields["fusion"].default)
-    steps = PAPER_STEPS.get(fusion, PAPER_STEPS["task_arithmetic"])
-    return {**PRESETS["paper"], "max_steps": steps}
-
-
-def apply_preset(config: Any) -> None:
-    """Write a preset's values into a checked recipe, in place, where it does not set its own."""
-    given = config.parameters or {}
-    for name, value in preset_values(config).items():
-        own = given.setdefault(name, value)
-        items = own if isinstance(own, list) else [own]
-        if items and hasattr(items[-1], "filter"):
-            # A tensor that matches no filter is not set by the recipe: it gets the preset's value.
-            given[name] = [*items, type(items[-1])(value=value)]
-
-
 def may_get_mask(name: str, include: str, exclude: str) -> bool:
     """Return whether the patterns let the tensor ``name`` have a mask."""
     return _matches(name, include) and not _matches(name, exclude)
-
-
-def join_patterns(config: Any) -> None:
-    """Write lists of name patterns as one text, in place: mergekit reads lists as gradients."""
-    for parameter in parameters():
-        if parameter.is_pattern and parameter.name in (config.parameters or {}):
-            value = config.parameters[parameter.name]
-            config.parameters[parameter.name] = pattern_text(value)
 
 
 def _matches(name: str, patterns: str) -> bool:

@@ -1,10 +1,13 @@
 """Read a recipe and say what is wrong with it, all of it at once, before a model is loaded."""
 
+import importlib.resources
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import yaml
+from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods.base import ParameterScope, ParameterSpec
@@ -12,20 +15,16 @@ from mergekit.options import MergeOptions
 from pydantic import ValidationError
 
 from ..common.errors import RecipeError, raise_together
-from ..common.machine import device_problem, setting_problems
+from ..common.machine import device_problem
 from ..common.process_group import own_device
 from ..common.requirements import check_versions
 from ..fusion.fusion_methods import known_fusions, takes_base
-from ..prepass.places import same_models
-from ..prepass.plan import template_problems
-from ..repairs.catalogue import REPAIRS
-from ..repairs.repair_check import repair_problems
 from .blocks import model_blocks, parameter_blocks
 from .fusion_check import count_problem, name_problem
 from .model_check import check_models
 from .recipe_keys import key_problems
+from .schema import leaves, nearest, value_problems
 from .settings import METHOD_NAME, parameters
-from .value_check import leaves, nearest, value_problems
 
 WRONG_RECIPE = "This recipe is not right"
 # The types that mergekit knows and that weights can be merged in.
@@ -77,7 +76,7 @@ def recipe_and_problems(
         raise RecipeError(f"{place} can't be read: {error}") from error
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-        raise_together(problems, f"{place} is no recipe of mergekit")
+        raise_together(problems, f"{place} isn't a recipe of mergekit")
         raise
     except RuntimeError as error:
         raise RecipeError(f"{place}: {error}") from error
@@ -93,12 +92,12 @@ def check_recipe(
     found: Iterable[str] = (),
     awaited: Collection[str] = (),
 ) -> None:
-    """Check what a recipe of one of OWN_METHODS says, and that its models can be opened.
+    """Check what a recipe of whichever method says, and that its models can be opened.
 
     Args:
         config: the recipe.
         options: mergekit's.
-        found: what is known to be wrong already.
+        found: what is known to be wrong already, with its own method's parameters for one.
         awaited: folders of models that will be there by the time of the merge.
 
     Raises:
@@ -106,8 +105,7 @@ def check_recipe(
     """
     check_versions()
     problem = device_problem(own_device(options.device))
-    problems = [*found, *setting_problems(), *([problem] if problem else [])]
-    problems += OWN_METHODS[config.merge_method](config)
+    problems = [*found, *([problem] if problem else [])]
     problems += [*type_problems(config, options), *model_problems(config)]
     problems += template_problems(config)
     LoaderCache().setup(options=options)
@@ -152,8 +150,41 @@ def model_problems(config: MergeConfiguration) -> Iterator[str]:
                 yield f"{where} is base_model by another name: name the fine-tuned model"
 
 
+def template_problems(config: MergeConfiguration) -> list[str]:
+    """Return a sentence where the recipe's ``chat_template`` is none that mergekit would write."""
+    from mergekit._data import chat_templates
+    from mergekit.merge import _set_chat_template
+
+    if config.chat_template == "auto":
+        # Looked up among the models, which may be on the hub.
+        return []
+    try:
+        _set_chat_template(SimpleNamespace(), config)
+    except RuntimeError:
+        files = importlib.resources.files(chat_templates).iterdir()
+        names = sorted(f.name.removesuffix(".jinja") for f in files if f.name.endswith(".jinja"))
+        return [
+            f"chat_template: {config.chat_template!r} isn't a template; expected auto, one of "
+            f"{', '.join(names)}, or a Jinja text"
+        ]
+    return []
+
+
+def same_models(models: Iterable[ModelReference]) -> Mapping[ModelReference, ModelReference]:
+    """Return for each model the first one of which it is another name: itself where it is new."""
+    first: dict[tuple[str, ...], ModelReference] = {}
+    return {model: first.setdefault(_identity(model), model) for model in models}
+
+
+def _identity(model: ModelReference) -> tuple[str, ...]:
+    parts = [part for part in (model.model, model.lora) if part]
+    return tuple(
+        os.path.realpath(part.path) if os.path.isdir(part.path) else str(part) for part in parts
+    )
+
+
 def recipe_problems(config: Any) -> list[str]:
-    """Return everything that is wrong with a recipe as far as its text tells, a sentence each.
+    """Return everything that is wrong with the text of a recipe, a sentence each.
 
     Args:
         config: a mergekit MergeConfiguration.
@@ -173,7 +204,7 @@ def recipe_problems(config: Any) -> list[str]:
         problems += _fusion_problems(config, fusion)
     elif isinstance(fusion, str):
         problems.append(
-            f"parameters.fusion: {fusion!r} is no method of mergekit that is known"
+            f"parameters.fusion: {fusion!r} isn't a method of mergekit that is known"
             f"{nearest(fusion, known_fusions())}; known are {', '.join(sorted(known_fusions()))}"
         )
     for place, settings, per_model in parameter_blocks(config):
@@ -246,7 +277,3 @@ def _their_problems(
         except (ValidationError, ValueError):
             kind = getattr(spec.value_type, "__name__", str(spec.value_type))
             yield f"{where}: {leaf!r} is not what {fusion} takes ({kind})"
-
-
-# What says what is wrong with a recipe of each merge method of this package.
-OWN_METHODS = {METHOD_NAME: recipe_problems, **dict.fromkeys(REPAIRS, repair_problems)}

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..recipe.blocks import model_blocks, parameter_blocks
-from ..recipe.value_check import nearest, value_problems
+from ..recipe.schema import nearest, value_problems
 from .catalogue import FINE_TUNED, REPAIRS, ROLE, ROLES, Repair
 
 

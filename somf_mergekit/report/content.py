@@ -11,7 +11,7 @@ from ..evaluate.evaluation import Evaluation
 from ..evaluate.evaluation_table import as_json
 from ..mask.census import MaskCensus
 from ..prepass.plan import PlannedMerge
-from ..prepass.provenance import told_settings
+from ..prepass.provenance import recorded_settings
 from .curve import curve_rows
 from .vectors import Gram, TaskVectors, VectorSummary
 
@@ -65,7 +65,7 @@ def report_json(report: Report) -> dict[str, Any]:
             "base_model": str(report.planned.base_model),
             "models": models,
             "fusion": settings.fusion,
-            "settings": told_settings(report.planned),
+            "settings": recorded_settings(report.planned),
         },
         "mask": {
             "origin": report.origin,

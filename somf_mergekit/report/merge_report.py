@@ -9,16 +9,16 @@ from typing import Any
 
 import click
 
-from ..common import machine
 from ..common.errors import first_line
-from ..common.timing import LEARNING, phase, timed
+from ..common.machine import FULL_REPORT, NO_REPORT
+from ..common.timing import LEARNING, Timer
 from ..data.held_out import warn
 from ..evaluate.for_recipe import measured
 from ..mask.artifact import MaskSet
 from ..mask.artifact_folder import masks_path
 from ..mask.census import MaskCensus
 from ..prepass.plan import PlannedMerge
-from ..prepass.provenance import told_settings
+from ..prepass.provenance import recorded_settings
 from .card import write_section
 from .content import Report
 from .curve import training_history
@@ -28,7 +28,6 @@ from .vectors import TaskVectors, recording
 
 # Writes a merge into a folder with mergekit's options, with or without its mask.
 Write = Callable[[str, Any, bool], Any]
-Seconds = dict[str, float]
 
 
 @dataclass
@@ -56,7 +55,7 @@ class Attempts:
 
 
 def merge_with_report(
-    write: Write, planned: PlannedMerge, masks: MaskSet, folder: str, out: str, seconds: Seconds
+    write: Write, planned: PlannedMerge, masks: MaskSet, folder: str, out: str, timer: Timer
 ) -> Any:
     """Return what ``write`` returns, after reporting on the merge.
 
@@ -68,35 +67,32 @@ def merge_with_report(
         masks: its mask.
         folder: gets the report.
         out: gets the merge.
-        seconds: of each phase so far; those of the phases here are added.
+        timer: has the seconds of each phase so far; those of the phases here are added.
 
     Raises:
         RecipeError: the merge can't be made. A report that can't be made is told in a line.
     """
-    extent = machine.machine_setting("report") or machine.FULL_REPORT
-    is_told = extent != machine.NO_REPORT
     vectors, options = TaskVectors(), planned.options
-    with phase("merging"), recording(masks.path, vectors) if is_told else nullcontext():
+    is_told = options.machine.report != NO_REPORT
+    with timer.phase("merging"), recording(masks.path, vectors) if is_told else nullcontext():
         result = write(out, options, True)
     if is_told:
         how = options.model_copy(update={"write_model_card": False})
 
         def write_plain(place: str) -> None:
-            # What it goes through is one phase of this merge.
-            with timed():
-                write(place, how, False)
+            write(place, how, False)
 
-        report = Report(planned, _origin(planned, seconds), masks.provenance, vectors, seconds)
-        _write(report, masks, Path(folder), out, extent, write_plain)
-    warn(masks.provenance, told_settings(planned)["mask_kind"])
+        report = Report(planned, _origin(planned, timer), masks.provenance, vectors, timer)
+        _write(report, masks, Path(folder), out, write_plain, timer)
+    warn(masks.provenance, recorded_settings(planned)["mask_kind"])
     return result
 
 
-def _origin(planned: PlannedMerge, seconds: Seconds) -> str:
+def _origin(planned: PlannedMerge, timer: Timer) -> str:
     """Return where a mask is from: ``given``, ``learned`` in this merge, or ``reused``."""
     if planned.settings.mask:
         return "given"
-    return "learned" if LEARNING in seconds else "reused"
+    return "learned" if LEARNING in timer else "reused"
 
 
 def _write(
@@ -104,8 +100,8 @@ def _write(
     masks: MaskSet,
     folder: Path,
     out: str,
-    extent: str,
-    write_plain: Callable[[str], Any],
+    write_plain: Callable[[str], None],
+    timer: Timer,
 ) -> None:
     """Write all of a report that can be made."""
     planned, attempts = report.planned, Attempts()
@@ -113,9 +109,9 @@ def _write(
         attempts.tell(f"norms of some task vectors: {report.vectors.failure}")
     with attempts.at("measurements"):
         report.evaluation = measured(
-            planned.settings, planned.base_model, planned.options, out, write_plain
+            planned.settings, planned.base_model, planned.options, out, write_plain, timer
         )
-    with phase("report"):
+    with timer.phase("report"):
         with attempts.at("training curve"):
             given = planned.settings.mask
             source = os.path.dirname(masks_path(given) if given else masks.path)
@@ -125,7 +121,7 @@ def _write(
             report.census = MaskCensus(masks, masked) if masked else None
         with attempts.at("plots"):
             remove_figure(folder)
-            if extent == machine.FULL_REPORT:
+            if planned.options.machine.report == FULL_REPORT:
                 write_figure_of(report, folder)
                 report.has_figure = True
     with attempts.at("peak memory"):

@@ -3,11 +3,11 @@
 import json
 from collections.abc import Iterator
 
-from ..common.markdown import aligned_table
+from ..common.console import aligned_table
 from ..common.requirements import versions
 from ..data.held_out import recorded_held_out, verdict, why_none
 from ..evaluate.evaluation_table import circumstances, comparison
-from ..prepass.provenance import told_settings
+from ..prepass.provenance import recorded_settings
 from .content import Report, short_names
 from .curve import curve_rows
 from .mask_tables import collapse_list, cosine_table, curve_table, norm_table, number, summary_table
@@ -108,7 +108,7 @@ def _learning(report: Report) -> Iterator[str]:
 
 def held_out_verdict(report: Report) -> str | None:
     """Return in words where held-out pairs do not speak for the merge; None where they do."""
-    return verdict(report.told, told_settings(report.planned)["mask_kind"])
+    return verdict(report.told, recorded_settings(report.planned)["mask_kind"])
 
 
 def _held_out(report: Report) -> Iterator[str]:
@@ -173,5 +173,5 @@ def _circumstances(report: Report) -> Iterator[str]:
         peaks = (f"{told[k]} {v / 2**30:.2f} GiB" for k, v in report.peak_memory.items())
         yield f"peak memory: {', '.join(peaks)}"
     yield "versions: " + ", ".join(f"{name} {number}" for name, number in versions().items())
-    settings = {k: v for k, v in told_settings(report.planned).items() if v not in (None, "")}
+    settings = {k: v for k, v in recorded_settings(report.planned).items() if v not in (None, "")}
     yield "settings: " + ", ".join(f"{k} {json.dumps(v)}" for k, v in settings.items())

@@ -15,13 +15,14 @@ from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
+from ...common.console import no_model_bars
 from ...common.digests import file_digests, json_digest
 from ...common.errors import RecipeError, first_line
-from ...common.progress import no_model_bars
 from ...common.requirements import versions
 from ...learner.stopping import LearningInterrupted
 from ...mask.artifact import MaskSet
-from ...plugin.planner import planned_merge, write_merge
+from ...plugin.merge_check import planned_merge
+from ...plugin.planner import write_merge
 from ...prepass.task_vectors import content_fingerprint
 from ...recipe.blocks import plain
 from ..evaluation_sets import EvaluationSets

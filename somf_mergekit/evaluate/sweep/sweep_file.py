@@ -11,10 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...common.errors import RecipeError, noted
 from ...data.rendering import Rendering
+from ...plugin.merge_check import OWN_METHODS
 from ...recipe.blocks import parameter_blocks
+from ...recipe.schema import nearest
 from ...recipe.settings import METHOD_NAME
-from ...recipe.validate import OWN_METHODS, read_recipe
-from ...recipe.value_check import nearest
+from ...recipe.validate import read_recipe
 from ..evaluation_sets import EvaluationSets, read_sets
 from ..evaluation_settings import EvaluationSettings
 from ..for_recipe import named_sources

@@ -12,7 +12,7 @@ from mergekit.options import MergeOptions
 from ...common.errors import RecipeError, noted, raise_together
 from ...common.process_group import started
 from ...data.rendering import Rendering
-from ...plugin.planner import planned_merge
+from ...plugin.merge_check import planned_merge
 from ...prepass.places import place_problems
 from ...prepass.plan import PlannedMerge, task_parameters
 from ...recipe.blocks import recipe_text

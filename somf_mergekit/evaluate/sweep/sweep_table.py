@@ -6,8 +6,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from ...common.console import aligned_table
 from ...common.files import whole_file, write_whole
-from ...common.markdown import aligned_table
 from ..answer_text import N_GRAM
 from ..evaluation_sets import HARMFUL, HARMLESS, PAIRS
 from .scoring import ACCURACY, LOSS, MARGIN, REFUSALS, TEST, VALIDATION

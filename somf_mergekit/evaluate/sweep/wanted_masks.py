@@ -11,7 +11,7 @@ from ...common.errors import noted
 from ...learner.loop import step_count
 from ...mask.artifact import MaskSet
 from ...mask.artifact_folder import MASKS_FILE
-from ...plugin.planner import planned_merge
+from ...plugin.merge_check import planned_merge
 from ...prepass.learning_data import SafetyData, checked_data, given_mask
 from ...prepass.plan import PlannedMerge
 from ...prepass.prepass import mask_for

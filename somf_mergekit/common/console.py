@@ -1,6 +1,21 @@
-"""Markdown tables that can also be read as plain text."""
+"""What is shown: tables, and no progress bars but our own."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+
+@contextmanager
+def no_model_bars() -> Iterator[None]:
+    """Keep transformers from drawing a bar for every model that it loads or saves."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def aligned_table(rows: Sequence[Sequence[str]], labels: int = 1) -> str:
