@@ -103,7 +103,7 @@ def _artifact_target(work: Path) -> Callable[[bytes], None]:
     from safetensors.torch import save_file
 
     from somf_mergekit import MaskSet, RecipeError
-    from somf_mergekit.mask.header import json_content, with_digest
+    from somf_mergekit.mask.format import json_object, json_with_digest
 
     folder = Path(tempfile.mkdtemp(dir=work))
     masks = _sample_artifact(folder / "sample")
@@ -132,12 +132,11 @@ def _artifact_target(work: Path) -> Callable[[bytes], None]:
                     if not torch.equal(found, values[name]):
                         raise AssertionError(f"another mask for {name}, without a word")
             elif kind < b"\xc0":
-                content = json_content(rest, "header")
-                if isinstance(content, dict):
-                    tensors = {name: torch.zeros(2, 3, dtype=torch.uint8) for name in _NAMES}
-                    text = json.dumps(with_digest(content))
-                    save_file(tensors, place, metadata={"somf": text})
-                    read(place)
+                content = json_object(rest, "header")
+                tensors = {name: torch.zeros(2, 3, dtype=torch.uint8) for name in _NAMES}
+                text = json.dumps(json_with_digest(content))
+                save_file(tensors, place, metadata={"somf": text})
+                read(place)
             else:
                 beside = folder / "beside"
                 beside.mkdir(exist_ok=True)
@@ -197,7 +196,7 @@ def _seeds(target: str) -> Iterator[bytes]:
         masks = _sample_artifact(Path(folder) / "sample")
         yield b"\x00" + Path(masks.path).read_bytes()
         yield b"\x40" + bytes(range(30))
-        header = {**masks.header, "packed": {"a": [8, 6]}, "repeats": {"b": [0, 4]}}
+        header = masks.header.model_dump() | {"repeats": {"b": [0, 4]}}
         yield b"\x80" + json.dumps(header).encode()
         yield b"\xc0" + (Path(folder) / "sample" / "somf.json").read_bytes()
 

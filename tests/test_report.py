@@ -14,8 +14,7 @@ from PIL import Image
 
 from somf_mergekit import MaskSet
 from somf_mergekit.fusion.sums import show_task_vectors
-from somf_mergekit.mask.census import Collapse
-from somf_mergekit.mask.tensor_groups import kind_of, layer_of
+from somf_mergekit.mask.census import Collapse, kind_of, layer_of
 from somf_mergekit.mask.writing import write_masks
 from somf_mergekit.report import MaskCensus
 from somf_mergekit.report.card import with_section

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..mask.codes import stored_probability
+from ..mask.format import stored_probability
 from ..mask.masking import concrete_piece, merged_piece
 
 

@@ -23,8 +23,7 @@ from ..fusion.fusion_methods import OwnMethod, fusion_specs
 from ..fusion.groups import as_type, is_finite, is_shared_buffer, not_finite
 from ..fusion.sums import show_task_vectors
 from ..fusion.weights import fused_masked
-from ..mask.artifact import MaskSet
-from ..mask.artifact_folder import masks_path
+from ..mask.artifact import MaskSet, masks_path
 from ..recipe import settings as recipe
 from ..report.vectors import recorded
 

@@ -20,9 +20,8 @@ from ..learner.divergence import LearningDiverged
 from ..learner.learning_folder import checkpoint_folder, learning_folder
 from ..learner.learning_model import LearningModel
 from ..learner.loop import step_count
-from ..mask.artifact import MaskSet
-from ..mask.artifact_folder import MASKS_FILE, without_mask
-from ..mask.writing import keep_masks, write_masks
+from ..mask.artifact import MASKS_FILE, MaskSet
+from ..mask.writing import copy_masks, without_mask, write_masks
 from .construction import constructed
 from .forecast import forecast
 from .learning_bar import learn_with_progress
@@ -129,7 +128,7 @@ def _stored(planned: PlannedMerge, masks: MaskSet, folder: str) -> str:
             f"mask {masks.path} is where the mask in {folder} would be put aside: move it to "
             "another folder first"
         )
-    return keep_masks(folder, masks, provenance_of_use(planned, masks)).path
+    return copy_masks(folder, masks, provenance_of_use(planned, masks)).path
 
 
 def _learned_mask(

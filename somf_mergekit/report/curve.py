@@ -1,13 +1,9 @@
 """The training curve of a mask."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
-
-from ..mask.artifact_folder import HISTORY_FILE
 
 
 @dataclass(frozen=True)
@@ -30,14 +26,6 @@ class CurveRow:
     margin: float | None
     utility: float | None
     seconds: float
-
-
-def training_history(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows that learning wrote into a mask's folder, none where it wrote none."""
-    file = folder / HISTORY_FILE
-    if not file.exists():
-        return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def curve_rows(history: Sequence[dict[str, Any]], count: int = 8) -> list[CurveRow]:

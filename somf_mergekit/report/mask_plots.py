@@ -10,8 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..common.errors import RecipeError
-from ..mask.census import MaskCensus
-from ..mask.tensor_groups import grouped
+from ..mask.census import MaskCensus, grouped
 from .content import Report, short_names
 from .curve import curve_rows
 from .vectors import TaskVectors

@@ -3,8 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from ..common.markdown import aligned_table
-from ..mask.census import Collapse, MaskSummary
-from ..mask.tensor_groups import NO_LAYER, grouped, layer_of
+from ..mask.census import NO_LAYER, Collapse, MaskSummary, grouped, layer_of
 from .curve import CurveRow
 from .vectors import VectorSummary
 

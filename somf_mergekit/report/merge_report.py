@@ -14,14 +14,12 @@ from ..common.errors import first_line
 from ..common.timing import LEARNING, phase, timed
 from ..data.held_out import warn
 from ..evaluate.for_recipe import measured
-from ..mask.artifact import MaskSet
-from ..mask.artifact_folder import masks_path
+from ..mask.artifact import MaskSet, masks_path, training_history
 from ..mask.census import MaskCensus
 from ..prepass.plan import PlannedMerge
 from ..prepass.provenance import told_settings
 from .card import write_section
 from .content import Report
-from .curve import training_history
 from .memory import peak_memory
 from .report_writer import TABLE_FILE, remove_figure, write_figure_of, write_report
 from .vectors import TaskVectors, recording
@@ -117,7 +115,7 @@ def _write(
         with attempts.at("training curve"):
             given = planned.settings.mask
             source = os.path.dirname(masks_path(given) if given else masks.path)
-            report.history = training_history(Path(source))
+            report.history = training_history(source)
         masked = report.vectors.masked()
         with attempts.at("distribution of the mask"):
             report.census = MaskCensus(masks, masked) if masked else None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..common.errors import first_line
 from ..fusion.sums import Watch
-from ..mask.tensor_groups import grouped, natural
+from ..mask.census import grouped, natural
 
 
 @dataclass
