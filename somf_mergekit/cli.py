@@ -142,9 +142,9 @@ def _inspect() -> click.Command:
     @click.option("--png", type=click.Path(dir_okay=False), help="Where the plot goes.")
     def command(mask: str, png: str | None) -> None:
         from .mask.artifact import MaskSet
-        from .report import MaskCensus, summary_table
+        from .mask.census import MaskCensus
         from .report.mask_plots import write_mask_plot
-        from .report.mask_tables import collapse_list
+        from .report.report_text import collapse_list, summary_table
 
         masks = MaskSet.open(mask)
         census = MaskCensus(masks)

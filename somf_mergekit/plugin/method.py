@@ -25,11 +25,12 @@ from ..fusion.sums import show_task_vectors
 from ..fusion.weights import fused_masked
 from ..mask.artifact import MaskSet, masks_path
 from ..recipe import settings as recipe
-from ..report.vectors import recorded
 
-# Where the planner writes under which name a tensor's mask is kept: that of the base's tensor,
-# which layers stacked in another order keep. No key of a recipe.
+# Where the planner writes under which name a tensor's mask is stored: that of the base's
+# tensor, which layers stacked in another order keep. No key of a recipe.
 MASK_TENSOR = "mask_tensor"
+# Where it hands over what observes the merge for its report, a ``report.vectors.TaskVectors``.
+OBSERVER = "observer"
 
 
 class SomfMethod(OwnMethod):
@@ -65,10 +66,11 @@ class SomfMethod(OwnMethod):
         if not base.is_floating_point() and is_shared_buffer(group):
             return base
         factor = _factor(group, masks, parameters)
-        vectors = recorded(masks.path)
-        kept_as = None if factor is None else str(parameters[MASK_TENSOR] or name)
+        watch, observer = None, parameters[OBSERVER]
         # A slice may be of the base alone.
-        watch = vectors.watch(group, kept_as) if vectors and group.non_base else None
+        if observer is not None and group.non_base:
+            mask_name = None if factor is None else str(parameters[MASK_TENSOR] or name)
+            watch = observer.watch(group, mask_name)
         if factor is None:
             if watch is not None:
                 show_task_vectors(group, torch.ones((), device=base.device), watch)
@@ -87,17 +89,17 @@ def _factor(
 ) -> torch.Tensor | None:
     """Return what the task vectors are multiplied by, None where they have no mask."""
     name = str(group.metadata.name)
-    kept_as = parameters[MASK_TENSOR] or name
-    if kept_as not in masks:
+    mask_name = parameters[MASK_TENSOR] or name
+    if mask_name not in masks:
         return None
     if not recipe.may_get_mask(name, parameters["include"], parameters["exclude"]):
         return None
     base = group.base.tensor
-    problem = mask_shape_problem(name, masks.shape(kept_as), tuple(base.shape), masks.path)
+    problem = mask_shape_problem(name, masks.shape(mask_name), tuple(base.shape), masks.path)
     if problem:
         raise RecipeError(problem)
     factor = masks.factor(
-        kept_as,
+        mask_name,
         parameters["mask_kind"],
         parameters["mask_rescale"],
         temperature=parameters["temperature"],
@@ -113,12 +115,15 @@ def _spec(theirs: tuple[ParameterSpec, ...]) -> MergeMethodSpec:
         for p in recipe.parameters()
         if p.merge
     )
-    internal = ParameterSpec(MASK_TENSOR, str | None, ParameterScope.SHARED, None)
+    internal = (
+        ParameterSpec(MASK_TENSOR, str | None, ParameterScope.SHARED, None),
+        ParameterSpec(OBSERVER, Any, ParameterScope.SHARED, None),
+    )
     return MergeMethodSpec(
         name=recipe.METHOD_NAME,
         pretty_name="SOMF",
         reference_url="https://arxiv.org/abs/2405.09055",
-        parameters=(*own, internal, *theirs),
+        parameters=(*own, *internal, *theirs),
         contract=InputContract(base=BasePolicy.REQUIRED),
     )
 

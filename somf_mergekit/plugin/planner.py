@@ -43,7 +43,7 @@ from ..recipe.recipe_keys import key_problems
 from ..recipe.validate import OWN_METHODS, WRONG_RECIPE, check_recipe, recipe_and_problems
 from ..report.card import write_card
 from ..report.merge_report import merge_with_report
-from .method import MASK_TENSOR
+from .method import MASK_TENSOR, OBSERVER
 
 ARTIFACT_FOLDER = "somf"
 # Marks what of mergekit is wrapped already.
@@ -109,8 +109,9 @@ def wrap_run_merge(module: Any) -> None:
             with _told_of_writing(folder):
                 masks = mask_for(planned, inputs, folder, _files(planned, out_path))
 
-            def write(to: str, how: MergeOptions, is_masked: bool) -> Any:
-                return merge(with_masks(planned, masks, is_masked=is_masked), to, how)
+            def write(to: str, how: MergeOptions, *, observer: Any, is_masked: bool) -> Any:
+                ready = with_masks(planned, masks, is_masked=is_masked, observer=observer)
+                return merge(ready, to, how)
 
             return merge_with_report(write, planned, masks, folder, out_path, seconds)
 
@@ -385,12 +386,15 @@ def artifact_folder(out: str | None) -> str:
     return os.path.join(os.path.abspath(out), ARTIFACT_FOLDER)
 
 
-def with_masks(planned: PlannedMerge, masks: MaskSet, *, is_masked: bool = True) -> PlannedMerge:
+def with_masks(
+    planned: PlannedMerge, masks: MaskSet, *, is_masked: bool = True, observer: Any = None
+) -> PlannedMerge:
     """Return a plan whose tasks take their masks from ``masks``, or none of them.
 
     Without its masks a merge is the same in everything else, what it draws at random included.
+    ``observer`` is what the merge method shows task vectors to, see ``report.vectors``.
     """
-    further = {} if is_masked else {"exclude": "*"}
+    further = {OBSERVER: observer, **({} if is_masked else {"exclude": "*"})}
     tensors = ((weight, with_mask(task, masks.path, **further)) for weight, task in planned.tensors)
     return replace(planned, tensors=tuple(tensors))
 

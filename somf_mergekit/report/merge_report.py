@@ -1,8 +1,10 @@
 """A merge with its report: when each part is made, and what happens where one can't be."""
 
+import json
 import os
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import click
 
 from ..common import machine
 from ..common.errors import first_line
+from ..common.files import whole_file, write_whole
 from ..common.timing import LEARNING, phase, timed
 from ..data.held_out import warn
 from ..evaluate.for_recipe import measured
@@ -18,14 +21,15 @@ from ..mask.artifact import MaskSet, masks_path, training_history
 from ..mask.census import MaskCensus
 from ..prepass.plan import PlannedMerge
 from ..prepass.provenance import told_settings
-from .card import write_section
-from .content import Report
-from .memory import peak_memory
-from .report_writer import TABLE_FILE, remove_figure, write_figure_of, write_report
-from .vectors import TaskVectors, recording
+from .card import TEXT_FILE, write_section
+from .content import Report, report_json
+from .report_text import markdown
+from .vectors import TaskVectors
 
-# Writes a merge into a folder with mergekit's options, with or without its mask.
-Write = Callable[[str, Any, bool], Any]
+JSON_FILE, FIGURE_FILE = "report.json", "report.png"
+# Writes a merge into a folder with mergekit's options; further arguments are ``is_masked``, and an
+# ``observer`` of its task vectors, which may be None.
+Write = Callable[..., Any]
 Seconds = dict[str, float]
 
 
@@ -45,10 +49,10 @@ class Attempts:
         try:
             yield
         except Exception as error:
-            self.tell(f"{what}: {first_line(error)}")
+            self.report(f"{what}: {first_line(error)}")
 
-    def tell(self, failure: str) -> None:
-        """Tell and keep a failure."""
+    def report(self, failure: str) -> None:
+        """Print and record a failure."""
         self.failures.append(failure)
         click.echo(f"somf: the merge is written, but its report lacks the {failure}", err=True)
 
@@ -69,20 +73,20 @@ def merge_with_report(
         seconds: of each phase so far; those of the phases here are added.
 
     Raises:
-        RecipeError: the merge can't be made. A report that can't be made is told in a line.
+        RecipeError: the merge can't be made. What a report lacks is said in a line.
     """
     extent = machine.machine_setting("report") or machine.FULL_REPORT
-    is_told = extent != machine.NO_REPORT
+    is_reported = extent != machine.NO_REPORT
     vectors, options = TaskVectors(), planned.options
-    with phase("merging"), recording(masks.path, vectors) if is_told else nullcontext():
-        result = write(out, options, True)
-    if is_told:
+    with phase("merging"):
+        result = write(out, options, is_masked=True, observer=vectors if is_reported else None)
+    if is_reported:
         how = options.model_copy(update={"write_model_card": False})
 
         def write_plain(place: str) -> None:
             # What it goes through is one phase of this merge.
             with timed():
-                write(place, how, False)
+                write(place, how, is_masked=False, observer=None)
 
         report = Report(planned, _origin(planned, seconds), masks.provenance, vectors, seconds)
         _write(report, masks, Path(folder), out, extent, write_plain)
@@ -108,7 +112,7 @@ def _write(
     """Write all of a report that can be made."""
     planned, attempts = report.planned, Attempts()
     if report.vectors.failure:
-        attempts.tell(f"norms of some task vectors: {report.vectors.failure}")
+        attempts.report(f"norms of some task vectors: {report.vectors.failure}")
     with attempts.at("measurements"):
         report.evaluation = measured(planned, out, write_plain)
     with phase("report"):
@@ -120,17 +124,49 @@ def _write(
         with attempts.at("distribution of the mask"):
             report.census = MaskCensus(masks, masked) if masked else None
         with attempts.at("plots"):
-            remove_figure(folder)
+            # An earlier merge into the same folder has left its own.
+            (folder / FIGURE_FILE).unlink(missing_ok=True)
             if extent == machine.FULL_REPORT:
-                write_figure_of(report, folder)
+                # matplotlib takes long to import.
+                from .mask_plots import write_report_figure
+
+                with whole_file(folder / FIGURE_FILE) as partial:
+                    write_report_figure(report, partial)
                 report.has_figure = True
     with attempts.at("peak memory"):
         report.peak_memory = peak_memory(planned.options.device)
     report.failures = attempts.failures
     with attempts.at("text"):
-        write_report(report, folder)
+        content = json.dumps(report_json(report), indent=1, allow_nan=False, ensure_ascii=False)
+        write_whole(folder / JSON_FILE, content + "\n")
+        figure = FIGURE_FILE if report.has_figure else None
+        write_whole(folder / TEXT_FILE, markdown(report, figure))
         if planned.options.write_model_card:
             with attempts.at("section of the model card"):
                 write_section(report, folder, Path(out))
         if not planned.options.quiet:
-            click.echo(f"somf: report in {folder / TABLE_FILE}", err=True)
+            click.echo(f"somf: report in {folder / TEXT_FILE}", err=True)
+
+
+def peak_memory(device: str | None) -> dict[str, int]:
+    """Return the peaks since the process began, bytes: ``process``, and ``device`` on a GPU.
+
+    That of the process counts the pages of files that it has mapped, and is left out where the
+    operating system doesn't say.
+    """
+    found = {}
+    status = Path("/proc/self/status")
+    # What getrusage says on Linux may be the peak of the process that started this one.
+    lines = status.read_text().splitlines() if status.exists() else []
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            found["process"] = 1024 * int(line.split()[1])
+    if sys.platform == "darwin":
+        import resource
+
+        found["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if device and device.startswith("cuda"):
+        import torch
+
+        found["device"] = torch.cuda.max_memory_allocated(device)
+    return found
