@@ -172,7 +172,8 @@ def _verify() -> click.Command:
         found = []
         for check in verify.checks(folder, _merge_options(values), None if every else sample):
             found.append(check.verdict)
-            click.echo(printable(f"{check.subject}: {check.verdict}: {check.told}"))
+            finding = " ".join(check.finding.split())
+            click.echo(printable(f"{check.subject}: {check.verdict}: {finding}"))
         counts = [found.count(v) for v in (verify.RIGHT, verify.WRONG, verify.UNCHECKED)]
         click.echo("{} right, {} wrong, {} not checked".format(*counts))
         if counts[1] or (strict and counts[2]):
