@@ -157,15 +157,15 @@ def checked_header(
     Raises:
         RecipeError: it isn't a mask of the known format, or is damaged.
     """
-    what = f"mask {path}: its header"
-    found = json_object(text or "{}", what).get("format", "none")
+    text, what = text or "{}", f"mask {path}: its header"
+    found = json_object(text, what).get("format", "none")
     if found != FORMAT:
         raise RecipeError(
             f"{path} isn't a mask of format {FORMAT} (found {found!r:.40}); give the folder that "
             "`mergekit-somf learn` or a somf merge wrote"
         )
     try:
-        header = MaskHeader.model_validate(checked_json(text or "{}", what))
+        header = MaskHeader.model_validate(checked_json(text, what))
     except ValidationError as error:
         first = error.errors()[0]
         raise damaged(what, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
@@ -202,7 +202,7 @@ def _problems(
         axis, repeat = header.repeats.get(name, (0, 1))
         if name in header.repeats and axis >= len(shape):
             yield f"repeats: {name} of the shape {shape} has no axis {axis}"
-        if not 0 < repeat * entries <= _MOST_REPEATED and repeat != 1:
+        if repeat != 1 and not 0 < repeat * entries <= _MOST_REPEATED:
             yield f"repeats: {name} of the shape {shape} can't be repeated {repeat} times"
     for name in set(header.repeats) - names:
         yield f"repeats: there is no tensor {name!r:.80} in the file"
