@@ -165,9 +165,9 @@ def _parameters(name: str | None) -> None:
 def _inspect(mask: str, png: str | None) -> None:
     """Show how a learned mask is distributed, per layer and kind of tensor: tables and a PNG."""
     from .mask.artifact import MaskSet
-    from .report import MaskCensus, summary_table
+    from .mask.census import MaskCensus
     from .report.mask_plots import write_mask_plot
-    from .report.mask_tables import collapse_list
+    from .report.report_text import collapse_list, summary_table
 
     masks = MaskSet.open(mask)
     census = MaskCensus(masks)
@@ -220,7 +220,7 @@ def _verify(folder: str, sample: int, every: bool, strict: bool, options: Any) -
     found = []
     for check in verify.checks(folder, options, None if every else sample):
         found.append(check.verdict)
-        click.echo(printable(f"{check.subject}: {check.verdict}: {check.told}"))
+        click.echo(printable(f"{check.subject}: {check.verdict}: {check.finding}"))
     counts = [found.count(v) for v in (verify.RIGHT, verify.WRONG, verify.UNCHECKED)]
     click.echo("{} right, {} wrong, {} not checked".format(*counts))
     if counts[1] or (strict and counts[2]):

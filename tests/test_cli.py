@@ -9,10 +9,10 @@ import torch
 from somf_mergekit import MaskSet
 from somf_mergekit.common import errors
 from somf_mergekit.data.chat import user_prompt
+from somf_mergekit.mask.census import MaskCensus, kind_of, layer_of
 from somf_mergekit.mask.writing import write_masks
 from somf_mergekit.recipe import settings as recipe
 from somf_mergekit.recipe.schema import table_rows
-from somf_mergekit.report import MaskCensus, kind_of, layer_of
 
 ROOT = Path(__file__).parent.parent
 

@@ -145,8 +145,8 @@ def overwrite_mask(folder):
     return write_masks(
         folder,
         probabilities,
-        aliases=header["aliases"],
-        repeats=header["repeats"],
+        aliases=header.aliases,
+        repeats=header.repeats,
         provenance=masks.provenance,
         history=[],
     )

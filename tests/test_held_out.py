@@ -24,7 +24,7 @@ from somf_mergekit.data.held_out import (
 from somf_mergekit.data.pairs import EncodedPair, Pair
 from somf_mergekit.evaluate.likelihood import preference_margins
 from somf_mergekit.learner import loop
-from somf_mergekit.mask.codes import decoded_probability, encoded_probability, stored_probability
+from somf_mergekit.mask.format import decoded_probability, encoded_probability, stored_probability
 from somf_mergekit.plugin.merge_check import planned_merge
 from somf_mergekit.prepass.learning_data import checked_data
 from somf_mergekit.recipe.validate import read_recipe

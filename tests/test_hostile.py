@@ -24,7 +24,7 @@ from somf_mergekit.data.pairs import (
     prompts_alone,
 )
 from somf_mergekit.fusion.groups import are_equal, is_finite
-from somf_mergekit.mask.artifact_folder import MASKS_FILE
+from somf_mergekit.mask.artifact import MASKS_FILE
 from somf_mergekit.mask.writing import write_masks, write_packed_masks
 
 # A test's folder is used again by each of its examples.

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from somf_mergekit import MaskSet, learn, register
 from somf_mergekit.mask import noise
+from somf_mergekit.mask.format import json_with_digest, tensor_digest
 
 WEIGHTS = {"math": 0.5, "code": 0.5}
 
@@ -166,9 +167,8 @@ def test_a_given_mask_is_what_is_used(learned, tmp_path, family, family_recipe):
 
     with safe_open(source / "out/somf/masks.safetensors", framework="pt") as handle:
         header = json.loads(handle.metadata()["somf"])
-    # As the first format was, which has no checksums.
-    header = {k: v for k, v in header.items() if not k.startswith("digest")}
-    metadata = {"somf": json.dumps({**header, "format": "somf-mask/1"})}
+    digests = {name: tensor_digest(codes) for name, codes in stored.items()}
+    metadata = {"somf": json.dumps(json_with_digest({**header, "digests": digests}))}
     save_file(stored, tmp_path / "edited/masks.safetensors", metadata=metadata)
     recipe = family_recipe(safety_dataset=None, mask=str(tmp_path / "edited"), mask_rescale="none")
     merged(recipe, tmp_path / "out")

@@ -2,11 +2,13 @@
 
 import importlib.metadata
 import os
+import pkgutil
 import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import forked
 import pytest
 import tiny
 
@@ -14,6 +16,17 @@ import somf_mergekit
 
 ROOT = Path(somf_mergekit.__file__).parent
 PROBE = "import torch; print('torch', torch.tensor(2) + 1)"
+KNOWN = """
+import mergekit.merge, mergekit.merge_methods as m, mergekit.plan as p
+print(m.get('somf').spec.pretty_name, m.get('nlsr').spec.pretty_name)
+wrapped = [p.MergePlanner._plan, mergekit.merge.run_merge]
+print(*(hasattr(function, '__wrapped__') for function in wrapped))
+"""
+
+
+def assert_known(result):
+    # A warning of ours is as wrong as an error.
+    assert (result.stdout, result.stderr) == ("SOMF NLSR\nTrue True\n", "")
 
 
 @pytest.fixture
@@ -29,10 +42,10 @@ def site(tmp_path):
     return tmp_path
 
 
-def python(code, site=None, **env):
-    # Away from the checkout, whose package would otherwise be found in the current folder.
-    path = {"PYTHONPATH": str(site)} if site else {}
-    return tiny.run(sys.executable, "-c", code, env={**path, **env}, cwd=site or ROOT.parent.parent)
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    with forked.python_with_torch(tmp_path_factory.mktemp("output")) as run:
+        yield run
 
 
 def test_the_entry_point_is_the_module_outside_the_package():
@@ -51,6 +64,8 @@ def test_the_entry_point_is_the_module_outside_the_package():
 @pytest.mark.parametrize(
     "first_import",
     [
+        "import mergekit.merge_methods",
+        "from mergekit.merge import run_merge; assert hasattr(run_merge, '__wrapped__')",
         "from mergekit.plan import MergePlanner; import mergekit.merge",
         "from somf_mergekit import learn; learn.__name__",
         *(
@@ -65,24 +80,18 @@ def test_the_entry_point_is_the_module_outside_the_package():
         ),
     ],
 )
-def test_our_methods_are_known_whatever_is_imported_first(first_import):
-    result = python(
-        f"{first_import}\n"
-        "import mergekit.merge, mergekit.merge_methods as m, mergekit.plan as p\n"
-        "print(m.get('somf').spec.pretty_name, m.get('nlsr').spec.pretty_name)\n"
-        "print(hasattr(p.MergePlanner._plan, '__wrapped__'))"
-    )
-    assert result.stdout == "SOMF NLSR\nTrue\n", result.stderr
+def test_our_methods_are_known_whatever_is_imported_first(python, first_import):
+    assert_known(python(f"{first_import}\n{KNOWN}"))
 
 
 @pytest.mark.slow
-def test_each_of_our_modules_can_be_imported_first():
-    result = tiny.run(sys.executable, Path(__file__).parent / "first_import.py", cwd=ROOT.parent)
-    assert (result.returncode, result.stderr) == (0, "")
-    modules = [file for file in ROOT.rglob("*.py") if file.name != "__main__.py"]
-    # The package itself is imported by each; without Triton its kernels are left out.
-    left_out = 1 if find_spec("triton") else 2
-    assert result.stdout == f"looked at {len(modules) - left_out}\n"
+def test_each_of_our_modules_can_be_imported_first(python):
+    found = pkgutil.walk_packages(somf_mergekit.__path__, "somf_mergekit.")
+    names = [module.name for module in found if not module.name.endswith("__main__")]
+    assert len(names) > 90
+    for name in names:
+        if find_spec("triton") or not name.endswith(".kernels"):
+            assert_known(python(f"import {name}\n{KNOWN}"))
 
 
 def remove_package(site):
@@ -136,15 +145,22 @@ def replace_mergekit(site):
         ),
     ],
 )
-def test_torch_is_imported_all_the_same(site, damage):
+def test_torch_is_imported_all_the_same(python, site, damage):
     damage(site)
     result = python(PROBE, site)
     assert (result.returncode, result.stdout) == (0, "torch tensor(3)\n"), result.stderr
     assert result.stderr == ""
 
 
+def test_torch_itself_calls_the_entry_point_and_survives_it(site):
+    remove_package(site)
+    code = f"{PROBE}\nimport _somf_mergekit_autoload as a; print(a.failure)"
+    result = tiny.run(sys.executable, "-c", code, env={"PYTHONPATH": str(site)}, cwd=site)
+    assert (result.stdout, result.stderr) == ("torch tensor(3)\nhalf removed\n", "")
+
+
 @pytest.mark.parametrize("damage", [remove_all_but_autoload, replace_mergekit])
-def test_mergekit_is_imported_all_the_same_and_a_warning_says_why_somf_is_missing(site, damage):
+def test_a_broken_package_leaves_mergekit_and_warns(python, site, damage):
     damage(site)
     result = python(
         f"{PROBE}; import sys; print('torch is imported', file=sys.stderr)\n"
@@ -156,13 +172,15 @@ def test_mergekit_is_imported_all_the_same_and_a_warning_says_why_somf_is_missin
     assert "somf-mergekit could not add its merge methods to mergekit" in result.stderr
 
 
-def test_our_own_command_works_where_the_autoload_is_off(family_recipe, tmp_path):
-    file = tiny.write_recipe(tmp_path / "recipe.yml", family_recipe(max_steps=1))
+def test_our_own_command_works_where_the_autoload_is_off(python, family_recipe, tmp_path):
+    file = str(tiny.write_recipe(tmp_path / "recipe.yml", family_recipe(max_steps=1)))
     off = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    result = tiny.run(tiny.command("mergekit-somf"), "merge", file, tmp_path / "out", env=off)
+    arguments = ["merge", file, str(tmp_path / "out")]
+    result = python(f"from somf_mergekit.cli import main; main({arguments})", **off)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "out/somf/masks.safetensors").exists()
-    stock = tiny.merge(file, tmp_path / "stock", env=off)
+    arguments = [file, str(tmp_path / "stock")]
+    stock = python(f"from mergekit.scripts.run_yaml import main; main({arguments})", **off)
     assert "Unimplemented merge method somf" in stock.stderr
 
 
@@ -176,14 +194,14 @@ def test_the_doctor_finds_nothing_wrong_here():
     assert result.output.endswith("run_merge: added to mergekit\nmergekit-yaml knows somf\n")
 
 
-def test_the_doctor_says_that_the_autoload_is_off():
+def test_the_doctor_says_that_the_autoload_is_off(python):
     result = python(DOCTOR, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
     assert result.returncode == 1, result.stderr
     assert "TORCH_DEVICE_BACKEND_AUTOLOAD: 0\n  wrong: unset it" in result.stdout
     assert "merge method somf: not added to mergekit\n" in result.stdout
 
 
-def test_the_doctor_shows_what_the_entry_point_swallowed(site):
+def test_the_doctor_shows_what_the_entry_point_swallowed(python, site):
     remove_wrapt(site)
     result = python(DOCTOR, site)
     assert result.returncode == 1, result.stderr
@@ -198,7 +216,7 @@ def test_the_autoload_imports_nothing_heavy():
         " ('mergekit', 'transformers', 'datasets', 'pydantic', 'click', 'yaml')))\n"
         "print(sorted(m for m in sys.modules if m.startswith('somf_mergekit')))"
     )
-    result = python(code)
+    result = tiny.run(sys.executable, "-c", code)
     loaded = ["somf_mergekit", "somf_mergekit.plugin", "somf_mergekit.plugin.autoload"]
     assert result.stdout == f"[]\n{loaded}\n", result.stderr
     assert os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") != "0"

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -14,14 +16,12 @@ from PIL import Image
 
 from somf_mergekit import MaskSet
 from somf_mergekit.fusion.merges import show_task_vectors
-from somf_mergekit.mask.census import Collapse
-from somf_mergekit.mask.tensor_groups import kind_of, layer_of
-from somf_mergekit.mask.writing import write_masks
-from somf_mergekit.report import MaskCensus
+from somf_mergekit.mask.census import Collapse, MaskCensus, kind_of, layer_of
+from somf_mergekit.mask.writing import write_masks, write_packed_masks
 from somf_mergekit.report.card import with_section
-from somf_mergekit.report.curve import curve_rows
-from somf_mergekit.report.mask_tables import collapse_list
-from somf_mergekit.report.memory import peak_memory
+from somf_mergekit.report.content import curve_rows
+from somf_mergekit.report.merge_report import peak_memory
+from somf_mergekit.report.report_text import collapse_list
 from somf_mergekit.report.vectors import TaskVectors, TensorRecord
 
 MODELS = ("math", "code")
@@ -195,14 +195,13 @@ def test_norms_and_cosines_are_those_of_the_task_vectors(reported, family):
     assert_task_vectors(reported.report, family, mask_factor(MaskSet.open(reported.somf)))
 
 
-@pytest.mark.parametrize("fusion", ["ties", "dare_linear"])
-def test_norms_are_of_what_is_fused_whatever_the_fusion(reported, family, tmp_path, fusion):
+def test_norms_are_of_what_is_fused_whatever_the_fusion(reported, family, tmp_path):
     given = recipe_of(
         family,
         mask=str(reported.somf),
         mask_kind="binary",
         mask_rescale="none",
-        fusion=fusion,
+        fusion="ties",
         density=0.5,
     )
     merge(given, tmp_path / "out")
@@ -376,14 +375,12 @@ def test_collapsed_masks_are_counted_when_they_have_been_learned(family, tmp_pat
 
 
 def test_packed_masks_are_summarised_as_zeros_and_ones(family, tmp_path):
-    written_mask(tmp_path / "mask", family, COLLAPSED)
-    packed = tiny.invoke("mergekit-somf", "pack", tmp_path / "mask", tmp_path / "packed")
-    assert packed.exit_code == 0, packed.output
-    merge(recipe_of(family, mask=str(tmp_path / "packed")), tmp_path / "out")
-    masks = MaskSet.open(tmp_path / "packed")
-    mask = report_of(tmp_path / "out/somf")["mask"]
-    assert_summary(mask["total"], torch.cat([masks.entries(n).flatten() for n in masks.names()]))
-    assert mask["total"]["mean"] == mask["total"]["kept"]
+    masks = write_packed_masks(
+        tmp_path / "packed", written_mask(tmp_path / "mask", family, COLLAPSED)
+    )
+    total = asdict(MaskCensus(masks).total())
+    assert_summary(total, torch.cat([masks.entries(n).flatten() for n in masks.names()]))
+    assert total["mean"] == total["kept"]
 
 
 def test_layers_that_are_stacked_are_told_by_where_they_are(family, tmp_path):
@@ -413,29 +410,21 @@ def test_experts_are_of_one_kind():
     assert {layer_of(name) for name in names} == {"3"}
 
 
-@pytest.mark.parametrize("extent", ["none", "text"])
-def test_what_is_told_is_chosen_on_the_machine(reported, family, tmp_path, monkeypatch, extent):
-    monkeypatch.setenv("SOMF_REPORT", extent)
-    harm = tiny.write_jsonl(tmp_path / "harm.jsonl", [{"prompt": "a box"}])
-    given = {"safety_eval": str(harm)} if extent == "none" else {}
-    merge(recipe_of(family, mask=str(reported.somf), **given), tmp_path / "out")
-    reports = [path.name for path in (tmp_path / "out/somf").glob("report*")]
-    told = {"none": [], "text": ["report.json", "report.md"]}[extent]
-    assert sorted(reports) == told
-    assert ("## Safety" in (tmp_path / "out/README.md").read_text()) is bool(told)
-
-
-def test_the_written_tensors_are_the_same_with_and_without_a_report(
+def test_the_report_is_chosen_on_the_machine_and_changes_no_tensor(
     reported, family, tmp_path, monkeypatch
 ):
-    for fusion in ("task_arithmetic", "linear", "ties"):
-        recipe = recipe_of(family, mask=str(reported.somf), fusion=fusion)
-        recipe["dtype"] = "bfloat16"
+    harm = tiny.write_jsonl(tmp_path / "harm.jsonl", [{"prompt": "a box"}])
+    for fusion in ("linear", "ties"):
         written = []
-        for extent in ("none", "text"):
+        for extent, files in (("none", []), ("text", ["report.json", "report.md"])):
             monkeypatch.setenv("SOMF_REPORT", extent)
-            merge(recipe, tmp_path / f"{fusion}-{extent}")
-            written.append((tmp_path / f"{fusion}-{extent}/model.safetensors").read_bytes())
+            asked = {"safety_eval": str(harm)} if extent == "none" else {}
+            recipe = recipe_of(family, mask=str(reported.somf), fusion=fusion, **asked)
+            out = tmp_path / f"{fusion}-{extent}"
+            merge({**recipe, "dtype": "bfloat16"}, out)
+            assert sorted(path.name for path in (out / "somf").glob("report*")) == files
+            assert ("## Safety" in (out / "README.md").read_text()) is bool(files)
+            written.append((out / "model.safetensors").read_bytes())
         assert written[0] == written[1]
 
 
@@ -485,62 +474,37 @@ def fail(error):
     return failing
 
 
-@pytest.mark.parametrize(
-    ("place", "lacks"),
-    [
-        ("somf_mergekit.report.mask_plots.write_report_figure", "plots"),
-        ("somf_mergekit.report.merge_report.training_history", "training curve"),
-        ("somf_mergekit.report.merge_report.MaskCensus", "distribution of the mask"),
-        ("somf_mergekit.report.merge_report.measured", "measurements"),
-        ("somf_mergekit.report.merge_report.write_section", "section of the model card"),
-        ("somf_mergekit.report.merge_report.write_report", "text"),
-    ],
-)
-def test_a_part_that_fails_leaves_the_merge_and_the_other_parts(
-    reported, family, tmp_path, monkeypatch, place, lacks
+def test_parts_that_fail_leave_the_merge_and_the_other_parts(
+    reported, family, tmp_path, monkeypatch
 ):
-    monkeypatch.setenv("SOMF_REPORT", "full")
-    monkeypatch.setattr(place, fail(OSError(28, "No space left on device")))
-    output = merge(recipe_of(family, mask=str(reported.somf)), tmp_path / "out")
-    lines = [line for line in output.splitlines() if "its report lacks" in line]
-    assert len(lines) == 1, output
-    assert lines[0].endswith(f"the {lacks}: [Errno 28] No space left on device")
-    assert tiny.tensors_of(tmp_path / "out")
+    shutil.copytree(reported.somf, tmp_path / "mask")
+    recipe = recipe_of(family, mask=str(tmp_path / "mask"))
+    merge(recipe, tmp_path / "out")
     somf = tmp_path / "out/somf"
-    assert not list(somf.glob("*partial*"))
-    assert (somf / "report.md").exists() is (lacks != "text")
-    assert (somf / "report.png").exists() is (lacks != "plots")
-    if lacks not in ("text", "section of the model card"):
-        assert report_of(somf)["failures"] == [lines[0].split("lacks the ")[1]]
-        assert "Missing from this report" in (somf / "report.md").read_text()
-
-
-def test_task_vectors_that_fail_leave_the_merge(reported, family, tmp_path, monkeypatch):
+    (tmp_path / "mask/training.jsonl").write_text("{")
+    (somf / "report.png").mkdir()
     monkeypatch.setattr(TensorRecord, "add", fail(RuntimeError("out of memory")))
-    output = merge(recipe_of(family, mask=str(reported.somf)), tmp_path / "out")
-    assert output.count("lacks the norms of some task vectors: ") == 1
-    report = report_of(tmp_path / "out/somf")
+    output = merge(recipe, tmp_path / "out")
+    lines = [line for line in output.splitlines() if "the merge is written, but" in line]
+    failures = [line.split("its report lacks the ")[1] for line in lines]
+    assert [failure.split(": ")[0] for failure in failures] == [
+        "norms of some task vectors",
+        "training curve",
+        "plots",
+    ]
+    assert failures[0].endswith("out of memory")
+    assert tiny.tensors_of(tmp_path / "out")
+    report = report_of(somf)
+    assert report["failures"] == failures
     assert report["task_vectors"]["missing"].endswith("out of memory")
     assert report["mask"]["tensors"] == 20
-
-
-def test_an_interruption_passes_through(reported, family, tmp_path, monkeypatch):
-    from mergekit.config import MergeConfiguration
-    from mergekit.merge import run_merge
-    from mergekit.options import MergeOptions
-
-    monkeypatch.setattr(
-        "somf_mergekit.report.merge_report.training_history", fail(KeyboardInterrupt())
-    )
-    config = MergeConfiguration.model_validate(recipe_of(family, mask=str(reported.somf)))
-    with pytest.raises(KeyboardInterrupt):
-        run_merge(config, str(tmp_path / "out"), MergeOptions(quiet=True))
-    assert tiny.tensors_of(tmp_path / "out")
-    monkeypatch.undo()
-    # Nothing of the interrupted merge is in the next one's report.
-    config = MergeConfiguration.model_validate(recipe_of(family, mask=str(reported.somf)))
-    run_merge(config, str(tmp_path / "out"), MergeOptions(quiet=True))
-    assert report_of(tmp_path / "out/somf")["mask"]["tensors"] == 20
+    assert "Missing from this report" in (somf / "report.md").read_text()
+    (somf / "report.png").rmdir()
+    (somf / "report.md").unlink()
+    (somf / "report.md").mkdir()
+    output = merge(recipe, tmp_path / "out")
+    assert "its report lacks the text: [Errno 21]" in output
+    assert not list(somf.glob("*partial*"))
 
 
 def test_a_step_of_several_merges_has_its_report(reported, family, tmp_path):
@@ -563,11 +527,25 @@ def test_a_step_of_several_merges_has_its_report(reported, family, tmp_path):
     assert "## Safety" not in (tmp_path / "out/README.md").read_text()
 
 
-def test_models_that_are_in_some_tensors_alone_have_their_own_norms():
+def group_of(name, base, **models):
+    entries = [TensorEntry("base", base, True)]
+    entries += [TensorEntry(model, tensor, False) for model, tensor in models.items()]
+    return TensorGroup(tuple(entries), TensorMetadata(name=name))
+
+
+def observed(*groups):
     vectors = TaskVectors()
-    one, two = torch.tensor([[4.0]]), torch.tensor([[9.0, 3.0], [3.0, 1.0]])
-    vectors.tensors["a"] = TensorRecord(None, ("x",), one.double(), one.double())
-    vectors.tensors["b"] = TensorRecord(None, ("y", "x"), two.double(), two.double())
+    for group in groups:
+        show_task_vectors(group, torch.ones(()), vectors.watch(group, None))
+    assert vectors.failure is None
+    return vectors
+
+
+def test_models_that_are_in_some_tensors_alone_have_their_own_norms():
+    base = torch.zeros(2)
+    one = group_of("a", base, x=torch.tensor([0.0, 2.0]))
+    two = group_of("b", base, y=torch.tensor([3.0, 0.0]), x=torch.tensor([1.0, 0.0]))
+    vectors = observed(one, two)
     *_, total = vectors.kinds()
     assert vectors.models == ["x", "y"]
     assert total.before.norms == pytest.approx([5**0.5, 3])
@@ -575,12 +553,7 @@ def test_models_that_are_in_some_tensors_alone_have_their_own_norms():
 
 
 def test_a_buffer_of_infinities_has_no_task_vector():
-    vectors = TaskVectors()
-    for name, start in (("buffer", float("-inf")), ("weight", 1.0)):
-        base = torch.full((2, 3), start)
-        entries = [TensorEntry("base", base, True), TensorEntry("x", base + 2, False)]
-        group = TensorGroup(tuple(entries), TensorMetadata(name=name))
-        show_task_vectors(group, torch.ones(()), vectors.watch(group, None))
-    assert vectors.failure is None
+    bases = {"buffer": torch.full((2, 3), float("-inf")), "weight": torch.ones(2, 3)}
+    vectors = observed(*(group_of(name, base, x=base + 2) for name, base in bases.items()))
     *_, total = vectors.kinds()
     assert total.before.norms == pytest.approx([24**0.5])

@@ -1,9 +1,11 @@
 """The mask artifact, opened: its entries tensor by tensor.
 
-Nothing in an artifact is ever unpickled, and no name in it becomes a path. Checksums tell damage,
-see ``mask_header``; ``mask_folder`` has its files, ``mask_codes`` how entries are stored.
+An artifact is a folder with masks.safetensors, somf.json, which records where the mask is from and
+the checksums of the other files, and training.jsonl, a row a step. Nothing in it is ever unpickled,
+and no name in it becomes a path.
 """
 
+import json
 import os
 from typing import Any
 
@@ -11,24 +13,37 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..common.digests import file_digest, json_digest
 from ..common.errors import RecipeError
-from .artifact_folder import (
-    MASKS_FILE,
-    PROVENANCE_FILE,
-    history_problem,
-    masks_path,
-    told_checksums,
+from .format import (
+    HEADER_KEY,
+    LEVELS,
+    checked_header,
+    checked_json,
+    damaged,
+    decoded_probability,
+    tensor_digest,
+    unpacked_bits,
 )
-from .codes import LEVELS, bit_counts, decoded_probability, level_counts, unpacked_bits
 from .granularity import Layout
-from .header import HEADER_KEY, checked_header, damaged, header_digest, tensor_digest
 from .masking import mask_factor, mask_from_probabilities
+
+MASKS_FILE = "masks.safetensors"
+PROVENANCE_FILE = "somf.json"
+HISTORY_FILE = "training.jsonl"
+# In somf.json: the checksums of the other files.
+CHECKSUMS_KEY = "checksums"
 
 
 class MaskSet:
     """The learned masks of one model, read tensor by tensor from an artifact.
 
     Names are those of the tensors in the merged checkpoint. Open one with ``MaskSet.open``.
+
+    Attributes:
+        path: of the masks file.
+        header: of that file.
+        provenance: where the masks are from.
     """
 
     def __init__(self, path: str):
@@ -42,21 +57,20 @@ class MaskSet:
             types = {name: part.get_dtype() for name, part in parts.items()}
         except (SafetensorError, OSError) as error:
             raise RecipeError(
-                f"mask {path} can't be read: {error}. Get it anew from where it is from, or "
+                f"mask {path} can't be read: {error}. Get it again from where it is from, or "
                 "move it away and learn the mask again."
             ) from error
-        header = checked_header(stored, shapes, types, path)
-        self.header: dict[str, Any] = header.model_dump(exclude_unset=True)
-        self.provenance = header.provenance
-        self._digests = header.digests
-        self._aliases = header.aliases
-        # Where one entry covers several places of an axis: (axis, how many).
-        self._repeats = {name: (axis, many) for name, (axis, many) in header.repeats.items()}
-        # Shapes of the masks with a bit an entry.
-        self._packed = {name: tuple(shape) for name, shape in header.packed.items()}
+        self.header = checked_header(stored, shapes, types, path)
+        self.provenance = self.header.provenance
+        self._packed = {name: tuple(shape) for name, shape in self.header.packed.items()}
         self._shapes = shapes | self._packed
-        if os.path.basename(path) == MASKS_FILE:
-            self._check_beside()
+        checksums = self._checksums_beside()
+        if checksums is not None and checksums.get(MASKS_FILE) != self.header.digest:
+            raise RecipeError(
+                f"mask {path} and the {PROVENANCE_FILE} beside it are not of one artifact: "
+                "one of them was replaced. Put back the one that belongs there, or move the folder "
+                "away and learn the mask again."
+            )
 
     @classmethod
     def open(cls, source: str | os.PathLike[str]) -> "MaskSet":
@@ -65,30 +79,25 @@ class MaskSet:
         The header is checked now, the entries of a tensor whenever they are read.
 
         Raises:
-            RecipeError: there is no mask, the file is no mask of a known format, or is damaged.
+            RecipeError: there is no mask, or it is of another format, or damaged.
         """
         return cls(masks_path(os.fspath(source)))
 
-    @property
-    def has_checksums(self) -> bool:
-        """Whether damage to the entries would be noticed: not in artifacts of the first format."""
-        return bool(self._digests)
-
     def names(self) -> list[str]:
         """Return the names of all tensors that have a mask, sorted."""
-        return sorted(set(self._shapes) | set(self._aliases))
+        return sorted(set(self._shapes) | set(self.header.aliases))
 
     def stored_names(self) -> list[str]:
-        """Return the names of the tensors whose masks are stored; others are names for these."""
+        """Return the names of the tensors whose masks are stored; others are aliases of these."""
         return sorted(self._shapes)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._shapes or name in self._aliases
+        return name in self._shapes or name in self.header.aliases
 
     def layout(self, name: str) -> Layout:
         """Return how the entries of ``name`` lie on its weight, without reading them."""
         stored = self._stored_name(name)
-        return self._laid(stored, self._shapes[stored])
+        return Layout(self._shapes[stored], *self.header.repeats.get(stored, ()))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape in which ``probabilities`` gives the mask of ``name``."""
@@ -101,51 +110,43 @@ class MaskSet:
             KeyError: ``name`` has no mask.
             RecipeError: the file is damaged.
         """
-        stored = self._stored_name(name)
-        codes = self._checked_codes(stored)
-        if stored in self._packed:
-            return unpacked_bits(codes, self._packed[stored])
-        return decoded_probability(codes)
-
-    def histogram(self, name: str) -> Tensor:
-        """Return how many entries of ``name`` have each of the probabilities ``levels``, (256,).
-
-        Raises:
-            KeyError: ``name`` has no mask.
-            RecipeError: the file is damaged.
-        """
-        stored = self._stored_name(name)
-        codes = self._checked_codes(stored)
-        if stored in self._packed:
-            return bit_counts(codes, self._packed[stored])
-        return level_counts(codes)
+        codes = self._codes(self._stored_name(name))
+        return codes.float() if self._packed else decoded_probability(codes)
 
     def levels(self) -> Tensor:
-        """Return the probabilities that entries can have, (256,), float64, ascending."""
+        """Return the probabilities that entries can have, (levels,), float64, ascending."""
         if self._packed:
-            return torch.linspace(0, 1, LEVELS, dtype=torch.float64)
+            return torch.tensor([0.0, 1.0], dtype=torch.float64)
         return (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS
+
+    def histogram(self, name: str) -> Tensor:
+        """Return how many entries of ``name`` have each probability of ``levels``, (levels,).
+
+        Errors are those of ``entries``.
+        """
+        codes = self._codes(self._stored_name(name))
+        # Counted as the bytes they are: much faster than as floats.
+        return torch.bincount(codes.flatten(), minlength=len(self.levels()))
 
     def probabilities(self, name: str) -> Tensor:
         """Return the probabilities, float32, in a shape that broadcasts to the weight.
 
-        Raises:
-            KeyError: ``name`` has no mask.
+        Errors are those of ``entries``.
         """
-        return self._spread(name, self.entries(name))
+        return self.layout(name).expand(self.entries(name))
 
     def mask(
         self, name: str, kind: str = "soft", *, temperature: float = 0.5, seed: int = 0
     ) -> Tensor:
         """Return the mask of ``name`` as a merge uses it, float32, as ``probabilities`` is shaped.
 
-        ``temperature`` and ``seed`` matter for the kind ``sampled`` alone.
+        ``temperature`` matters for the kind ``sampled`` alone, ``seed`` for that and ``bernoulli``.
 
         Raises:
             KeyError: ``name`` has no mask.
             ValueError: ``kind`` is unknown.
         """
-        return self._spread(name, self._drawn(name, kind, temperature, seed))
+        return self.factor(name, kind, "none", temperature=temperature, seed=seed)
 
     def factor(
         self, name: str, kind: str, rescale: str, *, temperature: float = 0.5, seed: int = 0
@@ -154,64 +155,105 @@ class MaskSet:
 
         Shape, arguments and errors are those of ``mask``.
         """
-        drawn = self._drawn(name, kind, temperature, seed)
-        return self._spread(name, mask_factor(drawn, rescale, out=drawn))
-
-    def _drawn(self, name: str, kind: str, temperature: float, seed: int) -> Tensor:
         # Weights that are tied share what is drawn.
-        name = self._stored_name(name)
-        return mask_from_probabilities(
-            self.entries(name), kind, temperature=temperature, seed=seed, name=name
+        stored = self._stored_name(name)
+        drawn = mask_from_probabilities(
+            self.entries(stored), kind, temperature=temperature, seed=seed, name=stored
         )
+        return self.layout(stored).expand(mask_factor(drawn, rescale, out=drawn))
 
     def problems(self) -> list[str]:
         """Return what is damaged of the artifact, a sentence each, after reading all of it."""
         found = []
         for name in self.stored_names():
             try:
-                self._checked_codes(name)
+                self._codes(name)
             except RecipeError as error:
                 found.append(error.message)
         if os.path.basename(self.path) != MASKS_FILE:
             return found
         folder = os.path.dirname(self.path)
-        told = told_checksums(folder)
-        if told is None:
-            return [*found, f"{os.path.join(folder, PROVENANCE_FILE)} is missing"]
-        problem = history_problem(folder, told)
-        return [*found, problem] if problem else found
+        history = os.path.join(folder, HISTORY_FILE)
+        checksums = self._checksums_beside()
+        if checksums is None:
+            found.append(f"{os.path.join(folder, PROVENANCE_FILE)} is missing")
+        elif HISTORY_FILE in checksums and not os.path.exists(history):
+            found.append(f"{history} is missing")
+        elif HISTORY_FILE in checksums and history_digest(history) != checksums[HISTORY_FILE]:
+            found.append(f"{history} is damaged: its checksum differs from the one recorded")
+        return found
 
-    def _checked_codes(self, stored: str) -> Tensor:
+    def _codes(self, stored: str) -> Tensor:
+        """Return the stored number of each entry, uint8: a code, or a bit of a packed mask."""
         what = f"mask {self.path}: its tensor {stored}"
         try:
             codes = self._file.get_tensor(stored)
         except (SafetensorError, OSError) as error:
             raise damaged(what, str(error)) from error
-        if self._digests and tensor_digest(codes) != self._digests[stored]:
-            raise damaged(what, "it has another checksum than when written")
-        return codes
+        if tensor_digest(codes) != self.header.digests[stored]:
+            raise damaged(what, "its checksum differs from the one recorded")
+        return unpacked_bits(codes, self._packed[stored]) if self._packed else codes
 
-    def _check_beside(self) -> None:
-        """Compare with the checksum of this file that somf.json has, where that is there."""
-        told = told_checksums(os.path.dirname(self.path))
-        if told is None:
-            return
-        wanted = told.get(MASKS_FILE)
-        if wanted != header_digest(self.header) and (wanted is not None or self.has_checksums):
-            raise RecipeError(
-                f"mask {self.path} and the {PROVENANCE_FILE} beside it are not of one artifact: "
-                "one of them was replaced. Put back the one that belongs there, or move the folder "
-                "away and learn the mask anew."
-            )
+    def _checksums_beside(self) -> dict[str, Any] | None:
+        """Return the checksums that ``somf.json`` records, by file; None where there is none.
 
-    def _spread(self, name: str, entries: Tensor) -> Tensor:
-        return self._laid(self._stored_name(name), tuple(entries.shape)).expand(entries)
-
-    def _laid(self, stored: str, shape: tuple[int, ...]) -> Layout:
-        return Layout(shape, *self._repeats.get(stored, ()))
+        Raises:
+            RecipeError: it can't be read, or is damaged.
+        """
+        if os.path.basename(self.path) != MASKS_FILE:
+            return None
+        path = os.path.join(os.path.dirname(self.path), PROVENANCE_FILE)
+        what = f"{path}, which records where a mask is from,"
+        try:
+            with open(path, "rb") as file:
+                checksums = checked_json(file.read(), what).get(CHECKSUMS_KEY)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise RecipeError(f"{what} can't be read: {error}") from error
+        return checksums if isinstance(checksums, dict) else {}
 
     def _stored_name(self, name: str) -> str:
-        stored = self._aliases.get(name, name)
+        stored = self.header.aliases.get(name, name)
         if stored not in self._shapes:
             raise KeyError(f"no mask for {name} in {self.path}")
         return stored
+
+
+def masks_path(source: str) -> str:
+    """Return the masks file that ``source`` (file, artifact or merge folder) means.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    source = os.path.expanduser(source)
+    for inside in ((), (MASKS_FILE,), ("somf", MASKS_FILE)):
+        path = os.path.join(source, *inside)
+        if os.path.isfile(path):
+            return path
+    raise RecipeError(
+        f"mask {source}: no such mask; expected a file or a folder with {MASKS_FILE}, as "
+        "`mergekit-somf learn` and somf merges write"
+    )
+
+
+def training_history(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Return the rows that learning wrote into a mask's folder, none where it wrote none."""
+    path = os.path.join(folder, HISTORY_FILE)
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def history_digest(path: str) -> str:
+    """Return the SHA-256 of the recorded steps of learning, without their times.
+
+    A mask that is learned once more, or in two parts, has the same. For a damaged file it is that
+    of its bytes.
+    """
+    try:
+        rows = training_history(os.path.dirname(path))
+        return json_digest([{k: v for k, v in row.items() if k != "seconds"} for row in rows])
+    except (ValueError, AttributeError, RecursionError):
+        return file_digest(path)

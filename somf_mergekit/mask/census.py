@@ -1,17 +1,19 @@
-"""How a learned mask is distributed, and where it has collapsed."""
+"""How a learned mask is distributed, by layer and kind of tensor, and where it has collapsed."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from .artifact import MaskSet
-from .tensor_groups import grouped
 
+NO_LAYER = "other"
+_LAYER = re.compile(r"\.(\d+)\.")
 # Probabilities beyond these are as good as 1 and 0.
 _KEPT, _DROPPED = 0.95, 0.05
-# A tensor is as good as kept or dropped where so many of its entries are: a stray one, such as of a
-# token that no pair has, hides nothing.
+# A tensor has collapsed where so many of its entries have: a stray one, such as of a token that no
+# pair has, hides nothing.
 _NEARLY_ALL = 0.99
 
 
@@ -55,19 +57,21 @@ class Collapse:
 class MaskCensus:
     """Counts of probabilities per tensor, from which any grouping is summarised.
 
-    A stored probability has 256 levels, so one histogram a tensor says everything.
+    Attributes:
+        levels: the probabilities that entries can have, (levels,).
+        counts: how many entries have each, (levels,), by tensor.
     """
 
-    def __init__(self, masks: MaskSet, kept_as: Mapping[str, str] | None = None):
+    def __init__(self, masks: MaskSet, mask_names: Mapping[str, str] | None = None):
         """Count ``masks``.
 
         Args:
             masks: the learned ones.
-            kept_as: the names of tensors, with the names under which their masks are kept; all
+            mask_names: the names of tensors, with the names under which their masks are stored; all
                 that have a mask where not given.
         """
-        names = kept_as or {name: name for name in masks.names()}
-        self.counts = {name: masks.histogram(kept) for name, kept in names.items()}
+        names = mask_names or {name: name for name in masks.names()}
+        self.counts = {name: masks.histogram(stored) for name, stored in names.items()}
         self.levels = masks.levels()
 
     def summary(self, label: str, names: Sequence[str]) -> MaskSummary:
@@ -78,7 +82,7 @@ class MaskCensus:
         mean = float((counts * levels).sum()) / total
         variance = float((counts * (levels - mean) ** 2).sum()) / total
         cumulated = counts.cumsum(0) / total
-        low, high = (float(levels[int((cumulated < q).sum().clamp(max=255))]) for q in (0.05, 0.95))
+        low, high = (float(levels[int((cumulated < q).sum())]) for q in (0.05, 0.95))
         return MaskSummary(
             label=label,
             entries=int(total),
@@ -99,37 +103,62 @@ class MaskCensus:
 
     def collapses(self) -> list[Collapse]:
         """Return each way in which some tensor's mask has collapsed; a tensor may be in several."""
-        found: list[Collapse] = []
-        nearly = f"at least {100 * _NEARLY_ALL:.0f} % of the probabilities are"
+        levels, nearly = self.levels, f"at least {100 * _NEARLY_ALL:.0f} % of the probabilities are"
         ways = (
-            ("all kept", f"{nearly} above {_KEPT}", self.levels > _KEPT, _NEARLY_ALL),
-            ("all dropped", f"{nearly} below {_DROPPED}", self.levels < _DROPPED, _NEARLY_ALL),
+            ("all kept", f"{nearly} above {_KEPT}", levels > _KEPT, _NEARLY_ALL),
+            ("all dropped", f"{nearly} below {_DROPPED}", levels < _DROPPED, _NEARLY_ALL),
             (
                 "binary mask full",
                 "every probability is above 0.5: a binary mask keeps all",
-                self.levels > 0.5,
+                levels > 0.5,
                 1.0,
             ),
             (
                 "binary mask empty",
                 "no probability is above 0.5: under `mask_kind: binary`, nothing of the tensor's "
                 "change is merged",
-                self.levels <= 0.5,
+                levels <= 0.5,
                 1.0,
             ),
         )
-        for what, meaning, counted, share in ways:
-            inside = [
-                name
-                for name, counts in self.counts.items()
-                if int(counts[counted].sum()) >= share * int(counts.sum())
-            ]
-            found.append(Collapse(what, meaning, inside))
-        even = [
-            name
-            for name, counts in self.counts.items()
-            if counts.sum() > 1 and (counts > 0).sum() == 1
+        counts = self.counts.items()
+        found = [
+            Collapse(what, meaning, [name for name, n in counts if n[at].sum() >= share * n.sum()])
+            for what, meaning, at, share in ways
         ]
+        even = [name for name, n in counts if n.sum() > 1 and (n > 0).sum() == 1]
         meaning = "all entries are alike: a mask divided by its mean then does nothing"
         found.append(Collapse("even", meaning, even))
         return [collapse for collapse in found if collapse.tensors]
+
+
+def layer_of(name: str) -> str:
+    """Return the layer number in a tensor's name, ``other`` where there is none."""
+    found = _LAYER.search(name)
+    return found.group(1) if found else NO_LAYER
+
+
+def kind_of(name: str) -> str:
+    """Return a tensor's name without its layer: ``self_attn.q_proj`` for every layer's queries.
+
+    Experts of a layer are of one kind.
+    """
+    found = _LAYER.search(name)
+    rest = name[found.end() :] if found else name
+    return re.sub(r"\.\d+\.", ".*.", rest).removesuffix(".weight")
+
+
+def grouped(names: Iterable[str], key: str) -> dict[str, list[str]]:
+    """Return names by their ``layer`` or ``kind``: layers in order, kinds as they come."""
+    groups: dict[str, list[str]] = {}
+    for name in sorted(names, key=natural):
+        groups.setdefault(layer_of(name) if key == "layer" else kind_of(name), []).append(name)
+    if key == "kind":
+        return groups
+    return {layer: groups[layer] for layer in sorted(groups, key=natural)}
+
+
+def natural(text: str) -> list[tuple[int, str]]:
+    """Sort key that puts layer 2 before layer 10."""
+    parts = re.split(r"(\d+)", text)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]

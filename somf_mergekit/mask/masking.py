@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..common.chunks import pieces
-from .codes import stored_probability
+from .format import stored_probability
 from .noise import noise_key, uniform_noise
 
 MASK_KINDS = ("soft", "binary", "sampled", "bernoulli")

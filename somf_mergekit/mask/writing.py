@@ -14,17 +14,22 @@ from torch import Tensor
 
 from ..common.errors import RecipeError, first_line
 from ..common.files import sync
-from .artifact import MaskSet
-from .artifact_folder import (
+from .artifact import (
     CHECKSUMS_KEY,
     HISTORY_FILE,
     MASKS_FILE,
     PROVENANCE_FILE,
+    MaskSet,
     history_digest,
-    make_room,
 )
-from .codes import encoded_probability, packed_bits
-from .header import FORMAT, HEADER_KEY, header_digest, tensor_digest, with_digest
+from .format import (
+    FORMAT,
+    HEADER_KEY,
+    encoded_probability,
+    json_with_digest,
+    packed_bits,
+    tensor_digest,
+)
 
 
 def write_masks(
@@ -70,43 +75,31 @@ def write_packed_masks(folder: str | os.PathLike[str], masks: MaskSet) -> MaskSe
 
     Args:
         folder: must not exist, or be empty.
-        masks: learned ones; what is told with them stays.
+        masks: learned ones, whose provenance and history are copied.
 
     Raises:
         RecipeError: these are damaged, or can't be written.
     """
-    stored = {}
-    packed = {}
+    stored, packed = {}, {}
     for name in masks.stored_names():
         entries = masks.entries(name)
         packed[name] = list(entries.shape)
         stored[name] = packed_bits(entries)
-    header = {**masks.header, "packed": packed}
+    header = masks.header.model_dump(include={"provenance", "aliases", "repeats"})
     with _new_artifact(folder, masks.provenance) as work:
-        _save(work, stored, header)
+        _save(work, stored, {**header, "packed": packed})
         history = os.path.join(os.path.dirname(masks.path), HISTORY_FILE)
         if os.path.exists(history):
             shutil.copyfile(history, os.path.join(work, HISTORY_FILE))
     return MaskSet.open(folder)
 
 
-def _save(folder: str, tensors: dict[str, Tensor], header: Mapping[str, Any]) -> None:
-    digests = {name: tensor_digest(codes) for name, codes in tensors.items()}
-    content = with_digest({**header, "format": FORMAT, "digests": digests})
-    save_file(
-        tensors,
-        os.path.join(folder, MASKS_FILE),
-        # One key: safetensors writes several in an order that differs from run to run.
-        metadata={HEADER_KEY: json.dumps(content, sort_keys=True)},
-    )
-
-
-def keep_masks(
+def copy_masks(
     folder: str | os.PathLike[str], masks: MaskSet, provenance: Mapping[str, Any]
 ) -> MaskSet:
     """Write an artifact with masks that were learned elsewhere, and return it opened.
 
-    The header of the masks goes on telling where they come from.
+    The header of the masks still records where they are from.
 
     Args:
         folder: as of ``write_masks``.
@@ -125,6 +118,36 @@ def keep_masks(
     return MaskSet.open(folder)
 
 
+def folder_problem(folder: str) -> str | None:
+    """Return a sentence where ``folder`` holds files, and none of them is a mask."""
+    found = os.listdir(folder) if os.path.isdir(folder) else []
+    if not found or MASKS_FILE in found:
+        return None
+    return f"folder {folder} holds files but no mask: name a new or an empty folder"
+
+
+def without_mask(wanted: str) -> str:
+    """Return ``wanted`` after removing a mask that is there; a numbered name if it has others."""
+    if os.path.isfile(os.path.join(wanted, MASKS_FILE)) and not os.path.islink(wanted):
+        shutil.rmtree(wanted)
+    name, number = wanted, 1
+    while os.path.exists(name):
+        number += 1
+        name = f"{wanted}-{number}"
+    return name
+
+
+def _save(folder: str, tensors: dict[str, Tensor], header: Mapping[str, Any]) -> None:
+    digests = {name: tensor_digest(stored) for name, stored in tensors.items()}
+    content = json_with_digest({**header, "format": FORMAT, "digests": digests})
+    save_file(
+        tensors,
+        os.path.join(folder, MASKS_FILE),
+        # One key: safetensors writes several in an order that differs from run to run.
+        metadata={HEADER_KEY: json.dumps(content, sort_keys=True)},
+    )
+
+
 @contextlib.contextmanager
 def _new_artifact(folder: str | os.PathLike[str], provenance: Mapping[str, Any]) -> Iterator[str]:
     """Give a folder to fill, which becomes ``folder`` when it is complete, and on the disk.
@@ -133,13 +156,20 @@ def _new_artifact(folder: str | os.PathLike[str], provenance: Mapping[str, Any])
         RecipeError: it can't be written; nothing is left of the attempt.
     """
     target = os.path.abspath(folder)
+    parent = os.path.dirname(target)
     try:
-        with _folder_beside(target) as work:
+        os.makedirs(parent, exist_ok=True)
+        work = tempfile.mkdtemp(prefix=".somf-", dir=parent)
+        try:
+            os.chmod(work, 0o755)
             yield work
             _complete(work, provenance)
-            make_room(target)
+            if os.path.exists(os.path.join(target, MASKS_FILE)):
+                os.replace(target, without_mask(f"{target}.before"))
             os.replace(work, target)
-            sync(os.path.dirname(target))
+            sync(parent)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise RecipeError(
             f"the mask can't be written to {target}: {first_line(error)}. Make room, or name "
@@ -147,30 +177,18 @@ def _new_artifact(folder: str | os.PathLike[str], provenance: Mapping[str, Any])
         ) from error
 
 
-@contextlib.contextmanager
-def _folder_beside(target: str) -> Iterator[str]:
-    """Give an empty folder on the disk of ``target``, which is gone at the end unless it moved."""
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    work = tempfile.mkdtemp(prefix=".somf-", dir=os.path.dirname(target))
-    os.chmod(work, 0o755)
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
 def _complete(work: str, provenance: Mapping[str, Any]) -> None:
-    """Write what is told with the masks in ``work``, and put all of it on the disk.
+    """Write ``somf.json`` beside the masks in ``work``, and put all files on the disk.
 
-    The checkpoints of a learning go as soon as its mask is written.
+    The checkpoints of a learning are removed as soon as its mask is written.
     """
-    checksums = {MASKS_FILE: header_digest(MaskSet(os.path.join(work, MASKS_FILE)).header)}
+    checksums = {MASKS_FILE: MaskSet(os.path.join(work, MASKS_FILE)).header.digest}
     history = os.path.join(work, HISTORY_FILE)
     if os.path.exists(history):
         checksums[HISTORY_FILE] = history_digest(history)
-    told = with_digest({**provenance, CHECKSUMS_KEY: checksums})
+    content = json_with_digest({**provenance, CHECKSUMS_KEY: checksums})
     with open(os.path.join(work, PROVENANCE_FILE), "w", encoding="utf-8") as file:
-        json.dump(told, file, indent=2, sort_keys=True)
+        json.dump(content, file, indent=2, sort_keys=True)
         file.write("\n")
     for name in os.listdir(work):
         sync(os.path.join(work, name))

@@ -6,6 +6,7 @@ Nothing here can make an import fail.
 import logging
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -14,24 +15,16 @@ from typing import Any
 LOG = logging.getLogger("somf_mergekit")
 # What went wrong where an error would have broken the import of mergekit.
 failures: list[Exception] = []
+# What is added to mergekit as soon as the modules that it needs are imported to their end.
+_waiting: list[tuple[Callable[[ModuleType], None], ModuleType]] = []
 
 
 def install() -> None:
     """Hook the import of mergekit's modules. Imports nothing heavy; called by torch."""
     import wrapt
 
-    hooks = {
-        # Loaded after torch, whichever of mergekit's modules comes first in a process.
-        "mergekit.merge_methods.registry": _on_registry,
-        "mergekit.plan": _on_plan,
-        "mergekit.merge": _on_merge,
-        "mergekit.scripts.multimerge": _on_steps,
-    }
-    for name, hook in hooks.items():
-        loading = sys.modules.get(name)
-        # A module that is importing torch at this moment is not complete: too early for a hook.
-        if loading is None or not getattr(loading.__spec__, "_initializing", False):
-            wrapt.register_post_import_hook(hook, name)
+    for name, add in _HOOKS.items():
+        wrapt.register_post_import_hook(partial(_carefully, add), name)
 
 
 def register() -> None:
@@ -41,18 +34,16 @@ def register() -> None:
         ImportError: mergekit is missing.
         RecipeError: the installed version lacks what we need of it.
     """
-    import mergekit.merge
+    import mergekit.merge  # noqa: F401
 
     from ..common.errors import RecipeError, first_line
     from ..common.requirements import check_versions, installed
 
     check_versions()
     try:
-        _adopt_methods()
-        _adopt_plan()
-        _adopt_merge(mergekit.merge)
-        if "mergekit.scripts.multimerge" in sys.modules:
-            _adopt_steps(sys.modules["mergekit.scripts.multimerge"])
+        for name, add in _HOOKS.items():
+            if name in sys.modules:
+                add(sys.modules[name])
     except (AttributeError, ImportError) as error:
         raise RecipeError(
             f"somf can't be added to mergekit {installed('mergekit')}: {first_line(error)}. "
@@ -60,60 +51,20 @@ def register() -> None:
         ) from error
 
 
-def _on_registry(_module: ModuleType) -> None:
-    _carefully(_adopt_methods)
+def _carefully(add: Callable[[ModuleType], None], module: ModuleType) -> None:
+    """Add to a module of mergekit; an error becomes a warning, never a failed import of mergekit.
 
-
-def _on_plan(_module: ModuleType) -> None:
-    _carefully(_adopt_plan)
-
-
-def _on_merge(module: ModuleType) -> None:
-    # The planner again: it had no hook where it was the module that imported torch.
-    _carefully(_adopt_plan)
-    _carefully(_adopt_merge, module)
-
-
-def _on_steps(module: ModuleType) -> None:
-    _carefully(_adopt_steps, module)
-
-
-class _Announced(ModuleSpec):
-    """A module's spec that runs what waits for the end of the module's import.
-
-    That end is where Python takes back the mark that the import is in progress.
+    That waits for a module of mergekit's that is importing torch at this moment, and for one of
+    ours that is importing mergekit: what is needed may stand further down in them.
     """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name == "_initializing" and not value:
-            waiting = self.__dict__.pop("_somf_waiting", [])
-            for action, arguments in waiting:
-                _carefully(action, *arguments)
-
-
-def _spec_in_progress() -> ModuleSpec | None:
-    """Return the spec of the outermost of our modules that is being imported, if one is."""
-    for name, module in list(sys.modules.items()):
-        spec = getattr(module, "__spec__", None)
-        if name.startswith("somf_mergekit.") and getattr(spec, "_initializing", False):
-            return spec
-    return None
-
-
-def _carefully(action: Callable[..., None], *arguments: Any) -> None:
-    """Run an action; an error of ours becomes a warning, never a failed import of mergekit.
-
-    Where one of our own modules has imported mergekit, the action waits until that is complete: it
-    may need what stands further down in it.
-    """
-    unfinished = _spec_in_progress()
+    ours = [m for name, m in list(sys.modules.items()) if name.startswith("somf_mergekit.")]
+    unfinished = next(filter(_is_half_imported, [module, *ours]), None)
     if unfinished is not None:
-        unfinished.__class__ = _Announced
-        unfinished.__dict__.setdefault("_somf_waiting", []).append((action, arguments))
+        unfinished.__spec__.__class__ = _AnnouncedSpec
+        _waiting.append((add, module))
         return
     try:
-        action(*arguments)
+        add(module)
     except Exception as error:
         failures.append(error)
         LOG.warning(
@@ -124,22 +75,31 @@ def _carefully(action: Callable[..., None], *arguments: Any) -> None:
         )
 
 
-def _adopt_methods() -> None:
+class _AnnouncedSpec(ModuleSpec):
+    """A module's spec that adds what waits when Python marks the module's import as complete."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "_initializing" and not value:
+            waiting, _waiting[:] = list(_waiting), []
+            for add, module in waiting:
+                _carefully(add, module)
+
+
+def _is_half_imported(module: ModuleType) -> bool:
+    return getattr(getattr(module, "__spec__", None), "_initializing", False)
+
+
+def _add_methods(_module: ModuleType) -> None:
     import_module("somf_mergekit.plugin.method")
     import_module("somf_mergekit.repairs.repair_methods")
 
 
-def _adopt_plan() -> None:
+def _add_planner(_module: ModuleType) -> None:
     import_module("somf_mergekit.plugin.planner")
 
 
-def _adopt_steps(module: ModuleType) -> None:
-    from .multi_steps import wrap_steps
-
-    wrap_steps(module)
-
-
-def _adopt_merge(module: ModuleType) -> None:
+def _add_merge(module: ModuleType) -> None:
     from .planner import wrap_run_merge
 
     wrap_run_merge(module)
@@ -148,3 +108,17 @@ def _adopt_merge(module: ModuleType) -> None:
         script = sys.modules.get(name)
         if script is not None and hasattr(script, "run_merge"):
             script.run_merge = module.run_merge  # type: ignore[attr-defined]
+
+
+def _add_steps(module: ModuleType) -> None:
+    from .multi_steps import wrap_steps
+
+    wrap_steps(module)
+
+
+_HOOKS: dict[str, Callable[[ModuleType], None]] = {
+    "mergekit.merge_methods.registry": _add_methods,
+    "mergekit.plan": _add_planner,
+    "mergekit.merge": _add_merge,
+    "mergekit.scripts.multimerge": _add_steps,
+}

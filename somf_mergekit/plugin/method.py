@@ -22,11 +22,9 @@ from ..fusion.fuse import fused
 from ..fusion.fusion_methods import OwnMethod, fusion_specs
 from ..fusion.groups import as_type, is_finite, is_shared_buffer, not_finite
 from ..fusion.merges import fused_masked, show_task_vectors
-from ..mask.artifact import MaskSet
-from ..mask.artifact_folder import masks_path
+from ..mask.artifact import MaskSet, masks_path
 from ..mask.granularity import mask_shape_problem
 from ..recipe import settings as recipe
-from ..report.vectors import recorded
 
 _OWN_NAMES = frozenset(parameter.name for parameter in recipe.parameters())
 
@@ -64,10 +62,11 @@ class SomfMethod(OwnMethod):
         if not base.is_floating_point() and is_shared_buffer(group):
             return base
         factor = _factor(group, masks, parameters)
-        vectors = recorded(masks.path)
-        kept_as = None if factor is None else str(parameters[recipe.MASK_TENSOR] or name)
+        watch, observer = None, parameters[recipe.OBSERVER]
         # A slice may be of the base alone.
-        watch = vectors.watch(group, kept_as) if vectors and group.non_base else None
+        if observer is not None and group.non_base:
+            mask_name = None if factor is None else str(parameters[recipe.MASK_TENSOR] or name)
+            watch = observer.watch(group, mask_name)
         if factor is None:
             if watch is not None:
                 show_task_vectors(group, torch.ones((), device=base.device), watch)
@@ -86,17 +85,17 @@ def _factor(
 ) -> torch.Tensor | None:
     """Return what the task vectors are multiplied by, None where they have no mask."""
     name = str(group.metadata.name)
-    kept_as = parameters[recipe.MASK_TENSOR] or name
-    if kept_as not in masks:
+    mask_name = parameters[recipe.MASK_TENSOR] or name
+    if mask_name not in masks:
         return None
     if not recipe.may_get_mask(name, parameters["include"], parameters["exclude"]):
         return None
     base = group.base.tensor
-    problem = mask_shape_problem(name, masks.shape(kept_as), tuple(base.shape), masks.path)
+    problem = mask_shape_problem(name, masks.shape(mask_name), tuple(base.shape), masks.path)
     if problem:
         raise RecipeError(problem)
     factor = masks.factor(
-        kept_as,
+        mask_name,
         parameters["mask_kind"],
         parameters["mask_rescale"],
         temperature=parameters["temperature"],
@@ -112,12 +111,15 @@ def _spec(theirs: tuple[ParameterSpec, ...]) -> MergeMethodSpec:
         for p in recipe.parameters()
         if p.merge
     )
-    internal = ParameterSpec(recipe.MASK_TENSOR, str | None, ParameterScope.SHARED, None)
+    internal = (
+        ParameterSpec(recipe.MASK_TENSOR, str | None, ParameterScope.SHARED, None),
+        ParameterSpec(recipe.OBSERVER, Any, ParameterScope.SHARED, None),
+    )
     return MergeMethodSpec(
         name=recipe.METHOD_NAME,
         pretty_name="SOMF",
         reference_url="https://arxiv.org/abs/2405.09055",
-        parameters=(*own, internal, *theirs),
+        parameters=(*own, *internal, *theirs),
         contract=InputContract(base=BasePolicy.REQUIRED),
     )
 

@@ -127,8 +127,9 @@ def wrap_run_merge(module: Any) -> None:
         with _writing_to(folder):
             masks = mask_for(planned, inputs, folder, _files(planned, out_path), timer)
 
-        def write(to: str, how: MergeOptions, is_masked: bool) -> Any:
-            return merge(with_masks(planned, masks, is_masked=is_masked), to, how)
+            def write(to: str, how: MergeOptions, *, observer: Any, is_masked: bool) -> Any:
+                ready = with_masks(planned, masks, is_masked=is_masked, observer=observer)
+                return merge(ready, to, how)
 
         return merge_with_report(write, planned, masks, folder, out_path, timer)
 

@@ -2,8 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from mergekit.common import dtype_from_name
@@ -30,26 +29,22 @@ from .merge_check import OWN_METHODS, unchecked_plan
 
 RECIPE_FILE = "mergekit_config.yml"
 RIGHT, WRONG, UNCHECKED = "right", "WRONG", "not checked"
-# Sums over a mask come out otherwise on another machine, or with another number of threads.
+# Sums over a mask differ by it on another machine, or with another number of threads.
 _ROUNDING = 1e-6
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """One thing that was looked at.
 
     Attributes:
         subject: what.
         verdict: RIGHT, WRONG or UNCHECKED.
-        told: what was found, in one line.
+        finding: what was found.
     """
 
     subject: str
     verdict: str
-    told: str
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "told", " ".join(self.told.split()))
+    finding: str
 
 
 def checks(folder: str, options: MergeOptions, sample: int | None) -> Iterator[Check]:
@@ -74,7 +69,9 @@ def checks(folder: str, options: MergeOptions, sample: int | None) -> Iterator[C
     if config is None or config.merge_method == recipe.METHOD_NAME:
         try:
             masks = MaskSet.open(machine.work_dir or folder)
-            yield _intact(masks)
+            intact = f"{len(masks.names())} tensors in {masks.path}, as their checksums say"
+            problems = masks.problems()
+            yield Check("artifact", WRONG if problems else RIGHT, "; ".join(problems) or intact)
         except RecipeError as error:
             yield Check("artifact", WRONG, error.message)
     if config is None:
@@ -88,21 +85,11 @@ def checks(folder: str, options: MergeOptions, sample: int | None) -> Iterator[C
     yield from _tensor_checks(folder, config, masks, options, sample)
 
 
-def _intact(masks: MaskSet) -> Check:
-    problems = masks.problems()
-    if problems:
-        return Check("artifact", WRONG, "; ".join(problems))
-    told = f"{len(masks.names())} tensors in {masks.path}"
-    if not masks.has_checksums:
-        return Check("artifact", UNCHECKED, f"{told}: its format has no checksums")
-    return Check("artifact", RIGHT, f"{told}, as their checksums say")
-
-
 def _models(config: MergeConfiguration, masks: MaskSet, machine: MachineOptions) -> Check:
     """Compare the models that the recipe names with those that the mask was learned with."""
     recorded = masks.provenance.get("models")
     if not isinstance(recorded, dict) or not recorded:
-        return Check("models", UNCHECKED, "the mask does not tell what it was learned with")
+        return Check("models", UNCHECKED, "the mask does not record what it was learned with")
     base = recorded.get(str(masks.provenance.get("base_model")))
     missing: list[str] = []
     other: list[str] = []
@@ -148,41 +135,43 @@ def _tensor_checks(
     except Exception as error:  # whatever a damaged file makes of its reader
         yield Check("tensors", WRONG, f"the written weights can't be read: {first_line(error)}")
         return
-    own = set(written.index.tensor_paths.values())
+    stored = written.index.tensor_paths
+    tasks = {weight.name: (weight, task) for weight, task in planned.tensors}
     for file in sorted(os.listdir(folder)):
         # Others may load it instead.
-        if file.endswith(".safetensors") and file not in own:
-            yield Check(file, WRONG, "is beside the written weights, and none of them")
-    tasks = {weight.name: (weight, task) for weight, task in planned.tensors}
-    lost = tensor_set_problems(planned.tensors, options)
-    for problem in lost:
-        yield Check("inputs", WRONG, problem)
-    stored = set(written.index.tensor_paths)
-    for name in sorted(stored - set(tasks)):
-        yield Check(name, WRONG, "is written, and no tensor of this merge")
-    computed = config.merge_method in OWN_METHODS
-    there = sorted(stored & set(tasks))
-    chosen = _spread(there, len(there) if sample is None else sample) if computed else []
-    verdicts = {RIGHT: 0, WRONG: len(lost), UNCHECKED: 0}
-    rounded = 0
-    for name in [*sorted(set(tasks) - stored), *chosen]:
-        found = _compared(*tasks[name], config, options, masks, written)
-        verdicts[found.verdict] += 1
-        rounded += found.verdict == RIGHT and bool(found.told)
-        if found.verdict != RIGHT:
-            yield found
-    if verdicts[WRONG] or verdicts[UNCHECKED]:
+        if file.endswith(".safetensors") and file not in stored.values():
+            yield Check(file, WRONG, "is beside the written weights, and isn't one of them")
+    for name in sorted(set(stored) - set(tasks)):
+        yield Check(name, WRONG, "is written, and isn't a tensor of this merge")
+    found = [
+        Check("inputs", WRONG, problem) for problem in tensor_set_problems(planned.tensors, options)
+    ]
+    yield from found
+    there = sorted(set(stored) & set(tasks))
+    is_own = config.merge_method in OWN_METHODS
+    count = min(len(there), len(there) if sample is None else sample) if is_own else 0
+    # Evenly from the first to the last.
+    chosen = [there[round(i * (len(there) - 1) / max(1, count - 1))] for i in range(count)]
+    for name in [*sorted(set(tasks) - set(stored)), *chosen]:
+        check = _compared(*tasks[name], config, options, masks, written)
+        found.append(check)
+        if check.verdict != RIGHT:
+            yield check
+    if any(check.verdict != RIGHT for check in found):
         return
-    if not computed:
-        told = f"the {len(there)} of this merge are written; {config.merge_method} is not computed"
-        yield Check("tensors", RIGHT, told)
+    if not is_own:
+        finding = (
+            f"the {len(there)} of this merge are written; {config.merge_method} isn't computed"
+        )
+        yield Check("tensors", RIGHT, finding)
         return
-    told = f"{verdicts[RIGHT]} of {len(stored | set(tasks))} are what base, models and mask give"
+    finding = f"{len(found)} of {len(set(stored) | set(tasks))} are what base, models and mask give"
+    rounded = sum(bool(check.finding) for check in found)
     if rounded:
-        told += f", {rounded} of them up to rounding"
+        finding += f", {rounded} of them up to rounding"
     if len(chosen) < len(there):
-        told += f"; {len(there) - len(chosen)} not looked at (--all looks)"
-    yield Check("tensors", RIGHT, told)
+        finding += f"; {len(there) - len(chosen)} not looked at (--all looks)"
+    yield Check("tensors", RIGHT, finding)
 
 
 def _written(folder: str) -> LazyTensorLoader:
@@ -194,7 +183,7 @@ def _written(folder: str) -> LazyTensorLoader:
     index = ShardedTensorIndex.from_disk(folder)
     for file in sorted(set(index.tensor_paths.values())):
         if os.path.basename(file) != file or not file.endswith(".safetensors"):
-            what = f"the index of the weights names {file!r}, no safetensors beside it"
+            what = f"the index of the weights names {file!r}, not a safetensors file beside it"
             raise RecipeError(what) if file.endswith(".bin") else ValueError(what)
     return LazyTensorLoader(index)
 
@@ -223,11 +212,13 @@ def _compared(
         return Check(weight.name, UNCHECKED, f"it can't be computed: {first_line(error)}")
     # Of an optional tensor, a merge may write none.
     if expected is None or found is None:
-        missing = "is missing in what is written" if place is None else "is none of this merge"
-        return Check(weight.name, RIGHT if expected is found else WRONG, missing)
+        if expected is found:
+            return Check(weight.name, RIGHT, "")
+        what = "is missing in what is written" if place is None else "this merge has none of it"
+        return Check(weight.name, WRONG, what)
     dtype = dtype_from_name(weight.force_dtype or config.out_dtype) or expected.dtype
-    told, is_right = difference(expected.to(dtype), found)
-    return Check(weight.name, RIGHT if is_right else WRONG, told and f"{told} in {place}")
+    finding, is_right = difference(expected.to(dtype), found)
+    return Check(weight.name, RIGHT if is_right else WRONG, finding and f"{finding} in {place}")
 
 
 def difference(expected: Tensor, found: Tensor) -> tuple[str, bool]:
@@ -245,16 +236,9 @@ def difference(expected: Tensor, found: Tensor) -> tuple[str, bool]:
     one, other = expected.double(), found.double()
     apart = (one - other).abs()
     allowed = 2 * torch.finfo(expected.dtype).eps * one.abs() + _ROUNDING * one.abs().max()
-    told = (
+    finding = (
         f"differs by up to {float(apart.max()):.3g} in {int((apart != 0).sum())} of "
         f"{one.numel()} entries"
     )
     # Of what is not finite, no comparison holds.
-    return told, bool((apart <= allowed).all())
-
-
-def _spread(names: list[str], count: int) -> list[str]:
-    """Return ``count`` names, evenly from the first to the last."""
-    if count >= len(names):
-        return names
-    return [names[round(i * (len(names) - 1) / max(1, count - 1))] for i in range(count)]
+    return finding, bool((apart <= allowed).all())

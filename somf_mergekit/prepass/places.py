@@ -9,7 +9,8 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from ..common.errors import RecipeError, noted
-from ..mask.artifact_folder import MASKS_FILE, folder_problem
+from ..mask.artifact import MASKS_FILE
+from ..mask.writing import folder_problem
 from ..recipe.adapters import cached_folder
 
 # What is written, into which folder, and its bytes.

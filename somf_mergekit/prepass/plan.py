@@ -19,7 +19,7 @@ from ..common.errors import RecipeError
 from ..common.merge_options import SomfOptions
 from ..data.chat import check_words
 from ..mask.artifact import MaskSet
-from ..recipe.settings import MASK_TENSOR, Settings, may_get_mask, recipe_settings
+from ..recipe.settings import MASK_TENSOR, OBSERVER, Settings, may_get_mask, recipe_settings
 
 TaskT = TypeVar("TaskT", bound=Task)
 
@@ -199,12 +199,15 @@ def gather_task(task: ExecuteMergeMethodTask) -> GatherTensors:
     return inner if isinstance(inner, GatherTensors) else inner.gather_tensors
 
 
-def with_masks(planned: PlannedMerge, masks: MaskSet, *, is_masked: bool = True) -> PlannedMerge:
+def with_masks(
+    planned: PlannedMerge, masks: MaskSet, *, is_masked: bool = True, observer: Any = None
+) -> PlannedMerge:
     """Return a plan whose tasks take their masks from ``masks``, or none of them.
 
     Without its masks a merge is the same in everything else, what it draws at random included.
+    ``observer`` is what the merge method shows task vectors to, see ``report.vectors``.
     """
-    further = {} if is_masked else {"exclude": "*"}
+    further = {OBSERVER: observer, **({} if is_masked else {"exclude": "*"})}
     tensors = ((weight, with_mask(task, masks.path, **further)) for weight, task in planned.tensors)
     return replace(planned, tensors=tuple(tensors))
 

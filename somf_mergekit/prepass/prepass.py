@@ -23,9 +23,8 @@ from ..learner.checkpoints import (
 from ..learner.learning_model import LearningModel
 from ..learner.loop import step_count
 from ..learner.stopping import LearningDiverged
-from ..mask.artifact import MaskSet
-from ..mask.artifact_folder import MASKS_FILE, without_mask
-from ..mask.writing import keep_masks, write_masks
+from ..mask.artifact import MASKS_FILE, MaskSet
+from ..mask.writing import copy_masks, without_mask, write_masks
 from .forecast import forecast
 from .learning_data import SafetyData
 from .places import File, check_room
@@ -139,7 +138,7 @@ def _stored(planned: PlannedMerge, masks: MaskSet, folder: str) -> str:
             f"mask {masks.path} is where the mask in {folder} would be put aside: move it to "
             "another folder first"
         )
-    return keep_masks(folder, masks, provenance_of_use(planned, masks)).path
+    return copy_masks(folder, masks, provenance_of_use(planned, masks)).path
 
 
 def _learned_mask(

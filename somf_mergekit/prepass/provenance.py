@@ -15,7 +15,7 @@ from ..data.held_out import KEY, HeldOut
 from ..learner.tensors import MaskedTensor
 from ..mask.artifact import MaskSet
 from ..recipe.blocks import plain
-from ..recipe.settings import MASK_TENSOR
+from ..recipe.settings import MASK_TENSOR, OBSERVER
 from .data_fit import cut_counts
 from .learning_data import SafetyData
 from .plan import PlannedMerge, gather_task
@@ -26,6 +26,7 @@ _USE_ONLY = (
     "mask",
     "mask_kind",
     MASK_TENSOR,
+    OBSERVER,
     *(f"{what}_eval" for what in ("safety", "harmless", "pairs", "skill")),
 )
 # Settings that only say where the data is, or stand for others: what decides a mask is what is read

@@ -20,6 +20,8 @@ GROUPS = {
 # Where the planner writes under which name a tensor's mask is stored: that of the base's tensor,
 # which layers stacked in another order keep. No key of a recipe.
 MASK_TENSOR = "mask_tensor"
+# Where the planner hands over what observes a merge for its report, a ``TaskVectors``.
+OBSERVER = "observer"
 
 # Marks of a parameter, see ``declared.Parameter``.
 _MERGE: dict[str, Any] = {"merge": True}

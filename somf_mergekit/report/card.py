@@ -11,9 +11,8 @@ from ..common.files import write_whole
 from ..evaluate.evaluation_table import value_table
 from .content import Report
 from .report_text import held_out_verdict, learned_from, mask_line, opening
-from .report_writer import TABLE_FILE
 
-CARD = "README.md"
+CARD, TEXT_FILE = "README.md", "report.md"
 _BEGIN, _END = "<!-- somf: begin -->", "<!-- somf: end -->"
 
 
@@ -53,34 +52,14 @@ def write_section(report: Report, folder: Path, out: Path) -> None:
     """Put the report's section into the card in ``out``, in the place of an earlier one.
 
     Args:
-        report: what is told.
-        folder: of report.md.
+        report: what is shown.
+        folder: of report.md, which is linked where it is published with the model.
         out: of the merged model.
 
     Raises:
         OSError: the card can't be read or written.
     """
-    card = out / CARD
-    inside = Path(os.path.relpath(folder, out))
-    linked = None if inside.parts[:1] == ("..",) else (inside / TABLE_FILE).as_posix()
-    text = with_section(card.read_text(encoding="utf-8"), section(report, linked))
-    write_whole(card, text)
-
-
-def section(report: Report, linked: str | None) -> str:
-    """Return the section in markdown.
-
-    Args:
-        report: what is told.
-        linked: where report.md is from the card; None where it is not published with the model.
-    """
-    learned = learned_from(report)
-    lines = [f"- mask: {mask_line(report)}"]
-    if learned:
-        lines.append(f"- learned in {learned}")
-    collapses = report.census.collapses() if report.census else []
-    lines += [f"- {len(c.tensors):,} tensors: {c.what} ({c.meaning})" for c in collapses]
-    parts = ["## Safety", opening(report), "\n".join(lines)]
+    parts = ["## Safety", opening(report), "\n".join(f"- {line}" for line in _mask(report))]
     doubt = held_out_verdict(report)
     if doubt:
         parts.append(f"**{doubt.splitlines()[0]}**")
@@ -92,9 +71,21 @@ def section(report: Report, linked: str | None) -> str:
         ]
     else:
         parts.append("Refusals and skills were not measured with this merge.")
-    if linked:
-        parts.append(f"More in the [report]({linked}).")
-    return "\n\n".join(parts)
+    inside = Path(os.path.relpath(folder, out))
+    if inside.parts[:1] != ("..",):
+        parts.append(f"More in the [report]({(inside / TEXT_FILE).as_posix()}).")
+    card = out / CARD
+    write_whole(card, with_section(card.read_text(encoding="utf-8"), "\n\n".join(parts)))
+
+
+def _mask(report: Report) -> list[str]:
+    """Return what there is to say of a mask, a line each."""
+    lines = [f"mask: {mask_line(report)}"]
+    learned = learned_from(report)
+    if learned:
+        lines.append(f"learned in {learned}")
+    collapses = report.census.collapses() if report.census else []
+    return [*lines, *(f"{len(c.tensors):,} tensors: {c.what} ({c.meaning})" for c in collapses)]
 
 
 def with_section(card: str, content: str) -> str:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import combinations, pairwise
 from typing import Any
 
 from ..common.requirements import versions
@@ -12,10 +13,22 @@ from ..evaluate.evaluation_table import as_json
 from ..mask.census import MaskCensus
 from ..prepass.plan import PlannedMerge
 from ..prepass.provenance import recorded_settings
-from .curve import curve_rows
 from .vectors import Gram, TaskVectors, VectorSummary
 
 FORMAT = "somf-report/1"
+# Of what is recorded with a mask: what it was learned from, and how.
+_OF_LEARNING = (
+    "base_model",
+    "models",
+    "dataset",
+    "utility_dataset",
+    "settings",
+    "steps",
+    "tensors",
+    "entries",
+    "learned_with",
+    "versions",
+)
 
 
 @dataclass
@@ -25,20 +38,20 @@ class Report:
     Attributes:
         planned: the merge.
         origin: of its mask: ``learned`` now, ``reused``, or ``given``.
-        told: what is told with the learned mask.
+        recorded: the provenance of the learned mask.
         vectors: of the tensors that were merged.
         seconds: of each phase.
         evaluation: of the merge beside the plain fusion and the base.
         history: a row per step of learning.
         census: of the masks of the tensors that were merged; None where none had one.
         has_figure: whether there are plots.
-        peak_memory: see ``memory.peak_memory``.
+        peak_memory: bytes, ``process`` and, on a GPU, ``device``.
         failures: what could not be made and why.
     """
 
     planned: PlannedMerge
     origin: str
-    told: dict[str, Any]
+    recorded: dict[str, Any]
     vectors: TaskVectors
     seconds: dict[str, float]
     evaluation: Evaluation | None = None
@@ -54,16 +67,68 @@ class Report:
         return len(self.vectors.tensors) - len(self.vectors.masked())
 
 
+@dataclass(frozen=True)
+class CurveRow:
+    """The means over consecutive optimiser steps.
+
+    Attributes:
+        first, last: the steps, counted from 1.
+        loss: the objective's.
+        accuracy: share of pairs with a positive margin; None where the objective has no margin.
+        margin: mean reward margin; None likewise.
+        utility: mean divergence from the plain merge; None without a utility term.
+        seconds: of all these steps together.
+    """
+
+    first: int
+    last: int
+    loss: float
+    accuracy: float | None
+    margin: float | None
+    utility: float | None
+    seconds: float
+
+
+def curve_rows(history: Sequence[dict[str, Any]], count: int = 8) -> list[CurveRow]:
+    """Return the training curve in ``count`` rows, fewer where there are fewer steps.
+
+    A step shows its own few pairs: only the means of several are worth reading.
+    """
+    count = min(count, len(history))
+    edges = [round(number * len(history) / count) for number in range(count + 1)] if count else []
+    return [_mean_row(history[start:end]) for start, end in pairwise(edges)]
+
+
+def _mean_row(rows: Sequence[dict[str, Any]]) -> CurveRow:
+    def mean(key: str) -> float | None:
+        values = [row[key] for row in rows if row.get(key) is not None]
+        return sum(values) / len(values) if values else None
+
+    return CurveRow(
+        first=rows[0]["step"],
+        last=rows[-1]["step"],
+        loss=mean("loss") or 0.0,
+        accuracy=mean("accuracy"),
+        margin=mean("margin"),
+        utility=mean("utility"),
+        seconds=sum(row["seconds"] for row in rows),
+    )
+
+
+def short_names(models: Sequence[str]) -> list[str]:
+    """Return what tables call models: the last part of their paths, where those differ."""
+    short = [os.path.basename(model.rstrip("/")) for model in models]
+    return short if len(set(short)) == len(short) else list(models)
+
+
 def report_json(report: Report) -> dict[str, Any]:
     """Return a report as JSON: numbers, names and settings, no text of any data."""
-    settings, told, vectors = report.planned.settings, report.told, report.vectors
-    models = vectors.models
-    evaluation = report.evaluation
+    settings, recorded, vectors = report.planned.settings, report.recorded, report.vectors
     return {
         "format": FORMAT,
         "merge": {
             "base_model": str(report.planned.base_model),
-            "models": models,
+            "models": vectors.models,
             "fusion": settings.fusion,
             "settings": recorded_settings(report.planned),
         },
@@ -75,40 +140,20 @@ def report_json(report: Report) -> dict[str, Any]:
             **(_mask_json(report.census) if report.census else {}),
         },
         "task_vectors": {
-            "groups": [_vectors_json(group, models) for group in vectors.kinds()],
+            "groups": [_vectors_json(group, vectors.models) for group in vectors.kinds()],
             "missing": vectors.failure,
         },
         "learning": {
-            **{key: told.get(key) for key in _OF_LEARNING},
-            KEY: _held_out_json(told),
+            **{key: recorded.get(key) for key in _OF_LEARNING},
+            KEY: _held_out_json(recorded),
             "curve": [asdict(row) for row in curve_rows(report.history)],
         },
-        "evaluation": as_json(evaluation) if evaluation else None,
+        "evaluation": as_json(report.evaluation) if report.evaluation else None,
         "seconds": report.seconds,
         "peak_memory_bytes": report.peak_memory,
         "versions": versions(),
         "failures": report.failures,
     }
-
-
-_OF_LEARNING = (
-    "base_model",
-    "models",
-    "dataset",
-    "utility_dataset",
-    "settings",
-    "steps",
-    "tensors",
-    "entries",
-    "learned_with",
-    "versions",
-)
-
-
-def short_names(models: Sequence[str]) -> list[str]:
-    """Return what tables call models: the last part of their paths, where those differ."""
-    short = [os.path.basename(model.rstrip("/")) for model in models]
-    return short if len(set(short)) == len(short) else list(models)
 
 
 def _held_out_json(told: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,7 +179,7 @@ def _mask_json(census: MaskCensus) -> dict[str, Any]:
 
 def _vectors_json(group: VectorSummary, models: Sequence[str]) -> dict[str, Any]:
     def of_gram(gram: Gram) -> dict[str, Any]:
-        pairs = [(i, j) for i in range(len(models)) for j in range(i + 1, len(models))]
+        pairs = combinations(range(len(models)), 2)
         return {
             "norms": dict(zip(models, gram.norms, strict=True)),
             "cosines": [

@@ -6,19 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from ..common.errors import RecipeError
-from ..mask.census import MaskCensus
-from ..mask.tensor_groups import grouped
-from .content import Report, short_names
-from .curve import curve_rows
+from ..mask.census import MaskCensus, grouped
+from .content import Report, curve_rows, short_names
 from .vectors import TaskVectors
 
 _DPI = 100
+# Legible where a page shrinks the picture to 800 pixels; names may have the signs of a formula.
+_STYLE = {"font.size": 12, "legend.fontsize": 11, "axes.titlesize": 13, "text.parse_math": False}
+_ABOVE: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "frameon": False}
 # Inches: a heat map of very many layers or kinds gets smaller cells, not an endless picture.
-_LARGEST = 30.0
+_WIDEST, _HIGHEST = 12.0, 24.0
 
 
 def write_mask_plot(census: MaskCensus, path: str | os.PathLike[str], title: str) -> None:
@@ -28,15 +29,17 @@ def write_mask_plot(census: MaskCensus, path: str | os.PathLike[str], title: str
     Raises:
         RecipeError: the file can't be written.
     """
-    kinds, layers = _places(census.counts)
-    figure = _figure(_width(layers, 7), _height(kinds, 1.5), title)
-    heat, spread = figure.subplots(1, 2, width_ratios=[2, 1])
-    _draw_means(heat, census)
-    _draw_spread(spread, census)
-    try:
-        figure.savefig(path, dpi=_DPI)
-    except OSError as error:
-        raise RecipeError(f"plot {path} can't be written: {error}") from error
+    width, height = _size(census.counts)
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(width + 5, height), layout="constrained")
+        figure.suptitle(title)
+        heat, distribution = figure.subplots(1, 2, width_ratios=[width, 5])
+        _draw_means(heat, census)
+        _draw_distribution(distribution, census)
+        try:
+            figure.savefig(path, dpi=_DPI)
+        except OSError as error:
+            raise RecipeError(f"plot {path} can't be written: {error}") from error
 
 
 def write_report_figure(report: Report, path: Path) -> None:
@@ -45,37 +48,31 @@ def write_report_figure(report: Report, path: Path) -> None:
     Raises:
         OSError: the file can't be written.
     """
-    kinds, layers = _places(report.vectors.tensors)
-    heat, height = _width(layers, 3.5), _height(kinds, 1.0)
-    figure = _figure(min(_LARGEST, 2 * heat + 5), min(_LARGEST, height + 3), None)
-    upper, lower = figure.subplots(2, 3, height_ratios=[3, height], width_ratios=[heat, heat, 5])
-    _draw_curve(upper[0], report.history, {"loss": "loss", "utility": "utility term"})
-    _draw_curve(upper[1], report.history, {"accuracy": "preference accuracy"})
-    if report.census:
-        _draw_spread(upper[2], report.census)
-        _draw_means(lower[0], report.census)
-    else:
-        _draw_nothing(upper[2], "no tensor has a mask")
-        _draw_nothing(lower[0], "no tensor has a mask")
-    _draw_growth(lower[1], report.vectors)
-    _draw_norms(lower[2], report.vectors)
-    figure.savefig(path, dpi=_DPI)
+    width, height = _size(report.vectors.tensors)
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(2 * width, 2 * height + 3.5), layout="constrained")
+        rows: Any = figure.subfigures(3, 1, height_ratios=[3.5, height, height])
+        (loss, accuracy), (means, growth), (distribution, norms) = (r.subplots(1, 2) for r in rows)
+        _draw_curve(loss, report.history, {"loss": "loss", "utility": "utility term"})
+        _draw_curve(accuracy, report.history, {"accuracy": "preference accuracy"})
+        if report.census:
+            _draw_means(means, report.census)
+            _draw_distribution(distribution, report.census)
+        else:
+            _draw_nothing(means, "no tensor has a mask")
+            _draw_nothing(distribution, "no tensor has a mask")
+        _draw_growth(growth, report.vectors)
+        _draw_norms(norms, report.vectors)
+        figure.savefig(path, dpi=_DPI)
 
 
-def _figure(width: float, height: float, title: str | None) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    if title:
-        figure.suptitle(title)
-    return figure
-
-
-def _width(layers: Sequence[str], beside: float) -> float:
-    return min(_LARGEST, max(5.5, 0.25 * len(layers) + beside))
-
-
-def _height(kinds: Sequence[str], beside: float) -> float:
-    return min(_LARGEST, max(3.5, 0.4 * len(kinds) + beside))
+def _size(names: Iterable[str]) -> tuple[float, float]:
+    """Return width and height of a heat map of tensors, inches."""
+    kinds, layers = _places(names)
+    return (
+        min(_WIDEST, max(5.5, 0.25 * len(layers) + 3.5)),
+        min(_HIGHEST, max(4.0, 0.35 * len(kinds) + 1.2)),
+    )
 
 
 def _places(names: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -83,8 +80,14 @@ def _places(names: Iterable[str]) -> tuple[list[str], list[str]]:
     return list(grouped(names, "kind")), list(grouped(names, "layer"))
 
 
-def _heat(names: Iterable[str], value: Callable[[list[str]], float | None]) -> np.ndarray:
-    """Return a value for the tensors of each kind in each layer, NaN where there are none."""
+def _draw_heat(
+    axes: Any,
+    names: Iterable[str],
+    value: Callable[[list[str]], float | None],
+    middle: float,
+    title: str,
+) -> None:
+    """Draw a value of the tensors of each kind in each layer, grey where there is none."""
     kinds, layers = _places(names)
     cells = np.full((len(kinds), len(layers)), np.nan)
     for column, in_layer in enumerate(grouped(names, "layer").values()):
@@ -92,16 +95,9 @@ def _heat(names: Iterable[str], value: Callable[[list[str]], float | None]) -> n
             known = value(found)
             if known is not None:
                 cells[kinds.index(kind), column] = known
-    return cells
-
-
-def _draw_heat(
-    axes: Any, names: Iterable[str], cells: np.ndarray, middle: float, title: str
-) -> None:
-    kinds, layers = _places(names)
-    known = cells[~np.isnan(cells)]
-    reach = float(np.abs(known - middle).max()) if known.size else 0.0
-    # Small differences are no more than they are, and nothing is below 0.
+    known_cells = cells[~np.isnan(cells)]
+    reach = float(np.abs(known_cells - middle).max()) if known_cells.size else 0.0
+    # Small differences shall look small, and nothing is below 0.
     reach = min(max(0.01, reach), middle)
     axes.set_facecolor("0.85")
     image = axes.imshow(cells, aspect="auto", cmap="RdBu", vmin=middle - reach, vmax=middle + reach)
@@ -115,21 +111,29 @@ def _draw_heat(
 
 
 def _draw_means(axes: Any, census: MaskCensus) -> None:
-    cells = _heat(census.counts, lambda names: census.summary("", names).mean)
-    title = "mean probability (blue: kept, red: turned down)"
-    _draw_heat(axes, census.counts, cells, 0.5, title)
+    title = "mean probability\n(blue: kept, red: turned down)"
+    _draw_heat(axes, census.counts, lambda names: census.summary("", names).mean, 0.5, title)
 
 
-def _draw_spread(axes: Any, census: MaskCensus) -> None:
-    counts = sum(census.counts.values()).numpy()  # type: ignore[union-attr]
-    axes.stairs(counts / counts.sum(), np.linspace(0, 1, 257), fill=True)
+def _draw_growth(axes: Any, vectors: TaskVectors) -> None:
+    def growth(names: list[str]) -> float | None:
+        found = vectors.summary("", names)
+        before, after = (sum(n * n for n in g.norms) for g in (found.before, found.after))
+        return float((after / before) ** 0.5) if before else None
+
+    title = "norm after / before masking\n(blue: larger, red: smaller)"
+    _draw_heat(axes, vectors.tensors, growth, 1.0, title)
+
+
+def _draw_distribution(axes: Any, census: MaskCensus) -> None:
+    counts = np.sum([count.numpy() for count in census.counts.values()], axis=0)
+    axes.stairs(counts / counts.sum(), np.linspace(0, 1, len(counts) + 1), fill=True)
     axes.axvline(0.5, color="black", linewidth=0.8, linestyle="--")
-    axes.set_xlabel("probability of an entry\n(a binary mask keeps what is right of the line)")
+    axes.set_xlabel("probability (a binary mask keeps\nwhat is right of the line)")
     axes.set_ylabel("share of entries")
 
 
 def _draw_curve(axes: Any, history: Sequence[dict[str, Any]], shown: dict[str, str]) -> None:
-    drawn = False
     means = curve_rows(history)
     for key, label in shown.items():
         known = [(row["step"], row[key]) for row in history if row.get(key) is not None]
@@ -139,23 +143,11 @@ def _draw_curve(axes: Any, history: Sequence[dict[str, Any]], shown: dict[str, s
         middles = [(row.first + row.last) / 2 for row in means]
         values = [getattr(row, key) for row in means]
         axes.plot(middles, values, marker="o", color=line.get_color(), label=label)
-        drawn = True
-    if not drawn:
+    if not axes.lines:
         _draw_nothing(axes, f"no curve of {' or '.join(shown.values())}")
         return
     axes.set_xlabel("optimiser step (dots: means of several)")
-    axes.legend()
-
-
-def _draw_growth(axes: Any, vectors: TaskVectors) -> None:
-    def growth(names: list[str]) -> float | None:
-        found = vectors.summary("", names)
-        before, after = (sum(n * n for n in g.norms) for g in (found.before, found.after))
-        return float((after / before) ** 0.5) if before else None
-
-    cells = _heat(vectors.tensors, growth)
-    title = "norm after / before masking (blue: larger, red: smaller)"
-    _draw_heat(axes, vectors.tensors, cells, 1.0, title)
+    axes.legend(**_ABOVE)
 
 
 def _draw_norms(axes: Any, vectors: TaskVectors) -> None:
@@ -165,10 +157,11 @@ def _draw_norms(axes: Any, vectors: TaskVectors) -> None:
     for number, label in enumerate(labels):
         places = np.arange(len(groups)) - 0.4 + thick * (number + 0.5)
         after = [group.after.norms[number] for group in groups]
+        before = [group.before.norms[number] for group in groups]
         axes.barh(places, after, thick, color=f"C{number}", label=f"{label}, after masking")
         axes.barh(
             places,
-            [group.before.norms[number] for group in groups],
+            before,
             thick,
             fill=False,
             edgecolor="black",
@@ -178,7 +171,7 @@ def _draw_norms(axes: Any, vectors: TaskVectors) -> None:
     axes.set_yticks(range(len(groups)), [group.label for group in groups])
     axes.invert_yaxis()
     axes.set_xlabel("norm of the task vectors")
-    axes.legend()
+    axes.legend(**_ABOVE)
 
 
 def _draw_nothing(axes: Any, why: str) -> None:

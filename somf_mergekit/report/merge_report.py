@@ -1,8 +1,10 @@
 """A merge with its report: when each part is made, and what happens where one can't be."""
 
+import json
 import os
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,24 +12,24 @@ from typing import Any
 import click
 
 from ..common.errors import first_line
+from ..common.files import whole_file, write_whole
 from ..common.machine import FULL_REPORT, NO_REPORT
 from ..common.timing import LEARNING, Timer
 from ..data.held_out import warn
 from ..evaluate.for_recipe import measured
-from ..mask.artifact import MaskSet
-from ..mask.artifact_folder import masks_path
+from ..mask.artifact import MaskSet, masks_path, training_history
 from ..mask.census import MaskCensus
 from ..prepass.plan import PlannedMerge
 from ..prepass.provenance import recorded_settings
-from .card import write_section
-from .content import Report
-from .curve import training_history
-from .memory import peak_memory
-from .report_writer import TABLE_FILE, remove_figure, write_figure_of, write_report
-from .vectors import TaskVectors, recording
+from .card import TEXT_FILE, write_section
+from .content import Report, report_json
+from .report_text import markdown
+from .vectors import TaskVectors
 
-# Writes a merge into a folder with mergekit's options, with or without its mask.
-Write = Callable[[str, Any, bool], Any]
+JSON_FILE, FIGURE_FILE = "report.json", "report.png"
+# Writes a merge into a folder with mergekit's options; further arguments are ``is_masked``, and an
+# ``observer`` of its task vectors, which may be None.
+Write = Callable[..., Any]
 
 
 @dataclass
@@ -46,10 +48,10 @@ class Attempts:
         try:
             yield
         except Exception as error:
-            self.tell(f"{what}: {first_line(error)}")
+            self.report(f"{what}: {first_line(error)}")
 
-    def tell(self, failure: str) -> None:
-        """Tell and keep a failure."""
+    def report(self, failure: str) -> None:
+        """Print and record a failure."""
         self.failures.append(failure)
         click.echo(f"somf: the merge is written, but its report lacks the {failure}", err=True)
 
@@ -70,17 +72,17 @@ def merge_with_report(
         timer: has the seconds of each phase so far; those of the phases here are added.
 
     Raises:
-        RecipeError: the merge can't be made. A report that can't be made is told in a line.
+        RecipeError: the merge can't be made. What a report lacks is said in a line.
     """
     vectors, options = TaskVectors(), planned.options
-    is_told = options.machine.report != NO_REPORT
-    with timer.phase("merging"), recording(masks.path, vectors) if is_told else nullcontext():
-        result = write(out, options, True)
-    if is_told:
+    is_reported = options.machine.report != NO_REPORT
+    with timer.phase("merging"):
+        result = write(out, options, is_masked=True, observer=vectors if is_reported else None)
+    if is_reported:
         how = options.model_copy(update={"write_model_card": False})
 
         def write_plain(place: str) -> None:
-            write(place, how, False)
+            write(place, how, is_masked=False, observer=None)
 
         report = Report(planned, _origin(planned, timer), masks.provenance, vectors, timer)
         _write(report, masks, Path(folder), out, write_plain, timer)
@@ -106,7 +108,7 @@ def _write(
     """Write all of a report that can be made."""
     planned, attempts = report.planned, Attempts()
     if report.vectors.failure:
-        attempts.tell(f"norms of some task vectors: {report.vectors.failure}")
+        attempts.report(f"norms of some task vectors: {report.vectors.failure}")
     with attempts.at("measurements"):
         report.evaluation = measured(
             planned.settings, planned.base_model, planned.options, out, write_plain, timer
@@ -115,22 +117,54 @@ def _write(
         with attempts.at("training curve"):
             given = planned.settings.mask
             source = os.path.dirname(masks_path(given) if given else masks.path)
-            report.history = training_history(Path(source))
+            report.history = training_history(source)
         masked = report.vectors.masked()
         with attempts.at("distribution of the mask"):
             report.census = MaskCensus(masks, masked) if masked else None
         with attempts.at("plots"):
-            remove_figure(folder)
+            # An earlier merge into the same folder has left its own.
+            (folder / FIGURE_FILE).unlink(missing_ok=True)
             if planned.options.machine.report == FULL_REPORT:
-                write_figure_of(report, folder)
+                # matplotlib takes long to import.
+                from .mask_plots import write_report_figure
+
+                with whole_file(folder / FIGURE_FILE) as partial:
+                    write_report_figure(report, partial)
                 report.has_figure = True
     with attempts.at("peak memory"):
         report.peak_memory = peak_memory(planned.options.device)
     report.failures = attempts.failures
     with attempts.at("text"):
-        write_report(report, folder)
+        content = json.dumps(report_json(report), indent=1, allow_nan=False, ensure_ascii=False)
+        write_whole(folder / JSON_FILE, content + "\n")
+        figure = FIGURE_FILE if report.has_figure else None
+        write_whole(folder / TEXT_FILE, markdown(report, figure))
         if planned.options.write_model_card:
             with attempts.at("section of the model card"):
                 write_section(report, folder, Path(out))
         if not planned.options.quiet:
-            click.echo(f"somf: report in {folder / TABLE_FILE}", err=True)
+            click.echo(f"somf: report in {folder / TEXT_FILE}", err=True)
+
+
+def peak_memory(device: str | None) -> dict[str, int]:
+    """Return the peaks since the process began, bytes: ``process``, and ``device`` on a GPU.
+
+    That of the process counts the pages of files that it has mapped, and is left out where the
+    operating system doesn't say.
+    """
+    found = {}
+    status = Path("/proc/self/status")
+    # What getrusage says on Linux may be the peak of the process that started this one.
+    lines = status.read_text().splitlines() if status.exists() else []
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            found["process"] = 1024 * int(line.split()[1])
+    if sys.platform == "darwin":
+        import resource
+
+        found["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if device and device.startswith("cuda"):
+        import torch
+
+        found["device"] = torch.cuda.max_memory_allocated(device)
+    return found

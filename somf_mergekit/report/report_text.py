@@ -1,22 +1,25 @@
-"""A report to read."""
+"""A report to read, in markdown."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import combinations
 
 from ..common.console import aligned_table
 from ..common.requirements import versions
 from ..data.held_out import recorded_held_out, verdict, why_none
 from ..evaluate.evaluation_table import circumstances, comparison
+from ..mask.census import NO_LAYER, Collapse, MaskSummary, grouped, layer_of
 from ..prepass.provenance import recorded_settings
-from .content import Report, short_names
-from .curve import curve_rows
-from .mask_tables import collapse_list, cosine_table, curve_table, norm_table, number, summary_table
+from .content import CurveRow, Report, curve_rows, short_names
+from .vectors import VectorSummary
 
 _ORIGINS = {
     "learned": "learned for this merge",
     "reused": "learned by an earlier run of this recipe",
     "given": "given by the recipe",
 }
+# More tensors than these are named by their kind and layers.
+_NAMED = 12
 
 
 def markdown(report: Report, figure: str | None) -> str:
@@ -31,8 +34,10 @@ def markdown(report: Report, figure: str | None) -> str:
         parts.append("Missing from this report: " + "; ".join(report.failures) + ".")
     if figure:
         parts.append(f"![training curve, mask and task vectors]({figure})")
-    parts += [*_measured(report), *_learning(report), *_held_out(report), *_mask(report)]
-    parts += _task_vectors(report)
+    if report.evaluation:
+        lines = "\n".join(f"- {line}" for line in circumstances(report.evaluation))
+        parts += ["## Before and after", comparison(report.evaluation, level="###"), lines]
+    parts += [*_learning(report), *_held_out(report), *_mask(report), *_task_vectors(report)]
     parts += ["## Circumstances", "\n".join(f"- {line}" for line in _circumstances(report))]
     return "\n\n".join(parts) + "\n"
 
@@ -50,16 +55,16 @@ def opening(report: Report) -> str:
 
 
 def learned_from(report: Report) -> str | None:
-    """Return in a line what the mask was learned from, None where that is not told."""
-    data, utility = report.told.get("dataset"), report.told.get("utility_dataset") or {}
+    """Return in a line what the mask was learned from, None where that is not recorded."""
+    recorded = report.recorded
+    data, utility = recorded.get("dataset"), recorded.get("utility_dataset") or {}
     if not data:
         return None
-    left_out = f" (left out: {data['left_out']})" if data.get("left_out") else ""
-    safe_alone = (report.told.get("settings") or {}).get("objective") == "sft"
-    what = "safe answers" if safe_alone else "preference pairs"
-    line = (
-        f"{report.told['steps']:,} steps on {data['pairs']:,} {what} of {data['source']}{left_out}"
-    )
+    is_sft = (recorded.get("settings") or {}).get("objective") == "sft"
+    what = "safe answers" if is_sft else "preference pairs"
+    line = f"{recorded['steps']:,} steps on {data['pairs']:,} {what} of {data['source']}"
+    if data.get("left_out"):
+        line += f" (left out: {data['left_out']})"
     cut = data.get("cut") or {}
     if cut.get("prompts") or cut.get("answers"):
         line += f" ({cut['prompts']:,} prompts and {cut['answers']:,} answers cut to max_length)"
@@ -81,12 +86,45 @@ def mask_line(report: Report) -> str:
     )
 
 
-def _measured(report: Report) -> Iterator[str]:
-    if report.evaluation is None:
-        return
-    yield "## Before and after"
-    yield comparison(report.evaluation, level="###")
-    yield "\n".join(f"- {line}" for line in circumstances(report.evaluation))
+def held_out_verdict(report: Report) -> str | None:
+    """Return in words where held-out pairs do not speak for the merge; None where they do."""
+    return verdict(report.recorded, recorded_settings(report.planned)["mask_kind"])
+
+
+def summary_table(rows: Sequence[MaskSummary], heading: str) -> str:
+    """Return summaries as a markdown table with aligned columns."""
+    header = [heading, "entries", "mean", "std", "5 %", "95 %", "> 0.5"]
+    return aligned_table([header, *map(_summary_cells, rows)])
+
+
+def _summary_cells(row: MaskSummary) -> list[str]:
+    shares = (row.mean, row.deviation, row.low, row.high)
+    return [row.label, f"{row.entries:,}", *(f"{n:.3f}" for n in shares), f"{100 * row.kept:.1f} %"]
+
+
+def collapse_list(collapses: Sequence[Collapse]) -> str:
+    """Return a markdown list of the ways in which masks have collapsed, tensors by name.
+
+    Where they are many, by their kind and layers.
+    """
+    lines = []
+    for collapse in collapses:
+        count = len(collapse.tensors)
+        names = [f"`{name}`" for name in collapse.tensors]
+        shown = ", ".join(names if count <= _NAMED else _by_kind(collapse.tensors))
+        counted = f"{count:,} {'tensor' if count == 1 else 'tensors'}"
+        lines.append(f"- **{collapse.what}** ({collapse.meaning}), {counted}: {shown}")
+    return "\n".join(lines)
+
+
+def _by_kind(names: Sequence[str]) -> Iterator[str]:
+    """Yield many names in few words: a kind of tensor with the layers."""
+    for kind, members in grouped(names, "kind").items():
+        layers = list(dict.fromkeys(layer_of(name) for name in members))
+        if layers == [NO_LAYER]:
+            yield f"`{kind}`"
+        else:
+            yield f"`{kind}` ({'layer' if len(layers) == 1 else 'layers'} {' '.join(layers)})"
 
 
 def _learning(report: Report) -> Iterator[str]:
@@ -96,7 +134,7 @@ def _learning(report: Report) -> Iterator[str]:
         yield f"{line[0].upper()}{line[1:]}."
     rows = curve_rows(report.history)
     if rows:
-        yield curve_table(rows)
+        yield _curve_table(rows)
         yield (
             "Means over the steps, each on its own pairs and under its own sample of the mask. "
             "Preference accuracy is the share of pairs with a positive margin: the safe answer "
@@ -106,16 +144,27 @@ def _learning(report: Report) -> Iterator[str]:
         yield "There is no training curve."
 
 
-def held_out_verdict(report: Report) -> str | None:
-    """Return in words where held-out pairs do not speak for the merge; None where they do."""
-    return verdict(report.told, recorded_settings(report.planned)["mask_kind"])
+def _curve_table(rows: Sequence[CurveRow]) -> str:
+    """Return the training curve as a table; what no step has is left out."""
+    columns: dict[str, list[float | None]] = {
+        "loss": [*(row.loss for row in rows)],
+        "preference accuracy": [row.accuracy for row in rows],
+        "margin": [row.margin for row in rows],
+        "utility": [row.utility for row in rows],
+    }
+    shown = {name: values for name, values in columns.items() if any(v is not None for v in values)}
+    cells = [["steps", *shown]]
+    for place, row in enumerate(rows):
+        steps = f"{row.first}" if row.first == row.last else f"{row.first} to {row.last}"
+        cells.append([steps, *(_number(values[place]) for values in shown.values())])
+    return aligned_table(cells)
 
 
 def _held_out(report: Report) -> Iterator[str]:
     yield "## Pairs held out from learning"
-    found, doubt = recorded_held_out(report.told), held_out_verdict(report)
+    found, doubt = recorded_held_out(report.recorded), held_out_verdict(report)
     if found is None:
-        yield f"No pairs tell whether the mask helps: {why_none(report.told)}."
+        yield f"No pairs tell whether the mask helps: {why_none(report.recorded)}."
         return
     if doubt:
         first, *further = doubt.splitlines()
@@ -124,7 +173,7 @@ def _held_out(report: Report) -> Iterator[str]:
     rows = (("plain fusion", found.plain_fusion), ("under the mask", found.merge))
     yield aligned_table(
         [["merge", "preference accuracy", "margin"]]
-        + [[label, f"{100 * s.accuracy:.1f} %", number(s.margin)] for label, s in rows]
+        + [[label, f"{100 * s.accuracy:.1f} %", _number(s.margin)] for label, s in rows]
     )
     raised = "" if found.raised is None else f" The mask raises that of {found.raised:,} pairs."
     yield (
@@ -147,31 +196,52 @@ def _mask(report: Report) -> Iterator[str]:
         "binary one keeps what is above 0.5. Under `mask_rescale: mean` both are divided by their "
         "mean over the tensor: then only differences inside a tensor count."
     )
-    collapses = report.census.collapses()
     yield "### Masks that have collapsed"
-    yield collapse_list(collapses) if collapses else "None."
+    yield collapse_list(report.census.collapses()) or "None."
 
 
 def _task_vectors(report: Report) -> Iterator[str]:
     groups, labels = report.vectors.kinds(), short_names(report.vectors.models)
     yield "## Task vectors"
     yield "Norms before and after masking, rescaled as the merge uses them:"
-    yield norm_table(groups, labels)
+    norms = [zip(group.before.norms, group.after.norms, strict=True) for group in groups]
+    yield _vector_table(
+        groups, labels, [[f"{n:.4g}" for pair in row for n in pair] for row in norms]
+    )
     if len(labels) > 1:
+        pairs = list(combinations(range(len(labels)), 2))
+        cosines = [
+            [_number(g.cosine(i, j)) for i, j in pairs for g in (group.before, group.after)]
+            for group in groups
+        ]
         yield "Cosines between the models' task vectors:"
-        yield cosine_table(groups, labels)
+        yield _vector_table(groups, [f"{labels[i]} and {labels[j]}" for i, j in pairs], cosines)
+
+
+def _vector_table(
+    groups: Sequence[VectorSummary], columns: Sequence[str], cells: Sequence[Sequence[str]]
+) -> str:
+    """Return a table with a row for each group, and of each column the cells before and after."""
+    header = ["kind", *(f"{column}, {when}" for column in columns for when in ("before", "after"))]
+    rows = ([group.label, *row] for group, row in zip(groups, cells, strict=True))
+    return aligned_table([header, *rows])
 
 
 def _circumstances(report: Report) -> Iterator[str]:
-    learned_with = report.told.get("learned_with")
+    learned_with = report.recorded.get("learned_with")
     if learned_with:
         yield "learned with: " + ", ".join(f"{k} {v}" for k, v in learned_with.items())
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in report.seconds.items())
     yield f"time: {seconds}"
     if report.peak_memory:
-        told = {"process": "process (with mapped files)", "device": "GPU"}
-        peaks = (f"{told[k]} {v / 2**30:.2f} GiB" for k, v in report.peak_memory.items())
+        labels = {"process": "process (with mapped files)", "device": "GPU"}
+        peaks = (f"{labels[k]} {v / 2**30:.2f} GiB" for k, v in report.peak_memory.items())
         yield f"peak memory: {', '.join(peaks)}"
     yield "versions: " + ", ".join(f"{name} {number}" for name, number in versions().items())
     settings = {k: v for k, v in recorded_settings(report.planned).items() if v not in (None, "")}
     yield "settings: " + ", ".join(f"{k} {json.dumps(v)}" for k, v in settings.items())
+
+
+def _number(value: float | None) -> str:
+    """Return a number for a table, a dash where there is none."""
+    return "-" if value is None else f"{value:.4f}"

@@ -1,13 +1,12 @@
 """Norms of task vectors and cosines between them, before and after masking.
 
 They are taken while mergekit merges, one tensor group at a time, for its weights are in memory
-then: a pass of its own would read every model again. Sums are shown the very pieces that they add
-up, which are in the processor's cache. Of each tensor a few inner products are kept.
+then: a pass of its own would read every model again. Sums show the very pieces that they add up,
+which are in the processor's cache. A few inner products of each tensor are recorded.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from ..common.errors import first_line
 from ..fusion.merges import Watch
-from ..mask.tensor_groups import grouped, natural
+from ..mask.census import grouped, natural
 
 
 @dataclass
@@ -24,19 +23,15 @@ class TensorRecord:
     """What is known of one merged tensor.
 
     Attributes:
-        kept_as: the name under which its mask is kept; None where it has none.
+        mask_name: the name under which its mask is stored; None where it has none.
         models: the fine-tuned ones.
-        before: inner products of their task vectors, (models, models), float64; None before any
-            are known.
-        after: the same of the masked task vectors.
-        broken: whether some are missing.
+        products: inner products of their task vectors and of the masked ones, (2, models, models),
+            float64; None before any are known, NaN where they could not be taken.
     """
 
-    kept_as: str | None
+    mask_name: str | None
     models: tuple[str, ...]
-    before: Tensor | None = None
-    after: Tensor | None = None
-    broken: bool = False
+    products: Tensor | None = None
 
     def add(self, vectors: Tensor, factor: Tensor) -> None:
         """Add a piece: its products are summed in float32, the pieces' sums in float64.
@@ -46,23 +41,12 @@ class TensorRecord:
             factor: of these rows, see ``masking.mask_factor``.
         """
         flat = vectors.view(len(vectors), -1)
-        before = (flat @ flat.T).double()
-        self.before = before if self.before is None else self.before + before
-        if self.kept_as is None:
-            self.after = self.before
-            return
-        vectors.mul_(factor)
-        after = (flat @ flat.T).double()
-        self.after = after if self.after is None else self.after + after
-
-    def products(self) -> tuple[Tensor, Tensor] | None:
-        """Return ``before`` and ``after`` on the CPU.
-
-        None where they could not be taken, or the tensor is a buffer of infinities.
-        """
-        if self.before is None or self.after is None or self.broken:
-            return None
-        return (self.before.cpu(), self.after.cpu()) if self.before.isfinite().all() else None
+        before = after = flat @ flat.T
+        if self.mask_name is not None:
+            vectors.mul_(factor)
+            after = flat @ flat.T
+        products = torch.stack([before, after]).double()
+        self.products = products if self.products is None else self.products + products
 
 
 class Gram:
@@ -74,18 +58,13 @@ class Gram:
 
     def __init__(self, products: Tensor):
         self._products = products.tolist()
-
-    @property
-    def norms(self) -> list[float]:
-        """The Euclidean norm of each vector."""
-        return [math.sqrt(max(0.0, row[index])) for index, row in enumerate(self._products)]
+        self.norms = [math.sqrt(max(0.0, row[at])) for at, row in enumerate(self._products)]
 
     def cosine(self, one: int, other: int) -> float | None:
         """Return the cosine between two vectors, None where one is zero."""
-        norms = self.norms
-        if not norms[one] or not norms[other]:
+        if not self.norms[one] or not self.norms[other]:
             return None
-        return float(self._products[one][other] / (norms[one] * norms[other]))
+        return float(self._products[one][other] / (self.norms[one] * self.norms[other]))
 
 
 @dataclass(frozen=True)
@@ -103,9 +82,10 @@ class VectorSummary:
     after: Gram
 
 
-@dataclass
+# One object is handed to mergekit's tasks of all tensors, which are hashed by value.
+@dataclass(eq=False)
 class TaskVectors:
-    """What is kept of the tensors of one merge.
+    """Observes the tensors of one merge.
 
     Attributes:
         tensors: by name in the merged checkpoint.
@@ -115,16 +95,16 @@ class TaskVectors:
     tensors: dict[str, TensorRecord] = field(default_factory=dict)
     failure: str | None = None
 
-    def watch(self, group: TensorGroup, kept_as: str | None) -> Watch:
+    def watch(self, group: TensorGroup, mask_name: str | None) -> Watch:
         """Record a group that is being merged, and return what is to be shown its task vectors.
 
         That never fails: a merge is worth more than its report.
 
         Args:
             group: base and fine-tuned models.
-            kept_as: the name under which the group's mask is kept; None without one.
+            mask_name: the name under which the group's mask is stored; None without one.
         """
-        record = TensorRecord(kept_as, tuple(str(entry.id) for entry in group.non_base))
+        record = TensorRecord(mask_name, tuple(str(entry.id) for entry in group.non_base))
         # Executors for several GPUs merge in several threads: each writes keys of its own.
         name = str(group.metadata.name)
         self.tensors[name] = record
@@ -133,7 +113,7 @@ class TaskVectors:
             try:
                 record.add(vectors, factor)
             except (RuntimeError, MemoryError) as error:
-                record.broken = True
+                record.products = torch.tensor(math.nan)
                 self.failure = f"{name}: {first_line(error)}"
 
         return shown
@@ -145,22 +125,20 @@ class TaskVectors:
 
     def masked(self) -> dict[str, str]:
         """Return the tensors that were merged under a mask, and the names of their masks."""
-        ordered = sorted(self.tensors, key=natural)
-        found = {name: self.tensors[name].kept_as for name in ordered}
-        return {name: kept_as for name, kept_as in found.items() if kept_as is not None}
+        records = ((name, self.tensors[name]) for name in sorted(self.tensors, key=natural))
+        return {name: r.mask_name for name, r in records if r.mask_name is not None}
 
     def summary(self, label: str, names: Sequence[str]) -> VectorSummary:
-        """Return the inner products of the task vectors of the tensors ``names`` together."""
+        """Return the inner products of the task vectors of the tensors ``names`` together.
+
+        Tensors whose products could not be taken are left out, and buffers of infinities.
+        """
         models = self.models
         sums = torch.zeros(2, len(models), len(models), dtype=torch.float64)
-        for name in names:
-            record = self.tensors[name]
-            products = record.products()
-            if products is None:
-                continue
-            places = torch.tensor([models.index(model) for model in record.models])
-            for total, own in zip(sums, products, strict=True):
-                total[places[:, None], places] += own
+        for record in (self.tensors[name] for name in names):
+            if record.products is not None and record.products.isfinite().all():
+                places = torch.tensor([models.index(model) for model in record.models])
+                sums[:, places[:, None], places] += record.products.cpu()
         return VectorSummary(label, Gram(sums[0]), Gram(sums[1]))
 
     def kinds(self) -> list[VectorSummary]:
@@ -168,22 +146,3 @@ class TaskVectors:
         kinds = grouped(self.tensors, "kind")
         rows = [self.summary(label, names) for label, names in kinds.items()]
         return [*rows, self.summary("all", list(self.tensors))]
-
-
-_RECORDING: dict[str, TaskVectors] = {}
-
-
-@contextmanager
-def recording(masks: str, vectors: TaskVectors) -> Iterator[None]:
-    """Record what is merged under the mask file ``masks`` into ``vectors``."""
-    _RECORDING[masks] = vectors
-    try:
-        yield
-    finally:
-        del _RECORDING[masks]
-
-
-def recorded(masks: str) -> TaskVectors | None:
-    """Return where merges under the mask file ``masks`` are recorded, None where they are not."""
-    # By file and not by context: executors for several GPUs merge in threads of their own.
-    return _RECORDING.get(masks)

@@ -14,8 +14,8 @@ from pydantic import TypeAdapter, ValidationError
 from ...common.digests import json_digest
 from ...fusion.fusion_methods import known_fusions
 from ...recipe.blocks import parameter_blocks, plain
+from ...recipe.schema import nearest
 from ...recipe.settings import METHOD_NAME, parameters
-from ...recipe.value_check import nearest
 
 BASE, MODEL, PLAIN, RECIPE, VARIANT = "base", "model", "plain", "recipe", "variant"
 BASE_LABEL, PLAIN_LABEL, RECIPE_LABEL = "aligned base", "plain fusion", "the recipe"

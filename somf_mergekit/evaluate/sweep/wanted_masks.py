@@ -9,14 +9,12 @@ from mergekit.options import MergeOptions
 from ...common.digests import json_digest
 from ...common.errors import noted
 from ...learner.loop import step_count
-from ...mask.artifact import MaskSet
-from ...mask.artifact_folder import MASKS_FILE
+from ...mask.artifact import MASKS_FILE, MaskSet, training_history
 from ...plugin.merge_check import planned_merge
 from ...prepass.learning_data import SafetyData, checked_data, given_mask
 from ...prepass.plan import PlannedMerge
 from ...prepass.prepass import mask_for
 from ...prepass.provenance import resolved_learning
-from ...report.curve import training_history
 from .variants import RECIPE_LABEL, Variant, file_name
 
 
@@ -42,7 +40,7 @@ class WantedMask:
 
     def seconds(self) -> float:
         """Return how long its steps took, 0 for a mask that is given."""
-        return sum(row["seconds"] for row in training_history(Path(self.place)) if self.learning)
+        return sum(row["seconds"] for row in training_history(self.place) if self.learning)
 
 
 def wanted_masks(
