@@ -26,16 +26,6 @@ MAY_IMPORT = {
     "plugin": ["report", "repairs", "demo"],
     "evaluate/sweep": ["plugin"],
 }
-# To be emptied.
-KNOWN_ARROWS = {
-    ("data/sequences.py", "learner"),
-    ("fusion/fusion_methods.py", "recipe"),
-    ("learner/learning_model.py", "prepass"),
-}
-KNOWN_LONG = {
-    "data/rows.py",
-    "learner/checkpoints.py",
-}
 
 
 def name_of(file):
@@ -79,7 +69,7 @@ def test_folders_import_what_they_may():
             continue
         others = {folder_of(parts) for parts in imported(file)} - {None}
         found |= {(name_of(file), other) for other in others - allowed(folder)}
-    assert found - KNOWN_ARROWS == set(), "against the table: (file, imported folder)"
+    assert found == set(), "against the table: (file, imported folder)"
 
 
 def test_a_file_name_is_given_once():
@@ -89,7 +79,7 @@ def test_a_file_name_is_given_once():
 
 def test_files_are_small():
     long = {name_of(f) for f in FILES if len(f.read_text("utf-8").splitlines()) > MOST_LINES}
-    assert long - KNOWN_LONG == set(), f"more than {MOST_LINES} lines"
+    assert long == set(), f"more than {MOST_LINES} lines"
 
 
 def test_only_the_command_line_stands_at_the_top():

@@ -17,11 +17,9 @@ GROUPS = {
     "include": "Which tensors get a mask",
     "safety_eval": "What the report measures",
 }
-# Where the planner writes under which name a tensor's mask is stored: that of the base's tensor,
-# which layers stacked in another order keep. No key of a recipe.
-MASK_TENSOR = "mask_tensor"
-# Where the planner hands over what observes a merge for its report, a ``TaskVectors``.
-OBSERVER = "observer"
+# No keys of a recipe: the planner's own for a tensor, with the name of its mask (that of the base's
+# tensor, also where layers are stacked in another order), and what observes it for the report.
+MASK_TENSOR, OBSERVER = "mask_tensor", "observer"
 
 # Marks of a parameter, see ``declared.Parameter``.
 _MERGE: dict[str, Any] = {"merge": True}
