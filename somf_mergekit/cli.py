@@ -220,7 +220,8 @@ def _verify(folder: str, sample: int, every: bool, strict: bool, options: Any) -
     found = []
     for check in verify.checks(folder, options, None if every else sample):
         found.append(check.verdict)
-        click.echo(printable(f"{check.subject}: {check.verdict}: {check.finding}"))
+        finding = " ".join(check.finding.split())
+        click.echo(printable(f"{check.subject}: {check.verdict}: {finding}"))
     counts = [found.count(v) for v in (verify.RIGHT, verify.WRONG, verify.UNCHECKED)]
     click.echo("{} right, {} wrong, {} not checked".format(*counts))
     if counts[1] or (strict and counts[2]):

@@ -18,9 +18,10 @@ from somf_mergekit.learner import learning_model as model
 from somf_mergekit.learner.stores import PinnedMemory
 
 # Older releases ask every device but the CPU for a module of its own.
-pytestmark = pytest.mark.skipif(
-    torch.__version__ < (2, 13), reason="a pretended device needs torch 2.13"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.__version__ < (2, 13), reason="a pretended device needs torch 2.13"),
+]
 
 
 @pytest.fixture(autouse=True)

@@ -189,7 +189,7 @@ def json_table(files: Sequence[str], split: str, source: str, names: dict[str, N
     try:
         for number, line in enumerate(table):
             if line["text"].strip():
-                names.update(dict.fromkeys(_object(line["text"])))
+                names.update(dict.fromkeys(_parsed(line["text"])))
                 numbers.append(number)
     except (ValueError, RecursionError) as error:
         problem = f"dataset {source} can't be read: line {number + 1}: {first_line(error)}"
@@ -207,10 +207,10 @@ def json_table(files: Sequence[str], split: str, source: str, names: dict[str, N
 
 def json_row(line: dict[str, str], names: dict[str, None]) -> dict[str, Any]:
     """Return a row of a ``json_table``, with None for each of ``names`` that it lacks."""
-    return dict.fromkeys(names) | _object(line["text"])
+    return dict.fromkeys(names) | _parsed(line["text"])
 
 
-def _object(text: str) -> dict[str, Any]:
+def _parsed(text: str) -> dict[str, Any]:
     found = json.loads(text)
     if not isinstance(found, dict):
         raise ValueError("it is not a JSON object")
