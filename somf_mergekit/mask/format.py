@@ -118,13 +118,13 @@ def checked_json(text: str | bytes, what: str) -> dict[str, Any]:
     Raises:
         RecipeError: it is damaged.
     """
-    content = json_object(text, what)
+    content = parsed_json(text, what)
     if content.get(_DIGEST_KEY) != _digest_of(content):
         raise damaged(what, "its checksum differs from the one recorded in it")
     return content
 
 
-def json_object(text: str | bytes, what: str) -> dict[str, Any]:
+def parsed_json(text: str | bytes, what: str) -> dict[str, Any]:
     """Return the object that a JSON text has; see ``checked_json``, but for the checksum."""
     try:
         content = _parsed(text)
@@ -158,7 +158,7 @@ def checked_header(
         RecipeError: it isn't a mask of the known format, or is damaged.
     """
     text, what = text or "{}", f"mask {path}: its header"
-    found = json_object(text, what).get("format", "none")
+    found = parsed_json(text, what).get("format", "none")
     if found != FORMAT:
         raise RecipeError(
             f"{path} isn't a mask of format {FORMAT} (found {found!r:.40}); give the folder that "
