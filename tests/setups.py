@@ -6,6 +6,7 @@ import tiny
 import torch
 from mergekit.merge_methods.base import TensorEntry, TensorGroup, TensorMetadata
 
+from somf_mergekit.common.model_classes import Slice
 from somf_mergekit.data.pairs import EncodedPair
 from somf_mergekit.fusion.merges import AutogradMerge, LinearMerge
 from somf_mergekit.fusion.shards import Shard
@@ -72,7 +73,8 @@ def make_setup(
         masked.append(
             MaskedTensor(
                 name=name,
-                weight=weight,
+                parameter=weight,
+                slice=Slice(name),
                 shard=Shard(tuple(weight.shape)),
                 parts=parts,
                 layout=layout,

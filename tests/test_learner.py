@@ -206,7 +206,7 @@ def test_weights_merged_without_a_mask_are_the_bases_only_while_it_is_the_refere
     base = first.parts.base
     other = base + 1.0
     parts = Parts(base, LinearMerge(other, torch.zeros_like(other)))
-    fixed = FixedTensor(first.weight, first.shard, parts)
+    fixed = FixedTensor(first.parameter, first.slice, first.shard, parts)
     seen = []
     real = engine.answer_token_log_probs
 

@@ -149,7 +149,7 @@ def test_models_that_pass_more_than_hidden_states_are_refused():
     setup = make_setup()
     model = tiny.tiny_llama(0, VOCABULARY)
     model.model.__class__ = Gated
-    tensors = [dataclasses.replace(t, weight=model.get_parameter(t.name)) for t in setup.tensors]
+    tensors = [dataclasses.replace(t, parameter=model.get_parameter(t.name)) for t in setup.tensors]
     with pytest.raises(StreamingImpossible, match="more than hidden states"):
         streaming.StreamingEngine(model, tensors, [], None)
 

@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from ..common.errors import RecipeError
+from ..common.model_classes import text_decoder
 from .pairs import EncodedPair
 
 IGNORED = -100
@@ -193,7 +194,7 @@ def _token_log_probs(head: Callable[[Tensor], Tensor], states: Tensor, tokens: T
 
 
 def _hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    backbone = model.base_model
-    output = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    decoder = text_decoder(model)
+    output = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     hidden: Tensor = output.last_hidden_state
     return hidden

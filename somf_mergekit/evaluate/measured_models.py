@@ -11,6 +11,7 @@ import torch
 
 from ..common.digests import file_digests, json_digest
 from ..common.errors import RecipeError, first_line
+from ..common.model_classes import auto_class
 from ..data.chat import check_words
 from .evaluation_settings import EvaluationSettings, NamedModel
 
@@ -134,16 +135,13 @@ class ModelsInMemory:
         return [self._held[folder] for folder in wanted]
 
     def _loaded(self, subject: Subject) -> ModelAndTokenizer:
-        from transformers import (
-            AutoModelForCausalLM,
-            AutoModelForSequenceClassification,
-            AutoTokenizer,
-        )
+        from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
         settings = self._settings
-        kind = AutoModelForSequenceClassification if subject.classifies else AutoModelForCausalLM
         remote = {"trust_remote_code": settings.trust_remote_code}
         try:
+            config = AutoConfig.from_pretrained(subject.folder, **remote)
+            kind = AutoModelForSequenceClassification if subject.classifies else auto_class(config)
             model = kind.from_pretrained(
                 subject.folder, dtype=settings.dtype, use_safetensors=True, **remote
             )

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from typing import Any, Protocol
 
@@ -80,10 +79,12 @@ class Updates:
         self._tensors, self._process_group = tensors, process_group
         self._waiting: list[tuple[MaskedTensor, LogitGradient]] = []
         self._are_last = False
+        self._of_parameter: dict[Tensor, list[MaskedTensor]] = {}
         for tensor in tensors:
-            tensor.weight.requires_grad_(True)
-            hook = partial(self._accumulated, tensor)
-            tensor.weight.register_post_accumulate_grad_hook(hook)
+            self._of_parameter.setdefault(tensor.parameter, []).append(tensor)
+        for parameter in self._of_parameter:
+            parameter.requires_grad_(True)
+            parameter.register_post_accumulate_grad_hook(self._accumulated)
 
     def begin(
         self,
@@ -105,7 +106,7 @@ class Updates:
         self.drop()
         for tensor in self._tensors:
             # A step that was broken off leaves some.
-            tensor.weight.grad = tensor.gradient_square = None
+            tensor.parameter.grad = tensor.gradient_square = None
 
     def gradients_end(self) -> None:
         """From now on, a gradient is complete when it comes."""
@@ -113,19 +114,22 @@ class Updates:
 
     def finish(self) -> None:
         """Update what is not yet."""
-        for tensor in self._tensors:
-            if tensor.gradient_square is not None:
-                continue
-            own = tensor.weight.grad
-            if own is None:
-                # Experts that no token went to.
-                own = torch.zeros_like(tensor.weight)
-            if self._process_group.count > 1:
-                if tensor.shard.is_whole:
-                    own = self._process_group.add_up(own).to(own.dtype)
+        for parameter, tensors in self._of_parameter.items():
+            for tensor in tensors:
+                if tensor.gradient_square is not None:
+                    continue
+                if parameter.grad is None:
+                    # Experts that no token went to.
+                    own = torch.zeros_like(tensor.weight)
                 else:
-                    own = tensor.shard.own_sum(own)
-            self._update(tensor, own)
+                    own = tensor.slice.of(parameter.grad)
+                if self._process_group.count > 1:
+                    if tensor.shard.is_whole:
+                        own = self._process_group.add_up(own).to(own.dtype)
+                    else:
+                        own = tensor.shard.own_sum(own)
+                self._update(tensor, own)
+            parameter.grad = None
 
     def take(self, clip: float) -> None:
         """Take the steps that wait."""
@@ -138,10 +142,12 @@ class Updates:
         """Forget the steps that wait."""
         self._waiting.clear()
 
-    def _accumulated(self, tensor: MaskedTensor, _: Tensor) -> None:
+    def _accumulated(self, parameter: Tensor) -> None:
         if self._are_last:
-            assert tensor.weight.grad is not None
-            self._update(tensor, tensor.weight.grad)
+            assert parameter.grad is not None
+            for tensor in self._of_parameter[parameter]:
+                self._update(tensor, tensor.slice.of(parameter.grad))
+            parameter.grad = None
 
     def _update(self, tensor: MaskedTensor, gradient: Tensor) -> None:
         with self._parts_of(tensor) as parts:
@@ -153,7 +159,6 @@ class Updates:
                     self._waiting.append((tensor, found))
                 else:
                     tensor.adamw_step(found, self._step, self._multiplier, self._clip, parts)
-        tensor.weight.grad = None
 
 
 class ResidentEngine:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.model_classes import text_decoder
 from ..data.logprobs import TokenBatch, answer_token_log_probs, output_head, token_batch
 from .engine import TokenLogProbs, autocast_to
 
@@ -39,7 +40,7 @@ def layers_of(model: Any) -> list[nn.Module]:
 
     found = [
         module
-        for module in model.base_model.modules()
+        for module in text_decoder(model).modules()
         if isinstance(module, nn.ModuleList)
         and len(module) > 0
         and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
@@ -108,7 +109,7 @@ class LayeredModel:
                 return forward
 
             with self._replaced(noting), self._autocast():
-                self._model.base_model(
+                text_decoder(self._model)(
                     input_ids=batch.input_ids,
                     attention_mask=batch.attention_mask,
                     use_cache=False,
@@ -177,7 +178,7 @@ class LayeredModel:
             return self._as_output if number else noting
 
         with self._replaced(forward_of), self._autocast(), torch.no_grad():
-            self._model.base_model(input_ids=probe.input_ids, use_cache=False)
+            text_decoder(self._model)(input_ids=probe.input_ids, use_cache=False)
 
     def _check_calls(self, probe: TokenBatch) -> None:
         """Check that hidden states go through all layers, and are all that is learned through.

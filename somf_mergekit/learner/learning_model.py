@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import RecipeError
+from ..common.model_classes import Slice, auto_class, stored_slices, text_names
 from ..common.process_group import ALONE, Processes
 from ..fusion.merges import AutogradMerge, LinearMerge, LoadedTensor
 from ..fusion.shards import Shard
@@ -107,28 +108,30 @@ def learning_model(
         _set_layers_type(model, placement.autocast)
     _move(model, placement)
     places = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    slices = stored_slices(model, {tensor.name: tensor.shape for tensor in loaded})
     storage = weight_storage(config)
-    masked: dict[Tensor, MaskedTensor] = {}
-    fixed: dict[Tensor, FixedTensor] = {}
+    masked: dict[tuple[Any, ...], MaskedTensor] = {}
+    fixed: dict[tuple[Any, ...], FixedTensor] = {}
     aliases: dict[str, str] = {}
     filled: set[str] = set()
     for tensor in loaded:
-        loaded_as = tensor.name if tensor.name in places else _loaded_name(tensor.name, model)
-        if loaded_as not in places and not tensor.changed:
+        place = slices.get(tensor.name)
+        if place is None and not tensor.changed:
             # Buffers of older checkpoints: the model makes its own, and ignores these.
             continue
-        place = _place(places, loaded_as, tensor, model)
-        filled.add(loaded_as)
-        if place in masked:
-            aliases[tensor.name] = masked[place].name
-        elif place in fixed:
+        place, parameter = _found(places, place, tensor, model)
+        filled.add(place.name)
+        key = (parameter, place.steps)
+        if key in masked:
+            aliases[tensor.name] = masked[key].name
+        elif key in fixed:
             continue
         elif tensor.merge is None or not tensor.changed or tensor.name not in masked_names:
             parts = Parts(tensor.base, tensor.merge)
-            fixed[place] = FixedTensor(place, placement.shard(tensor), parts)
+            fixed[key] = FixedTensor(parameter, place, placement.shard(tensor), parts)
         else:
             aliases |= dict.fromkeys(tensor.aliases, tensor.name)
-            masked[place] = _masked_tensor(place, tensor, settings, placement, storage)
+            masked[key] = _masked_tensor(parameter, place, tensor, settings, placement, storage)
     _check_complete(model, filled)
     if not any(tensor.changed for tensor in loaded):
         raise RecipeError(
@@ -143,7 +146,12 @@ def learning_model(
 
 
 def _masked_tensor(
-    place: Any, tensor: LoadedTensor, settings: Settings, placement: Placement, storage: Storage
+    parameter: Tensor,
+    place: Slice,
+    tensor: LoadedTensor,
+    settings: Settings,
+    placement: Placement,
+    storage: Storage,
 ) -> MaskedTensor:
     values, shard = tensor.parameters, placement.shard(tensor)
     layout = mask_layout(values["granularity"], tensor.name, tensor.shape, storage)
@@ -156,7 +164,8 @@ def _masked_tensor(
     )
     masked = MaskedTensor(
         name=tensor.name,
-        weight=place,
+        parameter=parameter,
+        slice=place,
         shard=shard,
         parts=parts,
         layout=layout,
@@ -188,31 +197,26 @@ def _move(model: Any, placement: Placement) -> None:
             module._buffers[name] = buffer.to(placement.device)
 
 
-def _loaded_name(name: str, model: Any) -> str:
-    """Return the name that transformers gives a checkpoint's tensor when it loads it."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
+def _found(
+    places: dict[str, Any], place: Slice | None, tensor: LoadedTensor, model: Any
+) -> tuple[Slice, Any]:
+    """Return where a tensor lies in the model, and in which parameter.
 
-    for transform in get_model_conversion_mapping(model):
-        if isinstance(transform, WeightRenaming):
-            name, _ = transform.rename_source_key(name)
-    return name
-
-
-def _place(places: dict[str, Any], loaded_as: str, tensor: LoadedTensor, model: Any) -> Any:
-    place = places.get(loaded_as)
-    if place is not None and tuple(place.shape) == tensor.shape:
-        return place
-    found = "has no such weight" if place is None else f"expects {tuple(place.shape)}"
+    Raises:
+        RecipeError: the model has no place for it, or another shape.
+    """
+    expected = tuple(place.of(places[place.name]).shape) if place else None
+    if place and expected == tensor.shape:
+        return place, places[place.name]
     raise RecipeError(
-        f"a mask can't be learned for this merge: {tensor.name} of shape "
-        f"{tensor.shape} is written, but {type(model).__name__} {found}. A "
-        "learned mask can still be applied with the parameter `mask`."
+        f"a mask can't be learned for this merge: {tensor.name} of shape {tensor.shape} is "
+        f"written, but {type(model).__name__} "
+        f"{f'expects {expected}' if expected else 'has no such weight'}. A learned mask can still "
+        "be applied with the parameter `mask`."
     )
 
 
 def _empty_model(config: Any, loaded: list[LoadedTensor], trust_remote_code: bool) -> Any:
-    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     config = copy.deepcopy(config)
@@ -221,7 +225,7 @@ def _empty_model(config: Any, loaded: list[LoadedTensor], trust_remote_code: boo
             config.get_text_config().vocab_size = tensor.shape[tensor.vocabulary_axis]
     try:
         with no_init_weights():
-            model = AutoModelForCausalLM.from_config(
+            model = auto_class(config).from_config(
                 config, dtype=torch.float32, trust_remote_code=trust_remote_code
             )
         model.tie_weights()
@@ -229,6 +233,11 @@ def _empty_model(config: Any, loaded: list[LoadedTensor], trust_remote_code: boo
         raise RecipeError(
             f"transformers can't make a causal language model of the merge: {error}"
         ) from error
+    text = text_names(model)
+    for name, weight in model.named_parameters():
+        if name not in text:
+            # What sees and hears takes no part in a text.
+            weight.data = weight.data.new_empty(0)
     return model.eval().requires_grad_(False)
 
 
@@ -253,7 +262,8 @@ def _set_layers_type(model: Any, dtype: torch.dtype) -> None:
 
 def _check_complete(model: Any, filled: set[str]) -> None:
     given = {p for n, p in model.named_parameters(remove_duplicate=False) if n in filled}
-    missing = [n for n, p in model.named_parameters() if p not in given]
+    text = text_names(model)
+    missing = [n for n, p in model.named_parameters() if n in text and p not in given]
     if missing:
         shown = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
         raise RecipeError(

@@ -46,10 +46,10 @@ class StreamingEngine:
         place = layer_of_weights(model, layers)
         weights: list[FixedTensor] = [*tensors, *fixed]
         self._of_layer = [
-            [tensor for tensor in weights if place.get(tensor.weight) == number]
+            [tensor for tensor in weights if place.get(tensor.parameter) == number]
             for number in range(len(layers))
         ]
-        self._outer = [tensor for tensor in weights if tensor.weight not in place]
+        self._outer = [tensor for tensor in weights if tensor.parameter not in place]
         self._conveyor = (
             Conveyor(self._of_layer, self.device) if _are_elsewhere(weights, self.device) else None
         )
@@ -219,12 +219,12 @@ class StreamingEngine:
         return self._conveyor.visiting(tensor, changes=changes)
 
     def _give_memory(self, tensors: Sequence[FixedTensor]) -> None:
-        for tensor in tensors:
-            tensor.weight.untyped_storage().resize_(tensor.weight.nbytes)
+        for parameter in {tensor.parameter for tensor in tensors}:
+            parameter.untyped_storage().resize_(parameter.nbytes)
 
     def _free(self, tensors: Sequence[FixedTensor]) -> None:
-        for tensor in tensors:
-            tensor.weight.untyped_storage().resize_(0)
+        for parameter in {tensor.parameter for tensor in tensors}:
+            parameter.untyped_storage().resize_(0)
 
 
 def _are_elsewhere(weights: Iterable[FixedTensor], device: torch.device) -> bool:

@@ -7,6 +7,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from ..common.model_classes import Slice
 from ..fusion.merges import LinearMerge, Merge
 from ..fusion.shards import Shard
 from ..mask.granularity import Layout
@@ -76,14 +77,22 @@ class FixedTensor:
     """A weight of the model that learns; this one has no mask.
 
     Attributes:
-        weight: the model's parameter; its values are written here.
+        parameter: of the model; its values are written here.
+        slice: which part of the parameter the weight is: that of one expert, where the model joins
+            those that a checkpoint has apart.
         shard: the rows that this process has of what follows.
         parts: what the weight is made of.
     """
 
-    weight: Tensor
+    parameter: Tensor
+    slice: Slice
     shard: Shard
     parts: Parts
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, a view of the parameter."""
+        return self.slice.of(self.parameter.detach())
 
     @torch.no_grad()
     def write(self, state: State, parts: Parts | None = None) -> None:
@@ -147,7 +156,7 @@ class MaskedTensor(FixedTensor):
     @property
     def is_entrywise(self) -> bool:
         """Whether the mask has an entry for each of the weight's."""
-        return self.layout.shape == self.weight.shape
+        return self.layout.shape == self.shard.shape
 
     @property
     def is_shared(self) -> bool:
@@ -249,7 +258,7 @@ class MaskedTensor(FixedTensor):
         # The sample is drawn again rather than stored: a function of logits, seed and step.
         sampler = self._sampler(State(Content.SAMPLE, step), parts)
         if isinstance(parts.merge, LinearMerge) and self.is_entrywise:
-            room = self.shard.own(self.weight.detach())
+            room = self.shard.own(self.weight)
             return FactorGradient(
                 gradient, parts.merge.delta, sampler, self.rescale, self.shard, room
             )

@@ -30,6 +30,7 @@ from ..recipe.presets import for_mergekit
 from ..recipe.validate import WRONG_RECIPE, check_recipe, recipe_problems
 from ..repairs.catalogue import REPAIRS
 from ..repairs.repair_check import repair_problems
+from .checkpoint_architecture import architecture_of
 
 ARTIFACT_FOLDER = "somf"
 # What says what is wrong with the text of a recipe of each merge method of this package.
@@ -117,7 +118,8 @@ def unchecked_plan(config: MergeConfiguration, options: MergeOptions) -> Planned
     is_own = config.merge_method in OWN_METHODS
     written = for_mergekit(config)
     try:
-        architecture = get_architecture_info(written, options)
+        find = architecture_of if is_own else get_architecture_info
+        architecture = find(written, options)
         out_config = mergekit.merge._model_out_config(
             written, architecture, trust_remote_code=options.trust_remote_code
         )

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 
+from ..common.model_classes import model_class
 from ..data.pairs import EncodedPair
 from .headers import planned_tensors
 from .plan import PlannedMerge
@@ -89,10 +90,11 @@ def _tokens_without_row(planned: PlannedMerge, examples: Sequence[EncodedPair]) 
 
 
 def _places_without_row(planned: PlannedMerge, examples: Sequence[EncodedPair]) -> list[str]:
+    own = model_class(planned.base_model, planned.options.trust_remote_code)
     tables = [
         tensor.shape[0]
         for name, tensor in planned_tensors(planned).items()
-        if _LEARNED_POSITIONS.search(name)
+        if _LEARNED_POSITIONS.search(name) and own.is_text(name)
     ]
     if not tables:
         return []

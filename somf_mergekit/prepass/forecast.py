@@ -93,7 +93,8 @@ def forecast(planned: PlannedMerge, data: SafetyData, group: Processes = ALONE) 
     on_cpu = device == "cpu"
     free_host = free if on_cpu else min(group.gathered([machine.free_memory("cpu")]))
     autocast = machine.autocast_type(device, chosen.precision)
-    tensors = planned_tensors(planned)
+    of_text = {weight.name for weight, _ in planned.text_tensors}
+    tensors = {n: t for n, t in planned_tensors(planned).items() if n in of_text}
     storage = weight_storage(planned.out_config)
     entries = {
         name: math.prod(mask_layout(tensor.granularity, name, tensor.shape, storage).shape)

@@ -16,8 +16,8 @@ from mergekit.tokenizer import PermutedVocabulary
 from safetensors import SafetensorError, safe_open
 
 from ..common.errors import RecipeError, few
+from ..common.model_classes import empty_model, shapes_of
 from ..fusion.fuse import is_linear
-from ..recipe.model_classes import empty_model, shapes_of
 from .plan import PlannedMerge, gather_task, mask_name, task_parameters
 from .tensor_sets import is_missing, names_of, tensor_set_problems
 
@@ -124,8 +124,6 @@ def planned_tensors(planned: PlannedMerge) -> dict[str, PlannedTensor]:
 
 def tensor_shapes(planned: PlannedMerge) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the tensors of a merge, as far as file headers say them."""
-    from transformers import AutoModelForCausalLM
-
     found, unstored = {}, []
     for weight, task in planned.tensors:
         source = gather_task(task).weight_info[task.base_model]
@@ -138,7 +136,7 @@ def tensor_shapes(planned: PlannedMerge) -> dict[str, tuple[int, ...]]:
     if unstored:
         trust = planned.options.trust_remote_code
         with contextlib.suppress(ValueError):
-            defined = shapes_of(empty_model(AutoModelForCausalLM, planned.out_config, trust))
+            defined = shapes_of(empty_model(planned.out_config, trust))
             for weight, task in unstored:
                 if weight.name in defined:
                     found[weight.name] = _aligned(planned, weight, task, defined[weight.name])

@@ -17,6 +17,7 @@ from mergekit.tokenizer.build import get_stripped_tokenizer
 
 from ..common.errors import RecipeError
 from ..common.merge_options import SomfOptions
+from ..common.model_classes import model_class
 from ..data.chat import check_words
 from ..mask.artifact import MaskSet
 from ..recipe.settings import MASK_TENSOR, OBSERVER, Settings, may_get_mask, recipe_settings
@@ -167,6 +168,16 @@ class PlannedMerge:
         except (OSError, ValueError) as error:
             raise RecipeError(f"the base {base} has no tokenizer that loads: {error}") from error
         return tokenizer
+
+    @cached_property
+    def text_tensors(self) -> tuple[tuple[WeightInfo, ExecuteMergeMethodTask], ...]:
+        """Those tensors that a mask is learned with: all but what sees and hears."""
+        own = model_class(self.base_model, self.options.trust_remote_code)
+        return tuple(
+            (weight, task)
+            for weight, task in self.tensors
+            if own.is_text(weight.name) or not own.loads(weight.name)
+        )
 
     def may_get_mask(self, name: str) -> bool:
         """Whether the recipe's patterns let this tensor have a mask."""

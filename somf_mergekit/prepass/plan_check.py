@@ -9,10 +9,10 @@ from mergekit.merge_methods.base import ParameterScope
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
 from ..common.errors import few, first_line, log_traceback
+from ..common.model_classes import class_of, empty_model
 from ..fusion.fusion_methods import known_fusions
 from ..recipe.blocks import parameter_blocks
 from ..recipe.fusion_check import fusing_problem
-from ..recipe.model_classes import class_of, empty_model
 from .plan import PlannedMerge, gather_task, mask_name, task_parameters
 
 
@@ -149,15 +149,13 @@ def _unreached(value: Any, names: set[str]) -> Iterator[str]:
 
 def _class_problem(planned: PlannedMerge) -> str | None:
     """Return a sentence where transformers makes no causal language model of the merge."""
-    from transformers import AutoModelForCausalLM
-
     trust = planned.options.trust_remote_code
     named = planned.base_model.config(trust_remote_code=trust).architectures[0]
     ways = (
         "Give models that are causal language models, or a learned mask with the parameter `mask`"
     )
     try:
-        made = class_of(empty_model(AutoModelForCausalLM, planned.out_config, trust, None))
+        made = class_of(empty_model(planned.out_config, trust, None))
     except ImportError as error:
         why = f"its configuration asks for what is not installed: {first_line(error)}"
         ways = "Install it, or take it (attn_implementation) out of the base's config.json"

@@ -18,14 +18,15 @@ from .plan import PlannedMerge, gather_task, task_parameters
 
 
 def loaded_tensors(planned: PlannedMerge) -> Iterator[LoadedTensor]:
-    """Yield every tensor of the merge.
+    """Yield every tensor of the merge that takes part in a text.
 
     Raises:
         RecipeError: a weight is NaN or infinite.
     """
-    by_task = {task.gather_tensors: (task.output_weight, task) for _, task in planned.tensors}
+    text = planned.text_tensors
+    by_task = {task.gather_tensors: (task.output_weight, task) for _, task in text}
     aliases: dict[str, list[str]] = {}
-    for weight, task in planned.tensors:
+    for weight, task in text:
         if weight.name != task.output_weight.name:
             aliases.setdefault(task.output_weight.name, []).append(weight.name)
     executor = Executor(targets=list(by_task), math_device="cpu", storage_device="cpu")

@@ -13,7 +13,7 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
 from ..common.errors import few, log_traceback
-from ..recipe.model_classes import ModelClass, model_class
+from ..common.model_classes import ModelClass, model_class
 from .plan import gather_task
 
 LOG = logging.getLogger(__name__)

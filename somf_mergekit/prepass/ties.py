@@ -5,14 +5,14 @@ from typing import Any
 
 import torch
 from mergekit.architecture import WeightInfo
-from mergekit.common import ImmutableMap, ModelReference, get_auto_cls
+from mergekit.common import ImmutableMap, ModelReference
 from mergekit.graph import Task
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 
 from ..common.errors import log_traceback
-from ..recipe.model_classes import empty_model
+from ..common.model_classes import empty_model
 from .plan import PlannedMerge, gather_task, with_fields
 
 Planned = tuple[WeightInfo, ExecuteMergeMethodTask]
@@ -128,7 +128,7 @@ def ties_embeddings(config: Any, options: MergeOptions) -> bool:
         return said.pop()
     # Which of the two counts depends on the class of the model.
     try:
-        made = empty_model(get_auto_cls(config.architectures[0]), config, options.trust_remote_code)
+        made = empty_model(config, options.trust_remote_code)
     except Exception as error:  # code of strangers, or a package that is not installed
         log_traceback(error)
         return bool(getattr(config, "tie_word_embeddings", False))

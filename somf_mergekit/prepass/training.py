@@ -73,7 +73,7 @@ def training_setup(
         planned.out_config,
         loaded_tensors(planned),
         planned.settings,
-        {weight.name for weight, _ in planned.tensors if planned.may_get_mask(weight.name)},
+        {weight.name for weight, _ in planned.text_tensors if planned.may_get_mask(weight.name)},
         placement,
         options.trust_remote_code,
     )

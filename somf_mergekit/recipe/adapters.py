@@ -7,12 +7,12 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from mergekit.common import ModelReference, get_auto_cls
+from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
 from ..common.errors import few, first_line
-from .model_classes import empty_model
+from ..common.model_classes import empty_model
 
 LOG = logging.getLogger(__name__)
 
@@ -88,8 +88,7 @@ def _misfit(model: ModelReference, config: Any, options: MergeOptions) -> str | 
     path, revision = model.lora.path, model.lora.revision
     of_base = model.config(trust_remote_code=options.trust_remote_code)
     try:
-        auto_class = get_auto_cls(of_base.architectures[0])
-        made = empty_model(auto_class, of_base, options.trust_remote_code)
+        made = empty_model(of_base, options.trust_remote_code)
         with torch.device("meta"):
             adapted = peft.PeftModel(made, config)
         given = peft.load_peft_weights(path, device="cpu", revision=revision)
