@@ -24,7 +24,7 @@ import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from somf_mergekit import MaskSet, learn
+from somf_mergekit import MaskSet, RecipeError, learn
 from somf_mergekit.common.machine import MachineOptions
 from somf_mergekit.common.merge_options import SomfOptions
 from somf_mergekit.common.model_classes import auto_class
@@ -130,7 +130,9 @@ def _depth(model_type: str, **own: Any) -> dict[str, Any]:
     return {"model_type": model_type, "depth": 1, "num_heads": 4, **own}
 
 
-_GEMMA_4 = {"global_head_dim": 16, "hidden_size_per_layer_input": 8}
+_GEMMA_4 = {"global_head_dim": 16, "hidden_size_per_layer_input": 0}
+# Those with embeddings for each layer.
+_GEMMA_4_E = {**_GEMMA_4, "hidden_size_per_layer_input": 8}
 FAMILIES = {
     "Llama": _text("LlamaConfig", **_GROUPED),
     "Mistral": _text("MistralConfig", **_GROUPED),
@@ -141,6 +143,7 @@ FAMILIES = {
     "Gemma 2": _text("Gemma2Config", "tied", **_WIDE, query_pre_attn_scalar=16),
     "Gemma 3 (text)": _text("Gemma3TextConfig", "tied", **_WIDE, query_pre_attn_scalar=16),
     "Gemma 4 (text)": _text("Gemma4TextConfig", "tied", **_WIDE, **_GEMMA_4),
+    "Gemma 4 E (text)": _text("Gemma4TextConfig", "tied", **_WIDE, **_GEMMA_4_E),
     "Phi": _text("PhiConfig"),
     "Phi 3": _text("Phi3Config", **_GROUPED),
     "GPT-NeoX": _text("GPTNeoXConfig"),
@@ -302,6 +305,12 @@ FAMILIES = {
         {"model_type": "gemma4_vision", "head_dim": 8, "num_key_value_heads": 4},
         audio_config=None,
     ),
+    "Gemma 4 E": _wrapper(
+        "Gemma4Config",
+        {"model_type": "gemma4_text", **_GEMMA_4_E},
+        {"model_type": "gemma4_vision", "head_dim": 8, "num_key_value_heads": 4},
+        audio_config=None,
+    ),
     "Mistral 3": _wrapper(
         "Mistral3Config",
         {"model_type": "mistral"},
@@ -401,6 +410,7 @@ class Row:
         learned: distance of the held-out margin of the model that learning saw from that of the
             model that was written, in nats a token.
         engines: largest distance of the masks that the two engines learned.
+        streaming: why the streaming engine can't run it, if it can't.
         masked: tensors with a mask.
         problem: what went wrong, if anything did.
     """
@@ -414,6 +424,7 @@ class Row:
     formula: float = 0.0
     learned: float = 0.0
     engines: float = 0.0
+    streaming: str = ""
     masked: int = 0
     problem: str = ""
 
@@ -511,8 +522,10 @@ def measured(name: str, tokenizer: Any, pairs: Sequence[dict[str, str]], folder:
     row.learned = abs(masks.provenance["held_out"]["merge"]["margin"] - found)
     machine = MachineOptions(engine="streaming", report="none")
     options = SomfOptions(machine=machine, quiet=True)
-    streamed = learn(recipe, folder / "streamed", options)
-    row.engines = _difference(masks, streamed)
+    try:
+        row.engines = _difference(masks, learn(recipe, folder / "streamed", options))
+    except RecipeError as error:
+        row.streaming = error.message
     return row
 
 
@@ -573,14 +586,15 @@ def inputs() -> tuple[Any, list[dict[str, str]]]:
 def table(rows: Sequence[Row]) -> str:
     """Return the rows as a markdown table."""
     lines = [
-        "| family | kind | class | learns | tensors in, out | missing | masked |",
-        "|---|---|---|---|---|---|---|",
+        "| family | kind | class | learns | streams | tensors in, out | missing | masked |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         learns = "yes" if row.is_right else f"no: {row.problem}" if row.problem else "wrongly"
         lines.append(
-            f"| {row.family} | {row.kind} | {row.model} | {learns} | {row.tensors_in}, "
-            f"{row.tensors_out} | {row.missing} | {row.masked} |"
+            f"| {row.family} | {row.kind} | {row.model} | {learns} | "
+            f"{'no' if row.streaming else 'yes'} | {row.tensors_in}, {row.tensors_out} | "
+            f"{row.missing} | {row.masked} |"
         )
     return "\n".join(lines) + "\n"
 

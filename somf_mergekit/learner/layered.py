@@ -83,7 +83,8 @@ class LayeredModel:
         self.device = next(model.parameters()).device
         self._model, self._layers, self._autocast_type = model, layers, autocast
         probe = token_batch([([0], [0])], self.device)
-        self._gives_tuples = False
+        # What a layer gives beside hidden states; None where it gives these alone.
+        self._beside: tuple[Any, ...] | None = None
         self._note_form(probe)
         self._check_calls(probe)
         with self._replaced(lambda number: self._as_output), self._autocast():
@@ -144,7 +145,7 @@ class LayeredModel:
 
     def _as_output(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
         """Return hidden states in the form in which layers give them; as a layer, do nothing."""
-        return (hidden_states,) if self._gives_tuples else hidden_states
+        return hidden_states if self._beside is None else (hidden_states, *self._beside)
 
     @contextmanager
     def _replaced(self, forward_of: Callable[[int], Forward]) -> Iterator[None]:
@@ -166,12 +167,13 @@ class LayeredModel:
         return autocast_to(self._autocast_type, self.device)
 
     def _note_form(self, probe: TokenBatch) -> None:
-        """Note whether layers give tuples, by what the first one gives."""
+        """Note in which form layers give hidden states, by what the first one gives."""
         first = self._layers[0].forward
 
         def noting(hidden_states: Tensor, *arguments: Any, **keywords: Any) -> Any:
             output = first(hidden_states, *arguments, **keywords)
-            self._gives_tuples = isinstance(output, tuple)
+            if isinstance(output, tuple):
+                self._beside = (None,) * (len(output) - 1)
             return output
 
         def forward_of(number: int) -> Forward:

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Collection
+from itertools import takewhile
 
 from mergekit.architecture import (
     ModelArchitecture,
@@ -11,7 +12,6 @@ from mergekit.architecture import (
     WeightInfo,
     get_architecture_info,
 )
-from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
@@ -72,8 +72,8 @@ class StoredModule(ModuleArchitecture):
 def architecture_of(config: MergeConfiguration, options: MergeOptions) -> ModelArchitecture:
     """Return the architecture that a recipe is planned with: all tensors, under their names.
 
-    It is mergekit's where that names the base's tensors as they are stored, where the models store
-    theirs under different names, and where the recipe names modules, which only mergekit knows.
+    It is mergekit's where that names all tensors that the models store, or where the models store
+    theirs under different names, so that only transformers' conversion brings them together.
 
     Args:
         config: a recipe with a base.
@@ -81,27 +81,36 @@ def architecture_of(config: MergeConfiguration, options: MergeOptions) -> ModelA
     """
     defined = get_architecture_info(config, options)
     base = config.base_model
-    if config.modules or base is None:
-        return defined
     try:
         own = model_class(base, options.trust_remote_code)
     except Exception as error:  # code of strangers, or a package that is not installed
         log_traceback(error)
         return defined
-    stored = {m: _stored(m) for m in dict.fromkeys([base, *config.referenced_models()])}
-    tied = {name for name in own.tied}
-    shared = set.intersection(*stored.values())
-    union = set.union(*stored.values())
-    if any(own.names_of(name).isdisjoint(tied) for name in union - shared):
+    models = dict.fromkeys([base, *config.referenced_models()])
+    stored = [set(LoaderCache().get(model).index.tensor_paths) for model in models]
+    names = set.union(*stored)
+    partial = names - set.intersection(*stored)
+    if any(own.names_of(name).isdisjoint(own.tied) for name in partial):
         return defined
     model_config = base.config(trust_remote_code=options.trust_remote_code)
-    if _names_all(defined, model_config, union):
+    if _names_all(defined, model_config, names):
         return defined
-    return _stored_architecture(own, model_config, union)
-
-
-def _stored(model: ModelReference) -> set[str]:
-    return set(LoaderCache().get(model).index.tensor_paths)
+    # A recipe that names modules names them as mergekit does.
+    groups = _by_module(defined, model_config, own, names) if config.modules else {"default": names}
+    outer = "" if hasattr(model_config, "num_hidden_layers") else "text_config."
+    return ModelArchitecture(
+        modules={
+            name: ModuleDefinition(
+                architecture=_stored_module(own, group, f"{outer}num_hidden_layers")
+            )
+            for name, group in groups.items()
+        },
+        architectures=[own.name],
+        model_type=model_config.model_type,
+        vocab_size_config_key="vocab_size"
+        if hasattr(model_config, "vocab_size")
+        else "text_config.vocab_size",
+    )
 
 
 def _names_all(defined: ModelArchitecture, config: PretrainedConfig, stored: set[str]) -> bool:
@@ -115,41 +124,49 @@ def _names_all(defined: ModelArchitecture, config: PretrainedConfig, stored: set
     return set().union(*named) >= stored and all(names & stored for names in needed)
 
 
-def _stored_architecture(
-    own: ModelClass, config: PretrainedConfig, stored: Collection[str]
-) -> ModelArchitecture:
-    """Return the architecture of a checkpoint of a class that has these tensors."""
+def _by_module(
+    defined: ModelArchitecture, config: PretrainedConfig, own: ModelClass, stored: Collection[str]
+) -> dict[str, list[str]]:
+    """Return stored names by mergekit's module: the one whose names are the most like theirs."""
+    places = {
+        place: name
+        for name, module in defined.modules.items()
+        for weight in module.architecture.all_weights(config)
+        for place in own.names_of((module.weight_prefix or "") + weight.name)
+    }
+    found: dict[str, list[str]] = {name: [] for name in defined.modules}
+    for name in sorted(stored):
+        known = own.names_of(name)
+        alike = max(places, key=lambda place: max(_common_parts(place, one) for one in known))
+        found[places[alike]].append(name)
+    return found
+
+
+def _common_parts(name: str, other: str) -> int:
+    pairs = zip(name.split("."), other.split("."), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _stored_module(own: ModelClass, stored: Collection[str], key: str) -> StoredModule:
+    """Return the part of a checkpoint that has these tensors; of their layers, the decoder's."""
     numbered = {name: match for name in sorted(stored) if (match := _NUMBER.search(name))}
-    of_text = Counter(
-        name[: match.start()] for name, match in numbered.items() if own.is_text(name)
-    )
-    prefix = of_text.most_common(1)[0][0] if of_text else ""
-    layers = {n: m for n, m in numbered.items() if n[: m.start()] == prefix} if of_text else {}
+    of_text = [name for name in numbered if own.is_text(name)] or [*numbered]
+    prefixes = Counter(name[: numbered[name].start()] for name in of_text)
+    prefix = max(prefixes, key=prefixes.__getitem__, default="")
+    layers = {n: m for n, m in numbered.items() if n[: m.start()] == prefix}
     count = 1 + max((int(match.group(1)) for match in layers.values()), default=-1)
-    inner: dict[str, int] = Counter(name[match.end() :] for name, match in layers.items())
-    head = own.tied.keys()
+    inner = Counter(name[match.end() :] for name, match in layers.items())
 
-    def info(name: str, places: set[str], *, optional: bool) -> WeightInfo:
+    def outer(name: str) -> WeightInfo:
+        places = own.names_of(name)
         axes = [own.vocabulary_axes[place] for place in places if place in own.vocabulary_axes]
-        return WeightInfo(name=name, vocabulary_axis=axes[0] if axes else None, optional=optional)
+        is_tied = not places.isdisjoint(own.tied)
+        return WeightInfo(name=name, vocabulary_axis=axes[0] if axes else None, optional=is_tied)
 
-    outer = [
-        info(name, places, optional=not places.isdisjoint(head))
-        for name in sorted(set(stored) - set(layers))
-        for places in [own.names_of(name)]
-    ]
-    module = StoredModule(
-        outer,
+    return StoredModule(
+        [outer(name) for name in sorted(set(stored) - set(layers))],
         prefix,
-        [info(name, set(), optional=number < count) for name, number in sorted(inner.items())],
+        [WeightInfo(name=name, optional=inner[name] < count) for name in sorted(inner)],
         count,
-        "num_hidden_layers"
-        if hasattr(config, "num_hidden_layers")
-        else "text_config.num_hidden_layers",
-    )
-    return ModelArchitecture(
-        modules={"default": ModuleDefinition(architecture=module)},
-        architectures=[own.name],
-        model_type=config.model_type,
-        vocab_size_config_key=None if hasattr(config, "vocab_size") else "text_config.vocab_size",
+        key,
     )
