@@ -441,9 +441,8 @@ class Row:
         )
 
 
-def made_models(name: str, tokenizer: Any, folder: Path) -> str:
+def made_models(family: Family, tokenizer: Any, folder: Path) -> str:
     """Save a random base and two specialists of a family into a folder; return their class."""
-    family = FAMILIES[name]
     config = getattr(transformers, family.config)(**family.own)
     config.get_text_config().vocab_size = len(tokenizer)
     auto = (
@@ -475,7 +474,7 @@ def measured(name: str, tokenizer: Any, pairs: Sequence[dict[str, str]], folder:
         folder: empty.
     """
     row = Row(name, FAMILIES[name].kind)
-    row.model = made_models(name, tokenizer, folder)
+    row.model = made_models(FAMILIES[name], tokenizer, folder)
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     recipe = folder / "recipe.yml"
     recipe.write_text(
@@ -518,7 +517,7 @@ def measured(name: str, tokenizer: Any, pairs: Sequence[dict[str, str]], folder:
     random.Random(0).shuffle(order)
     # Some classes of models have a tokenizer of their own, whatever is stored.
     written = transformers.AutoTokenizer.from_pretrained(folder / "out")
-    found = _margin(loaded, written, [pairs[row] for row in order[-HELD_OUT:]])
+    found = preference_margin(loaded, written, [pairs[row] for row in order[-HELD_OUT:]])
     row.learned = abs(masks.provenance["held_out"]["merge"]["margin"] - found)
     machine = MachineOptions(engine="streaming", report="none")
     options = SomfOptions(machine=machine, quiet=True)
@@ -544,7 +543,7 @@ def _distances(masks: MaskSet, stored: dict[str, dict[str, torch.Tensor]]) -> It
 
 
 @torch.no_grad()
-def _margin(model: Any, tokenizer: Any, pairs: Sequence[dict[str, str]]) -> float:
+def preference_margin(model: Any, tokenizer: Any, pairs: Sequence[dict[str, str]]) -> float:
     """Return by how many nats a token a model likes safe answers more, plainly computed."""
     model = model.float().eval()
 

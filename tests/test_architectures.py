@@ -1,6 +1,9 @@
 """Each architecture from learning to the loaded merged model, on two random layers."""
 
+import dataclasses
+import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import transformers
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from benchmarks.architectures import FAMILIES, inputs, made_models, measured, preference_margin
 from somf_mergekit import MaskSet, learn
 from somf_mergekit.mask.granularity import Storage, mask_layout, weight_storage
 
@@ -31,32 +35,16 @@ SIZE = {
     "pad_token_id": 2,
 }
 GROUPED = {"num_key_value_heads": 2}
-WIDE = {**GROUPED, "head_dim": 16}
-EXPERTS = {**GROUPED, "num_experts_per_tok": 2}
+MANY = {"num_local_experts": 32, "num_experts_per_tok": 1}
 ARCHITECTURES = {
     "Llama": ("LlamaConfig", GROUPED),
-    "Mistral": ("MistralConfig", GROUPED),
-    "Qwen2": ("Qwen2Config", {**GROUPED, "tie_word_embeddings": True}),
-    "Qwen3": ("Qwen3Config", WIDE),
-    "Gemma2": ("Gemma2Config", {**WIDE, "query_pre_attn_scalar": 16}),
-    "Gemma3 (text)": ("Gemma3TextConfig", {**WIDE, "query_pre_attn_scalar": 16}),
     "Phi3": ("Phi3Config", GROUPED),
     "GPT-NeoX": ("GPTNeoXConfig", {}),
     "GPT-2": ("GPT2Config", {}),
-    "OLMo2": ("Olmo2Config", GROUPED),
-    "Granite": (
-        "GraniteConfig",
-        {
-            **GROUPED,
-            "logits_scaling": 2.0,
-            "residual_multiplier": 0.5,
-            "embedding_multiplier": 3.0,
-            "attention_multiplier": 0.25,
-        },
+    "Qwen3-MoE": (
+        "Qwen3MoeConfig",
+        {**GROUPED, "num_experts_per_tok": 2, "num_experts": 4, "moe_intermediate_size": 16},
     ),
-    "StableLM": ("StableLmConfig", {**GROUPED, "use_qkv_bias": True}),
-    "Mixtral": ("MixtralConfig", {**EXPERTS, "num_local_experts": 4}),
-    "Qwen3-MoE": ("Qwen3MoeConfig", {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 16}),
 }
 
 
@@ -65,7 +53,7 @@ LOADED_AS = {"embed_out.weight": "lm_head.weight"}
 if "embed_out.weight" in transformers.GPTNeoXForCausalLM._tied_weights_keys:
     # Releases before the head was renamed.
     LOADED_AS = {}
-PAGE = Path(__file__).parents[1] / "docs/recipe.md"
+PAGE = Path(__file__).parents[1] / "docs/architectures.md"
 
 
 def saved_family(architecture, folder):
@@ -145,27 +133,103 @@ def check_merge(models, folder):
     return masks
 
 
+# One of each kind, and those whose forward or names differ the most.
+SAMPLE = ("Llama", "Qwen2", "Mixtral", "GPT-OSS", "Qwen3-Next", "Gemma 3", "Llama 4", "Gemma 4 E")
+# Their layers get more than hidden states to learn through, or are in two lists.
+RESIDENT_ALONE = ("Gemma 4 E", "Gemma 4 E (text)")
+
+
 @pytest.mark.parametrize(
-    "architecture",
-    [
-        # One of each kind of storage: rows are outputs, rows are inputs, experts together.
-        pytest.param(
-            name, marks=() if name in ("Llama", "GPT-2", "Qwen3-MoE") else pytest.mark.slow
-        )
-        for name in ARCHITECTURES
-    ],
+    "name", [pytest.param(n, marks=() if n in SAMPLE else pytest.mark.slow) for n in FAMILIES]
 )
-def test_a_mask_is_learned_merged_and_loaded(architecture, tmp_path, family, monkeypatch, capsys):
-    models = saved_family(architecture, tmp_path)
-    result = run_merge(tmp_path, family)
+def test_a_family_is_learned_merged_and_loaded(name, tmp_path):
+    row = measured(name, *inputs(), tmp_path)
+    assert row.is_right, row
+    assert bool(row.streaming) == (name in RESIDENT_ALONE), row
+
+
+def test_every_kind_is_in_the_sample():
+    assert {FAMILIES[name].kind for name in SAMPLE} == {one.kind for one in FAMILIES.values()}
+
+
+def test_experts_that_no_token_goes_to_keep_their_start(tmp_path):
+    tokenizer, pairs = inputs()
+    config = dataclasses.replace(FAMILIES["Mixtral"], own=FAMILIES["Mixtral"].own | MANY)
+    made_models(config, tokenizer, tmp_path)
+    tiny.write_jsonl(tmp_path / "pairs.jsonl", pairs[:1])
+    steps = {"max_steps": 1, "learning_rate": 0.1, "batch_size": 1, "held_out_share": 0}
+    data = {"safety_dataset": str(tmp_path / "pairs.jsonl"), "utility_weight": 0}
+    recipe = tiny.recipe(tmp_path / "base", [tmp_path / "first"], **steps, **data)
+    masks = learn(recipe, tmp_path / "mask")
+    experts = [name for name in masks.names() if ".experts." in name]
+    assert len(experts) == 2 * 32 * 3
+    moved = {name for name in experts if len(masks.probabilities(name).unique()) > 1}
+    assert 0 < len(moved) < len(experts)
+    # The three weights of an expert go together.
+    of_expert = Counter(name.rpartition(".w")[0] for name in moved)
+    assert set(of_expert.values()) == {3}
+
+
+def test_modules_of_a_wrapper_come_from_different_models(tmp_path):
+    tokenizer, pairs = inputs()
+    made_models(FAMILIES["Gemma 3"], tokenizer, tmp_path)
+    tiny.write_jsonl(tmp_path / "pairs.jsonl", pairs)
+
+    def models(**weights):
+        return {
+            "models": [
+                {"model": str(tmp_path / name), "parameters": {"weight": weight}}
+                for name, weight in weights.items()
+            ]
+        }
+
+    content = {
+        "merge_method": "somf",
+        "base_model": str(tmp_path / "base"),
+        "modules": {
+            "text_decoder": models(first=0.4, second=0.7),
+            "multi_modal_projector": models(second=1.0),
+            "vision_tower": models(first=1.0),
+        },
+        "parameters": {
+            "safety_dataset": str(tmp_path / "pairs.jsonl"),
+            "max_steps": 1,
+            "batch_size": 4,
+        },
+        "dtype": "float32",
+    }
+    written = tiny.merged(content, tmp_path / "out")
+    models = {name: tiny.tensors_of(tmp_path / name) for name in ("base", "first", "second")}
+    assert written.keys() == models["base"].keys()
+    masks = MaskSet.open(tmp_path / "out")
+    seen = 0
+    for name, start in models["base"].items():
+        changes = {label: models[label][name] - start for label in WEIGHTS}
+        if "language_model" in name:
+            mask = masks.probabilities(name)
+            change = (0.4 * changes["first"] + 0.7 * changes["second"]) * mask / mask.mean()
+        else:
+            seen += 1
+            assert name not in masks
+            change = changes["second" if "projector" in name else "first"]
+        torch.testing.assert_close(written[name], start + change, rtol=1e-5, atol=1e-6)
+    assert seen > 10
+
+
+def test_a_wrapper_is_measured_on_text(tmp_path):
+    tokenizer, pairs = inputs()
+    made_models(FAMILIES["Gemma 3"], tokenizer, tmp_path)
+    file = tiny.write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    places = (tmp_path / "base", tmp_path / "first")
+    options = ("--pairs", file, "--safety", file, "--max-new-tokens", 2)
+    result = tiny.invoke("mergekit-somf", "evaluate", *places, *options, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
-    masks = check_merge(models, tmp_path)
-    # The other engine learns the same mask, whatever it has in memory.
-    monkeypatch.setenv("SOMF_ENGINE", "streaming")
-    streamed = learn(tmp_path / "recipe.yml", tmp_path / "streamed")
-    assert "somf: streaming: needs about" in capsys.readouterr().err
-    assert streamed.names() == masks.names()
-    assert all(torch.equal(streamed.entries(n), masks.entries(n)) for n in masks.names())
+    found = json.loads((tmp_path / "out/evaluation.json").read_text())
+    (margins,) = (row for row in found["measures"] if row["measure"] == "preference margin")
+    for place in places:
+        loaded = transformers.AutoModelForImageTextToText.from_pretrained(place)
+        expected = preference_margin(loaded, tokenizer, pairs)
+        assert margins["models"][place.name]["value"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_check_counts_experts_that_are_put_together_when_loaded(tmp_path, family):
@@ -304,8 +368,8 @@ def test_models_without_heads_have_no_head_width():
     assert weight_storage(transformers.MambaConfig()) == Storage(0)
 
 
-def test_the_documentation_lists_what_is_tested():
-    section = PAGE.read_text(encoding="utf-8").split("## Architectures")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| ([^|]+) \| yes", section, flags=re.MULTILINE)
-    assert rows == list(ARCHITECTURES)
-    assert len(re.findall(r"^\|", section, flags=re.MULTILINE)) == len(rows) + 2
+def test_the_documentation_lists_every_family():
+    rows = re.findall(r"^\| ([^|]+?) +\| ([a-z]+) ", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert [row for row in rows if row[0] != "family"] == [
+        (name, family.kind) for name, family in FAMILIES.items()
+    ]

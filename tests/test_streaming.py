@@ -104,7 +104,7 @@ def test_one_layer_has_weights_at_a_time(monkeypatch):
         held = [
             number
             for number, own in enumerate(layers)
-            if any(held_bytes(t) for t in setup.tensors if id(t.weight) in own)
+            if any(held_bytes(t) for t in setup.tensors if id(t.parameter) in own)
         ]
         most.append(len(held))
         return real(self, *arguments)
@@ -113,9 +113,9 @@ def test_one_layer_has_weights_at_a_time(monkeypatch):
     trajectory(setup)
     assert set(most) == {1}
     assert all(
-        t.weight.grad is None and held_bytes(t) == 0
+        t.parameter.grad is None and held_bytes(t) == 0
         for t in setup.tensors
-        if any(id(t.weight) in own for own in layers)
+        if any(id(t.parameter) in own for own in layers)
     )
 
 

@@ -93,7 +93,7 @@ def architecture_of(config: MergeConfiguration, options: MergeOptions) -> ModelA
     if any(own.names_of(name).isdisjoint(own.tied) for name in partial):
         return defined
     model_config = base.config(trust_remote_code=options.trust_remote_code)
-    if _names_all(defined, model_config, names):
+    if _names_all(defined, model_config, own, names):
         return defined
     # A recipe that names modules names them as mergekit does.
     groups = _by_module(defined, model_config, own, names) if config.modules else {"default": names}
@@ -113,7 +113,9 @@ def architecture_of(config: MergeConfiguration, options: MergeOptions) -> ModelA
     )
 
 
-def _names_all(defined: ModelArchitecture, config: PretrainedConfig, stored: set[str]) -> bool:
+def _names_all(
+    defined: ModelArchitecture, config: PretrainedConfig, own: ModelClass, stored: set[str]
+) -> bool:
     """Return whether an architecture names all stored tensors and no other that it needs."""
     try:
         weights = defined.all_weights(config)
@@ -121,7 +123,8 @@ def _names_all(defined: ModelArchitecture, config: PretrainedConfig, stored: set
         return False
     named = [{w.name, *(w.aliases or ()), *(w.tied_names or ())} for w in weights]
     needed = [names for names, w in zip(named, weights, strict=True) if not w.optional]
-    return set().union(*named) >= stored and all(names & stored for names in needed)
+    known = stored | {name for one in stored for name in own.tied.get(one, ())}
+    return set().union(*named) >= stored and all(names & known for names in needed)
 
 
 def _by_module(

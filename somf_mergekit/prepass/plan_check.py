@@ -9,10 +9,11 @@ from mergekit.merge_methods.base import ParameterScope
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
 from ..common.errors import few, first_line, log_traceback
-from ..common.model_classes import class_of, empty_model
+from ..common.model_classes import class_of, empty_model, stored_slices
 from ..fusion.fusion_methods import known_fusions
 from ..recipe.blocks import parameter_blocks
 from ..recipe.fusion_check import fusing_problem
+from .headers import planned_tensors
 from .plan import PlannedMerge, gather_task, mask_name, task_parameters
 
 
@@ -148,29 +149,30 @@ def _unreached(value: Any, names: set[str]) -> Iterator[str]:
 
 
 def _class_problem(planned: PlannedMerge) -> str | None:
-    """Return a sentence where transformers makes no causal language model of the merge."""
+    """Return a sentence where transformers makes no model that writes text of the merge."""
     trust = planned.options.trust_remote_code
     named = planned.base_model.config(trust_remote_code=trust).architectures[0]
-    ways = (
-        "Give models that are causal language models, or a learned mask with the parameter `mask`"
-    )
+    ways = "Give models that write text, or a learned mask with the parameter `mask`"
     try:
-        made = class_of(empty_model(planned.out_config, trust, None))
+        made = empty_model(planned.out_config, trust, None)
+        own = class_of(made)
     except ImportError as error:
         why = f"its configuration asks for what is not installed: {first_line(error)}"
         ways = "Install it, or take it (attn_implementation) out of the base's config.json"
     except Exception as error:  # a list of all configurations, or an error of a stranger's code
         log_traceback(error)
-        why = "transformers can't load it as a causal language model"
+        why = "transformers can't load it as a model that writes text"
     else:
-        known = {name for weight, _ in planned.tensors for name in made.names_of(weight.name)}
-        known |= {name for tied in known for name in made.tied.get(tied, ())}
-        foreign = [w.name for w, _ in planned.tensors if not made.loads(w.name)]
-        lacking = made.parameters - known
-        if foreign and made.name != named:
-            why = f"it would be learned on a {made.name}, which has no {few(foreign)}"
+        shapes = {name: tensor.shape for name, tensor in planned_tensors(planned).items()}
+        placed = {place.name for place in stored_slices(made, shapes).values()}
+        placed |= {name for tied in placed for name in own.tied.get(tied, ())}
+        lacking = (own.parameters & own.text) - placed
+        if made.get_output_embeddings() is None:
+            why = "it has no output head to write text with"
         elif lacking:
-            why = f"{made.name} needs {few(lacking)}, which the merge does not write"
+            why = (
+                f"{own.name} needs {few(lacking)}, which the merge does not write as it loads them"
+            )
         else:
             return None
     return (
