@@ -135,7 +135,7 @@ def check_merge(models, folder):
 
 # One of each kind, and those whose forward or names differ the most.
 SAMPLE = ("Llama", "Qwen2", "Mixtral", "GPT-OSS", "Qwen3-Next", "Gemma 3", "Llama 4", "Gemma 4 E")
-# Their layers get more than hidden states to learn through, or are in two lists.
+# Their layers get more than hidden states to learn through: an embedding for each.
 RESIDENT_ALONE = ("Gemma 4 E", "Gemma 4 E (text)")
 
 
@@ -143,6 +143,8 @@ RESIDENT_ALONE = ("Gemma 4 E", "Gemma 4 E (text)")
     "name", [pytest.param(n, marks=() if n in SAMPLE else pytest.mark.slow) for n in FAMILIES]
 )
 def test_a_family_is_learned_merged_and_loaded(name, tmp_path):
+    if not hasattr(transformers, FAMILIES[name].config):
+        pytest.skip("newer than this release of transformers")
     row = measured(name, *inputs(), tmp_path)
     assert row.is_right, row
     assert bool(row.streaming) == (name in RESIDENT_ALONE), row

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 
+from benchmarks.architectures import FAMILIES, inputs, made_models
 from somf_mergekit import MaskSet, RecipeError
 from somf_mergekit.common.process_group import Processes, own_device, processes
 from somf_mergekit.learner import tensors
@@ -181,6 +182,27 @@ def test_a_process_waits_for_one_that_reads_for_hours(monkeypatch):
     monkeypatch.setattr("accelerate.PartialState", state)
     assert processes("cpu") == Processes(1, 2)
     assert connected[0]["timeout"] >= timedelta(hours=24)
+
+
+@pytest.mark.parametrize("engine", ["resident", "sharded"])
+@pytest.mark.parametrize("name", ["Gemma 3", "Mixtral"])
+def test_wrappers_and_experts_are_learned_by_several(name, engine, tmp_path, monkeypatch):
+    tokenizer, pairs = inputs()
+    made_models(FAMILIES[name], tokenizer, tmp_path)
+    data = {"safety_dataset": str(tiny.write_jsonl(tmp_path / "pairs.jsonl", pairs))}
+    steps = {"max_steps": 2, "learning_rate": 0.1, "batch_size": 4, "granularity": "weight"}
+    recipe = tiny.recipe(tmp_path / "base", [tmp_path / "first"], **data, **steps)
+    file = tiny.write_recipe(tmp_path / "recipe.yml", recipe)
+    for key, value in ENVIRONMENT.items():
+        monkeypatch.setenv(key, value)
+    assert tiny.invoke("mergekit-somf", "learn", file, tmp_path / "one").exit_code == 0
+    monkeypatch.setitem(ENVIRONMENT, "SOMF_ENGINE", engine)
+    started = learned(file, tmp_path / "several", 2)
+    assert started.returncode == 0, started.stderr
+    one, other = MaskSet.open(tmp_path / "one"), MaskSet.open(tmp_path / "several")
+    assert one.names() == other.names()
+    apart = torch.cat([(one.entries(n) - other.entries(n)).flatten() for n in one.names()])
+    assert (apart.abs() < 0.01).float().mean() > 0.98
 
 
 def test_processes_that_found_other_data_are_refused():

@@ -246,7 +246,7 @@ def _converted(
             groups = [[(shape, _stepped(group, steps))]]
         elif (
             isinstance(operation, Transpose)
-            and operation.check_dims
+            and getattr(operation, "check_dims", False)
             and groups[0][0][0] == expected
         ):
             # Stored by another version, in the order that the model has.
