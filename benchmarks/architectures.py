@@ -441,10 +441,17 @@ class Row:
         )
 
 
-def made_models(family: Family, tokenizer: Any, folder: Path) -> str:
-    """Save a random base and two specialists of a family into a folder; return their class."""
+def made_models(family: Family, tokenizer: Any, folder: Path, rows: int | None = None) -> str:
+    """Save a random base and two specialists of a family into a folder; return their class.
+
+    Args:
+        family: of the models.
+        tokenizer: theirs.
+        folder: where they go, as `base`, `first` and `second`.
+        rows: of the embeddings, where that is more than there are tokens.
+    """
     config = getattr(transformers, family.config)(**family.own)
-    config.get_text_config().vocab_size = len(tokenizer)
+    config.get_text_config().vocab_size = rows or len(tokenizer)
     auto = (
         transformers.AutoModelForImageTextToText
         if "vision_config" in family.own

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.architectures import FAMILIES, inputs, made_models, measured, preference_margin
 from somf_mergekit import MaskSet, learn
+from somf_mergekit.common.model_classes import auto_class
 from somf_mergekit.mask.granularity import Storage, mask_layout, weight_storage
 
 WEIGHTS = {"first": 0.4, "second": 0.7}
@@ -216,6 +217,21 @@ def test_modules_of_a_wrapper_come_from_different_models(tmp_path):
             change = changes["second" if "projector" in name else "first"]
         torch.testing.assert_close(written[name], start + change, rtol=1e-5, atol=1e-6)
     assert seen > 10
+
+
+@pytest.mark.parametrize("name", ["Qwen3.5", "Gemma 3", "Mixtral"])
+def test_vocabulary_and_processor_are_written_where_they_belong(name, tmp_path):
+    tokenizer, pairs = inputs()
+    made_models(FAMILIES[name], tokenizer, tmp_path, rows=len(tokenizer) + 24)
+    safety = str(tiny.write_jsonl(tmp_path / "pairs.jsonl", pairs))
+    parameters = {"safety_dataset": safety, "max_steps": 1, "batch_size": 4}
+    recipe = tiny.recipe(tmp_path / "base", [tmp_path / "first"], **parameters)
+    (tmp_path / "base/preprocessor_config.json").write_text("{}")
+    tiny.merged(recipe | {"tokenizer": {"source": "base"}}, tmp_path / "out")
+    assert (tmp_path / "out/preprocessor_config.json").read_text() == "{}"
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert config.get_text_config().vocab_size == len(tokenizer)
+    auto_class(config).from_pretrained(tmp_path / "out")
 
 
 def test_a_wrapper_is_measured_on_text(tmp_path):

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import mergekit.merge
 from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 from pydantic import PrivateAttr
@@ -23,6 +25,7 @@ from ..data.held_out import warn
 from ..evaluate.for_recipe import asks_to_be_measured
 from ..mask.artifact import MaskSet
 from ..prepass.forecast import merge_bytes
+from ..prepass.headers import aligned_vocabulary
 from ..prepass.places import File, check_room, weight_bytes
 from ..prepass.plan import PlannedMerge, with_masks
 from ..prepass.prepass import mask_for
@@ -44,6 +47,12 @@ from .merge_check import (
 
 # Marks what of mergekit is wrapped already.
 WRAPPED = "_somf_wrapped"
+# How images, sound and video become inputs: mergekit copies it for the classes that it defines.
+_OF_PROCESSOR = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
 
 
 class ReadyRecipe(MergeConfiguration):
@@ -80,6 +89,10 @@ def wrap_planner() -> None:
                 planned = with_masks(planned, mask_for(planned, inputs, folder))
         self._tensors = [(weight, as_written(weight, task)) for weight, task in planned.tensors]
         copy_ties(planned.out_config, self.out_model_config)
+        tokens = aligned_vocabulary(planned)
+        if tokens is not None:
+            # mergekit doesn't know every place where a configuration has it.
+            self.out_model_config.get_text_config().vocab_size = tokens
         self._tokenizer_task = planned.tokenizer_task
 
     setattr(plan, WRAPPED, True)
@@ -179,6 +192,10 @@ def _merged(
     """Return what mergekit's ``run_merge`` returns of a planned merge, and write its model card."""
     without = options.model_copy(update={"write_model_card": False})
     result = run_merge(_ready(config, planned), folder, without, text, **further)
+    base = LoaderCache().get(planned.base_model).index.base_path
+    for name in _OF_PROCESSOR:
+        if os.path.isfile(os.path.join(base, name)):
+            shutil.copy(os.path.join(base, name), folder)
     if options.write_model_card:
         write_card(config, text, Path(folder))
     return result

@@ -143,6 +143,16 @@ def tensor_shapes(planned: PlannedMerge) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def aligned_vocabulary(planned: PlannedMerge) -> int | None:
+    """Return how many tokens the merge has; None where no vocabulary is aligned."""
+    shapes = tensor_shapes(planned)
+    for weight, task in planned.tensors:
+        is_aligned = task.gather_tensors is not gather_task(task)
+        if is_aligned and weight.vocabulary_axis is not None and weight.name in shapes:
+            return shapes[weight.name][weight.vocabulary_axis]
+    return None
+
+
 def _itemsize(planned: PlannedMerge, weight: WeightInfo, task: Any) -> int:
     merged_in = dtype_from_name(weight.force_dtype or planned.config.dtype)
     if merged_in is not None:
