@@ -214,7 +214,7 @@ def _engine_needs(
             outside += in_model
             visitor = max(visitor, held)
     pair_tokens = 2 * settings.max_length
-    # Between layers the hidden states of a process' share of a step are kept, in float32.
+    # Between layers the hidden states of a process' share of a step are stored, in float32.
     states = 4 * pair_tokens * settings.batch_size * text.hidden_size * text.num_hidden_layers
     by_layer = outside + max(layers.values(), default=0) + states // processes
     # Of each token, a backward pass keeps about twelve vectors of the model's width and four of the

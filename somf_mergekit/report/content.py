@@ -156,9 +156,9 @@ def report_json(report: Report) -> dict[str, Any]:
     }
 
 
-def _held_out_json(told: Mapping[str, Any]) -> dict[str, Any]:
-    found = recorded_held_out(told)
-    return {"pairs": 0, "why_none": why_none(told)} if found is None else found.record
+def _held_out_json(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    found = recorded_held_out(recorded)
+    return {"pairs": 0, "why_none": why_none(recorded)} if found is None else found.record
 
 
 def _mask_json(census: MaskCensus) -> dict[str, Any]:
