@@ -83,6 +83,7 @@ def make_setup(
                 seed=settings.seed,
                 init_logit=settings.init_logit,
                 learning_rate=settings.learning_rate,
+                is_noisy=settings.mask_noise == "concrete",
             )
         )
     utility = make_utility() if settings.utility_dataset else []
@@ -104,6 +105,10 @@ TRAJECTORIES = {
     "reference merged": {"reference": "merged", "mask_rescale": "none", "beta": 0.5},
     "reference base": {"reference": "base"},
     "reference redrawn": {"reference": "redrawn"},
+    "expected mask": {"mask_noise": "none", "mask_rescale": "none"},
+    "expected mask by rows": {"mask_noise": "none", "granularity": "row", "reference": "redrawn"},
+    "adamw, expected mask": {"mask_noise": "none", "optimizer": "adamw", "objective": "dpo"},
+    "ties, expected mask": {"mask_noise": "none", "fusion": "ties"},
     "dpo_norm": {"objective": "dpo_norm"},
     "ipo": {"objective": "ipo", "beta": 0.2},
     "hinge": {"objective": "hinge", "beta": 0.5},
@@ -127,6 +132,7 @@ FOR_ENGINES = {
     for name in (
         "defaults",
         "reference redrawn",
+        "expected mask by rows",
         "sft",
         "utility",
         "ties",

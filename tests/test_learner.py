@@ -96,6 +96,9 @@ def reference_trajectory(setup):
     def sampled(step, start, prefix=""):
         masks = {}
         for name, x in start.items():
+            if settings.mask_noise == "none":
+                masks[name] = torch.sigmoid(x)
+                continue
             key = noise.noise_key(seed=settings.seed, step=step, name=prefix + name)
             u = noise.uniform_noise(key, x.numel()).view(x.shape)
             masks[name] = torch.sigmoid((x + torch.log(u / (1 - u))) / settings.temperature)

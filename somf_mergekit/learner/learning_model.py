@@ -174,6 +174,7 @@ def _masked_tensor(
         seed=settings.seed,
         init_logit=values["init_logit"],
         learning_rate=values["learning_rate"],
+        is_noisy=settings.mask_noise == "concrete",
         kind=values["mask_kind"],
     )
     masked.restart()

@@ -120,6 +120,8 @@ class MaskedTensor(FixedTensor):
         name: of the tensor in the merged checkpoint.
         layout: how the mask's entries lie on the whole weight.
         temperature: of the concrete samples.
+        is_noisy: whether learning draws them; else it takes the expected mask, sigmoid(x), in
+            their place.
         rescale: see ``masking.mask_scale``.
         seed: of the noise.
         init_logit: where the logits start.
@@ -136,6 +138,7 @@ class MaskedTensor(FixedTensor):
     seed: int
     init_logit: float
     learning_rate: float
+    is_noisy: bool = True
     kind: str = "soft"
     gradient_square: Tensor | None = field(default=None, init=False)
 
@@ -242,10 +245,12 @@ class MaskedTensor(FixedTensor):
             logits, name = start.expand(len(logits)), f"untrained/{name}"
         elif state.content is Content.MERGED:
             step, kind = MERGE_STEP, self.kind
-        is_drawn = state.content is not Content.SOFT
+        is_drawn = kind is not None or (self.is_noisy and state.content is not Content.SOFT)
         key = noise_key(seed=self.seed, step=step, name=name) if is_drawn else None
+        # Without noise, m = sigmoid(x): its slope is that of temperature 1.
+        temperature = self.temperature if is_drawn else 1.0
         first = self.shard.first_entry if self.is_entrywise else 0
-        return MaskSampler(logits, self.temperature, key, first, kind)
+        return MaskSampler(logits, temperature, key, first, kind)
 
     def _mask(self, sampler: MaskSampler) -> Tensor:
         """Return a mask that is drawn whole: it has few entries, or its fusion isn't linear."""

@@ -1,12 +1,13 @@
 """What a somf recipe may say: every parameter with its type, range, default and help."""
 
 import fnmatch
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .schema import Parameter, parameters_of, pattern_text
+from .template_keywords import KeywordText
 
 METHOD_NAME = "somf"
 # What the parameters are about, from the one that is named on.
@@ -27,35 +28,6 @@ _PER_TENSOR: dict[str, Any] = {"merge": True, "per_tensor": True}
 # Of objectives that take sums over an answer's tokens, where ``dpo_norm`` has means: as published
 # (arXiv 2405.09055).
 _BETA_OF_SUMS = 0.1
-# What a rendering gives to every chat template itself.
-_GIVEN_TO_TEMPLATES = frozenset(
-    {
-        *("conversation", "messages", "tools", "documents", "chat_template", "strftime_now"),
-        *("add_generation_prompt", "continue_final_message", "tokenize", "return_dict"),
-    }
-)
-
-
-def _keyword_text(text: str) -> str:
-    """Return a mapping of a chat template's variables as it was given, in YAML.
-
-    Raises:
-        ValueError: it is none.
-    """
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError("not YAML") from error
-    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise ValueError("not a mapping of names")
-    if not _GIVEN_TO_TEMPLATES.isdisjoint(content):
-        raise ValueError("a name that is taken")
-    return text
-
-
-KeywordText = Annotated[
-    str, AfterValidator(_keyword_text), WithJsonSchema({"const": '"{enable_thinking: false}"'})
-]
 
 
 class Settings(BaseModel):
@@ -117,6 +89,11 @@ class Settings(BaseModel):
         le=10,
         json_schema_extra=_PER_TENSOR,
         description="Temperature of the concrete samples.",
+    )
+    mask_noise: Literal["concrete", "none"] = Field(
+        "concrete",
+        description="`concrete`: learn under a random sample of the mask, drawn anew each step; "
+        "`none`: under the expected mask, which a `soft` merge uses.",
     )
     init_logit: float = Field(
         0.0,
