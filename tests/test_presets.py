@@ -22,6 +22,7 @@ PAPER = {
     "granularity": "weight",
     "mask_kind": "sampled",
     "temperature": 0.5,
+    "mask_noise": "concrete",
     "init_logit": 0.0,
     "mask_rescale": "mean",
     "objective": "dpo",

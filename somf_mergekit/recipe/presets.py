@@ -13,6 +13,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "granularity": "weight",
         "mask_kind": "sampled",
         "temperature": 0.5,
+        "mask_noise": "concrete",
         "init_logit": 0.0,
         "mask_rescale": "mean",
         "objective": "dpo",
