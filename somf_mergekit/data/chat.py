@@ -1,11 +1,11 @@
 """Conversations to token ids: a prompt with its answers, cut to a length."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .rendering import Message as Message
-from .rendering import Opening, Rendering, finished, opening, rendered
+from .rendering import Opening, Rendering, after_thought, asked, finished, opening
 
 AS_GIVEN = Rendering()
 # Stands in a user's text for what was cut out of it, of which so many characters must stay.
@@ -14,17 +14,21 @@ _GAP, _LEAST = " ... ", 8
 
 @dataclass(frozen=True)
 class Cut:
-    """What cutting a prompt and its answers took.
+    """What was changed of a prompt and its answers.
 
     Attributes:
-        whole: tokens of the prompt with the longest answer before.
+        whole: tokens of the prompt with the longest answer before it was cut.
         prompt: whether the prompt was cut.
         answers: how many answers were.
+        system: whether the system message was put before the first user message.
+        thoughts: how many answers lost the thought that they begin with.
     """
 
     whole: int = 0
     prompt: bool = False
     answers: int = 0
+    system: bool = False
+    thoughts: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Message], how: Rendering = AS_
 
     There is one BOS: the template's own, or, without a template, one where the tokenizer adds it.
     """
-    (ids,) = _tokens(tokenizer, [rendered(tokenizer, messages, how, open_answer=True)])
+    (ids,) = _tokens(tokenizer, [asked(tokenizer, messages, how)[0]])
     return _with_bos(tokenizer, ids)
 
 
@@ -64,7 +68,8 @@ def encoded(
     Too long a conversation first loses its oldest turns, until what stands around the last user
     message takes half of ``max_length``. That message shares the rest with the longest answer: it
     is cut in its middle, down to half of the rest, and the answers lose tokens at their right. BOS,
-    chat headers and the generation prompt always stay.
+    chat headers and the generation prompt always stay. A thought that an answer begins with is
+    left out: what models are measured by comes after it.
 
     Args:
         tokenizer: with or without a chat template.
@@ -77,19 +82,23 @@ def encoded(
     Raises:
         RecipeError: the template refuses the conversation.
     """
+    whole_answers, answers = answers, [after_thought(answer) for answer in answers]
     turn = _Turn.of(tokenizer, messages, how)
+    thoughts = sum(map(str.__ne__, whole_answers, answers))
     found = turn.answers(answers, closed=closed)
     longest = max(map(len, found), default=0)
     whole = len(turn.ids) + longest
+    cut = Cut(whole, system=turn.opening.how.moves_system, thoughts=thoughts)
     fitting = _fitting(turn, max_length, longest) if whole > max_length else turn
     if fitting is None:
-        return Encoded([], [[] for _ in answers], Cut(whole, prompt=True))
+        return Encoded([], [[] for _ in answers], replace(cut, prompt=True))
     is_cut = fitting is not turn
     if is_cut:
         turn, found = fitting, fitting.answers(answers, closed=closed)
     room = max_length - len(turn.ids)
     shorter = sum(len(answer) > room for answer in found)
-    return Encoded(turn.ids, [answer[:room] for answer in found], Cut(whole, is_cut, shorter))
+    cut = replace(cut, prompt=is_cut, answers=shorter)
+    return Encoded(turn.ids, [answer[:room] for answer in found], cut)
 
 
 def check_words(tokenizer: Any) -> None:

@@ -250,7 +250,8 @@ def encoded_pairs(
         The usable pairs, and how many were left out by reason.
 
     Raises:
-        RecipeError: nothing is left of any answer, or of the difference between two.
+        RecipeError: the chat template refuses a row; or nothing is left of any answer, or of the
+            difference between two.
     """
     usable: list[EncodedPair] = []
     dropped = Dropped()
@@ -258,7 +259,10 @@ def encoded_pairs(
         if len(usable) == enough:
             break
         texts = [pair.chosen, pair.rejected] if pair.rejected else [pair.chosen]
-        found = encoded(tokenizer, pair.messages, texts, max_length, how)
+        try:
+            found = encoded(tokenizer, pair.messages, texts, max_length, how)
+        except RecipeError as error:
+            raise RecipeError(f"dataset {source}, row {pair.row}: {error.message}") from error
         if not found.prompt and found.cut.prompt:
             dropped.add(f"whose last question has no room in {max_length} tokens")
         elif not found.prompt or not all(found.answers):

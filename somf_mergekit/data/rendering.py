@@ -18,9 +18,11 @@ _ANSWER = "SOMF-ANSWER"
 _CLOSES_THOUGHT = ("enable_thinking", "thinking")
 _THOUGHT = r"(?P<open><|\[)(?P<name>(?:\w+:)?(?:think|thinking|thought|reasoning))(?P<close>>|\])"
 _OPENED = re.compile(_THOUGHT + r"\s*$", re.IGNORECASE)
-_BEGUN = re.compile(r"\s*(?:" + _THOUGHT + r"|<\|channel\|>analysis)", re.IGNORECASE)
+_BEGUN = re.compile(
+    r"\s*(?:" + _THOUGHT + r"|<\|channel\|>analysis|<\|channel>thought)", re.IGNORECASE
+)
 _ENDED = re.compile(
-    r"<\|channel\|>final<\|message\|>|" + _THOUGHT.replace(r"(?P<name>", "/(?P<name>"),
+    r"<\|channel\|>final<\|message\|>|<channel\|>|" + _THOUGHT.replace(r"(?P<name>", "/(?P<name>"),
     re.IGNORECASE,
 )
 _CLOCK = "strftime_now"
@@ -34,10 +36,13 @@ class Rendering:
     Attributes:
         keywords: further variables of the template, such as ``enable_thinking``.
         date: the day that a template writes as today's, as 2026-11-30; the clock's where None.
+        moves_system: whether an opening system message's text stands before the first user's, as
+            for a template that has no place for it.
     """
 
     keywords: Mapping[str, Any] = field(default_factory=dict)
     date: str | None = None
+    moves_system: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,13 +71,14 @@ def rendered(
     Raises:
         RecipeError: the template refuses it.
     """
+    written = _system_moved(messages) if how.moves_system else messages
     if not tokenizer.chat_template:
-        blocks = [f"{PLAIN_ROLES.get(m['role'], m['role'])}: {m['content']}" for m in messages]
+        blocks = [f"{PLAIN_ROLES.get(m['role'], m['role'])}: {m['content']}" for m in written]
         return "\n\n".join([*blocks, "Assistant:"] if open_answer else blocks)
     try:
         return str(
             tokenizer.apply_chat_template(
-                list(messages),
+                list(written),
                 chat_template=_dated(tokenizer.get_chat_template(), how.date),
                 tokenize=False,
                 add_generation_prompt=open_answer,
@@ -80,14 +86,34 @@ def rendered(
             )
         )
     except Exception as error:
-        roles = ", ".join(m["role"] for m in messages)
         # A template may put into its words what it refuses, which may be harmful.
         quotes = any(m["content"] and m["content"] in str(error) for m in messages)
-        why = type(error).__name__ if quotes else error
-        raise RecipeError(
-            f"the merge's chat template refuses a conversation of the roles {roles}: {why}. Use "
-            "prompts without the refused role, or another template (the recipe's `chat_template`)."
-        ) from error
+        raise _refused(messages, f": {type(error).__name__ if quotes else error}") from error
+
+
+def asked(tokenizer: Any, messages: Sequence[Message], how: Rendering) -> tuple[str, Rendering]:
+    """Return a prompt as a model is asked, with the generation prompt, and how it is rendered.
+
+    A system message that the template refuses or leaves out is put before the first user message,
+    with an empty line between, as Gemma's documentation has it
+    (https://ai.google.dev/gemma/docs/formatting).
+
+    Raises:
+        RecipeError: the template refuses the conversation, or leaves a message out.
+    """
+    moved = how if _system_moved(messages) == messages else replace(how, moves_system=True)
+    try:
+        text = rendered(tokenizer, messages, how, open_answer=True)
+    except RecipeError:
+        if moved == how:
+            raise
+        return asked(tokenizer, messages, moved)
+    left_out = _left_out(tokenizer, text, messages, how)
+    if left_out and moved != how:
+        return asked(tokenizer, messages, moved)
+    if left_out:
+        raise _refused(messages, f", of which it leaves {left_out} out")
+    return text, how
 
 
 def finished(tokenizer: Any, messages: Sequence[Message], answer: str, how: Rendering) -> str:
@@ -112,11 +138,11 @@ def opening(tokenizer: Any, messages: Sequence[Message], how: Rendering) -> Open
     Raises:
         RecipeError: the template refuses the conversation, or writes no answers.
     """
-    asked = rendered(tokenizer, messages, how, open_answer=True)
+    prompt, how = asked(tokenizer, messages, how)
     before, found, _ = finished(tokenizer, messages, _ANSWER, how).rpartition(_ANSWER)
     if not found:
-        raise RecipeError("the merge's chat template does not write an assistant's answers")
-    thought = _OPENED.search(asked)
+        raise RecipeError("the chat template doesn't write an assistant's answers")
+    thought = _OPENED.search(prompt)
     if thought:
         for keyword in _CLOSES_THOUGHT:
             known = re.search(rf"\b{keyword}\b", tokenizer.get_chat_template())
@@ -125,15 +151,15 @@ def opening(tokenizer: Any, messages: Sequence[Message], how: Rendering) -> Open
                 other = rendered(tokenizer, messages, closed, open_answer=True)
                 if not _OPENED.search(other):
                     return opening(tokenizer, messages, closed)
-        still_open = before.startswith(asked) and not _ENDED.search(before, len(asked))
+        still_open = before.startswith(prompt) and not _ENDED.search(before, len(prompt))
         end = "{open}/{name}{close}".format_map(thought.groupdict())
         return Opening(f"{before}\n{end}\n\n" if still_open else before, len(before), how)
-    return Opening(asked, len(asked if before.startswith(asked) else before), how)
+    return Opening(prompt, len(before) - len(_written_between(prompt, before, messages)), how)
 
 
 def opens_thought(tokenizer: Any, messages: Sequence[Message], how: Rendering) -> bool:
     """Return whether the generation prompt after ``messages`` leaves a thought open."""
-    return bool(_OPENED.search(rendered(tokenizer, messages, how, open_answer=True)))
+    return bool(_OPENED.search(asked(tokenizer, messages, how)[0]))
 
 
 def begins_thought(text: str) -> bool:
@@ -146,9 +172,63 @@ def ends_thought(text: str) -> bool:
     return bool(_ENDED.search(text))
 
 
+def after_thought(text: str) -> str:
+    """Return what comes after the thought that an answer begins with; the text without one."""
+    end = _ENDED.search(text)
+    if end:
+        return text[end.end() :].lstrip()
+    return "" if begins_thought(text) else text
+
+
 def writes_date(tokenizer: Any) -> bool:
     """Return whether the chat template writes the day on which it is rendered."""
     return bool(tokenizer.chat_template) and _CLOCK in tokenizer.get_chat_template()
+
+
+def _system_moved(messages: Sequence[Message]) -> Sequence[Message]:
+    """Return messages whose first one, of the system, is put before a user's that follows it."""
+    if [m["role"] for m in messages[:2]] != ["system", "user"]:
+        return messages
+    texts = [m["content"] for m in messages[:2]]
+    return [{**messages[1], "content": "\n\n".join(texts)}, *messages[2:]]
+
+
+def _written_between(prompt: str, before: str, messages: Sequence[Message]) -> str:
+    """Return what a template writes after a prompt and before an answer, such as a blank.
+
+    In a finished conversation it may have written the prompt otherwise: Mistral's put the system's
+    text into the last message alone, where that is the user's.
+    """
+    asked_last = messages[-1]["content"].strip()
+    if not before.startswith(prompt) and asked_last:
+        prompt, before = (text.rpartition(asked_last)[2] for text in (prompt, before))
+    return before[len(prompt) :] if before.startswith(prompt) else ""
+
+
+def _left_out(tokenizer: Any, text: str, messages: Sequence[Message], how: Rendering) -> str | None:
+    """Return the role of a message without which a prompt has the same text, None without one."""
+    messages = _system_moved(messages) if how.moves_system else messages
+    for number, message in enumerate(messages):
+        if message["role"] in ("user", "assistant") or not message["content"].strip():
+            continue
+        others = [*messages[:number], *messages[number + 1 :]]
+        try:
+            if (
+                rendered(tokenizer, others, replace(how, moves_system=False), open_answer=True)
+                == text
+            ):
+                return message["role"]
+        except RecipeError:
+            continue
+    return None
+
+
+def _refused(messages: Sequence[Message], why: str) -> RecipeError:
+    roles = ", ".join(m["role"] for m in messages)
+    return RecipeError(
+        f"the chat template refuses a conversation of the roles {roles}{why}. Leave such rows out, "
+        "or set another template that takes them (the recipe's `chat_template`)"
+    )
 
 
 def _dated(template: str, date: str | None) -> str:

@@ -16,7 +16,7 @@ from .evaluation import Evaluation
 from .evaluation_sets import HARMFUL, HARMLESS, PAIRS, EvaluationSets, read_sets
 from .evaluation_settings import EvaluationSettings, NamedModel
 from .measured_models import found_model
-from .runner import evaluated
+from .runner import evaluated, unaskable
 
 MERGED, PLAIN, BASE = "somf", "plain fusion", "aligned base"
 _OPTIONS_OF_A_SOURCE = ("config", "split")
@@ -78,7 +78,8 @@ def measuring_problems(
     if not sets.is_empty:
         try:
             base = base_of(base_model, options)
-            found_model(base, _evaluation_settings(settings, base, options))
+            measuring = _evaluation_settings(settings, base, options)
+            problems = [*problems, *unaskable(found_model(base, measuring), sets, measuring)]
         except RecipeError as error:
             problems = [*problems, f"to measure the merge beside its base: {error.message}"]
     return problems

@@ -70,7 +70,7 @@ def found_model(
     Raises:
         RecipeError: there is no such model, or it can't be loaded; no weights are read.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     folder = _folder(model.source)
     if not (folder / "config.json").is_file():
@@ -82,7 +82,7 @@ def found_model(
     options = {"trust_remote_code": settings.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(folder, **options)
-        check_words(AutoTokenizer.from_pretrained(folder, **options))
+        check_words(loaded_tokenizer(folder, settings))
     except Exception as error:
         raise RecipeError(f"model {model.source} can't be loaded: {first_line(error)}") from error
     made_for = " ".join(config.architectures or [])
@@ -135,7 +135,7 @@ class ModelsInMemory:
         return [self._held[folder] for folder in wanted]
 
     def _loaded(self, subject: Subject) -> ModelAndTokenizer:
-        from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForSequenceClassification
 
         settings = self._settings
         remote = {"trust_remote_code": settings.trust_remote_code}
@@ -148,8 +148,15 @@ class ModelsInMemory:
         except Exception as error:
             reason = first_line(error)
             raise RecipeError(f"model {subject.source} can't be loaded: {reason}") from error
-        tokenizer = AutoTokenizer.from_pretrained(subject.folder, **remote)
+        tokenizer = loaded_tokenizer(subject.folder, settings)
         return model.to(settings.place).eval(), tokenizer
+
+
+def loaded_tokenizer(folder: Path, settings: EvaluationSettings) -> Any:
+    """Return the tokenizer in a model's folder."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
 
 
 def _folder(source: str) -> Path:

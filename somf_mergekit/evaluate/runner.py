@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..common.console import no_model_bars
-from ..common.errors import noted, raise_together
+from ..common.errors import RecipeError, noted, raise_together
+from ..data.rendering import asked
 from .evaluation import Evaluation, row_of
-from .evaluation_sets import HARMFUL, HARMLESS, EvaluationSets
+from .evaluation_sets import HARMFUL, HARMLESS, PAIRS, EvaluationSets
 from .evaluation_settings import EvaluationSettings, NamedModel
 from .harness import Harness
 from .judges import Judge, found_judge
-from .measured_models import Subject, found_model
+from .measured_models import Subject, found_model, loaded_tokenizer
 from .measures import Measures
 from .steps import Steps
 from .store import Store
@@ -180,6 +181,7 @@ def checked_participants(
     for model in dict.fromkeys([*models, *asked]):
         with noted(found):
             subjects[model] = found_model(model, settings)
+            found += unaskable(subjects[model], sets.limited(settings.limit), settings)
     compared = [subjects[model] for model in models if model in subjects]
     # A reference that is also compared is known by the name that it has there.
     known = {subject.folder.resolve(): subject for subject in reversed(compared)}
@@ -197,6 +199,22 @@ def checked_participants(
         harness = Harness(settings.harness) if settings.harness else None
     raise_together(found, IMPOSSIBLE)
     return Participants(compared, list(references.values()), judge, harness, distances)
+
+
+def unaskable(
+    subject: Subject, sets: EvaluationSets, settings: EvaluationSettings
+) -> Iterator[str]:
+    """Yield what of the sets a model can't be asked, a sentence for each set."""
+    tokenizer = loaded_tokenizer(subject.folder, settings)
+    pairs = {PAIRS: [pair.messages for pair in sets.pairs]}
+    skills = {skill.name: [messages for messages, _ in skill.examples] for skill in sets.skills}
+    for name, prompts in {**sets.asked, **skills, **pairs}.items():
+        for number, messages in enumerate(prompts):
+            try:
+                asked(tokenizer, messages, settings.rendering)
+            except RecipeError as error:
+                yield f"model {subject.source}, prompt {number} of {name}: {error.message}"
+                break
 
 
 def _missing(

@@ -49,6 +49,26 @@ def cut_line(examples: Sequence[EncodedPair], max_length: int) -> str:
     return line
 
 
+def template_notes(examples: Sequence[EncodedPair], data: str) -> list[str]:
+    """Return what of the data the chat template has no place for, a sentence each.
+
+    Args:
+        examples: tokenised data.
+        data: what the dataset is called, such as "safety dataset".
+    """
+    moved = sum(example.cut.system for example in examples)
+    thoughts = sum(example.cut.thoughts for example in examples)
+    notes = []
+    if moved:
+        notes.append(
+            f"system messages of the {data} put before the first user message, since the chat "
+            f"template has no place for them: {moved:,}"
+        )
+    if thoughts:
+        notes.append(f"thoughts before answers of the {data} left out: {thoughts:,}")
+    return notes
+
+
 def fit_problems(planned: PlannedMerge, examples: Sequence[EncodedPair]) -> list[str]:
     """Return what the model that learns can't read of its data, a sentence each.
 

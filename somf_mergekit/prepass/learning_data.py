@@ -25,7 +25,7 @@ from ..data.rows import Examples
 from ..mask.artifact import MaskSet
 from ..mask.granularity import mask_layout, mask_shape_problem, weight_storage
 from ..recipe.settings import METHOD_NAME, Settings
-from .data_fit import cut_counts, cut_line, fit_problems
+from .data_fit import cut_counts, cut_line, fit_problems, template_notes
 from .headers import checkpoint_problems, planned_tensors
 from .plan import PlannedMerge
 from .plan_check import learning_problem
@@ -234,6 +234,7 @@ def preference_data(
         why_none = few if share else "held_out_share is 0"
     dropped = ", ".join(filter(None, (str(pairs.left_out), str(cut))))
     notes = pairs.notes("safety dataset", dropped)
+    notes += template_notes(encoded, "safety dataset")
     return SafetyData(learned, held_out, why_none, dropped, [], notes=notes)
 
 
@@ -248,6 +249,7 @@ def _safe_answers(
 ) -> SafetyData:
     pairs, dropped = _answers(planned, found, source, planned.settings.safety_samples, how)
     why_none, notes = "the data has no unsafe answers", found.notes("safety dataset", dropped)
+    notes += template_notes(pairs, "safety dataset")
     return SafetyData(pairs, [], why_none, dropped, [], notes=notes)
 
 
@@ -259,7 +261,8 @@ def _utility_data(planned: PlannedMerge, how: Rendering) -> tuple[list[EncodedPa
         return [], []
     found = read_answers(source, settings.utility_split, settings.utility_config)
     encoded, dropped = _answers(planned, found, source, settings.utility_samples, how)
-    return encoded, found.notes("utility dataset", dropped)
+    notes = found.notes("utility dataset", dropped)
+    return encoded, notes + template_notes(encoded, "utility dataset")
 
 
 def _answers(
