@@ -1,6 +1,9 @@
 """What is read of a dataset: each row as it is meant, or counted with a reason."""
 
+import bz2
+import gzip
 import json
+import lzma
 
 import datasets
 import pytest
@@ -109,6 +112,191 @@ def test_a_pair_that_would_be_read_otherwise_is_counted(row, reason, tmp_path):
     pairs = read_pairs(jsonl(tmp_path, pair_of(["no", "so"], prompt="how?"), row))
     assert len(pairs) == 1
     assert pairs.left_out.reasons == {reason: 1}
+
+
+HUMAN, GPT_NO, GPT_SO = (
+    {"from": name, "value": text}
+    for name, text in (("human", "how?"), ("gpt", "no"), ("gpt", "so"))
+)
+HH = "\n\nHuman: hi\n\nAssistant: what?\n\nHuman: how?\n\nAssistant: {}".format
+BEGINNING = [{"role": "user", "content": "hi"}, TURN[0], ASKED]
+SCORED = {"prompt_id": "1", "messages": [ASKED, NO], "score_chosen": 8.0, "score_rejected": 2.0}
+STRUCT = {name: [m[name] for m in (SYSTEM, ASKED)] for name in ("role", "content")}
+# As data sets are published: a row (or several) of each, and the prompt of its pair.
+PUBLISHED = {
+    "HH-RLHF": ([pair_of([HH("no"), HH("so")])], BEGINNING),
+    "PKU-SafeRLHF": (
+        [
+            {
+                **{"prompt": "how?", "response_0": "so", "response_1": "no"},
+                **{"is_response_0_safe": False, "is_response_1_safe": True},
+                **{"better_response_id": 0, "safer_response_id": 1},
+            }
+        ],
+        [ASKED],
+    ),
+    "UltraFeedback": ([pair_of([[ASKED, NO], [ASKED, SO]], prompt="how?", **SCORED)], [ASKED]),
+    "ORPO mix": ([pair_of([[ASKED, NO], [ASKED, SO]], prompt="how?", question="how?")], [ASKED]),
+    "Orca": ([pair_of(["no", "so"], system="be brief", question="how?")], [SYSTEM, ASKED]),
+    "Argilla": (
+        [{"instruction": "how?", "chosen_response": "no", "rejected_response": "so"}],
+        [ASKED],
+    ),
+    "distilabel": (
+        [
+            pair_of(
+                ["no", "so"],
+                **{"system": "be brief", "input": "how?", "generations": ["so", "no"]},
+                rating=[1.0, 5.0],
+            )
+        ],
+        [SYSTEM, ASKED],
+    ),
+    "ShareGPT": ([pair_of([GPT_NO, GPT_SO], conversations=[HUMAN])], [ASKED]),
+    "ShareGPT with an answer": (
+        [pair_of([[GPT_NO], [GPT_SO]], conversations=[HUMAN, GPT_NO])],
+        [ASKED],
+    ),
+    "ShareGPT dialogues": (
+        [pair_of([[HUMAN, GPT_NO], [HUMAN, GPT_SO]], conversations=[HUMAN], system="be brief")],
+        [SYSTEM, ASKED],
+    ),
+    "messages and turns": ([pair_of([NO, SO], messages=[SYSTEM, ASKED])], [SYSTEM, ASKED]),
+    "a sequence of structs": ([pair_of([NO, SO], prompt=STRUCT)], [SYSTEM, ASKED]),
+    "KTO": (
+        [
+            {"prompt": "how?", "completion": "so", "label": False},
+            {"prompt": "how?", "completion": "no", "label": True},
+        ],
+        [ASKED],
+    ),
+    "KTO messages": (
+        [
+            {"prompt": [SYSTEM, ASKED], "completion": [NO], "label": True},
+            {"prompt": [SYSTEM, ASKED], "completion": [SO], "label": False},
+        ],
+        [SYSTEM, ASKED],
+    ),
+    "labelled dialogues": (
+        [
+            {"conversations": [HUMAN, GPT_NO], "label": "true"},
+            {"conversations": [HUMAN, GPT_SO], "label": "false"},
+        ],
+        [ASKED],
+    ),
+    "BeaverTails": (
+        [
+            {"prompt": "how?", "response": "so", "category": {"theft": True}, "is_safe": False},
+            {"prompt": "how?", "response": "no", "category": {"theft": False}, "is_safe": True},
+        ],
+        [ASKED],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_data_are_read_in_every_kind_of_file(name, tmp_path):
+    rows, prompt = PUBLISHED[name]
+    expected = (tuple((m["role"], m["content"]) for m in prompt), "no", "so")
+    packed = tmp_path / "rows.jsonl.gz"
+    packed.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    parquet_file(tmp_path / "rows.parquet", rows)
+    saved(tmp_path / "saved", rows)
+    for source in (packed, tmp_path / "rows.parquet", tmp_path / "saved"):
+        split = "test" if source.is_dir() else "train"
+        (pair,) = read_pairs(str(source), split)
+        assert (pair.prompt, pair.chosen, pair.rejected) == expected
+        assert rows[pair.row].get("label", True) in (True, "true")
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.bz2", "rows.csv.gz", "rows.json.xz"])
+def test_packed_files_are_read_alone_and_in_a_folder(name, tmp_path):
+    row = pair_of(["no", "so"], prompt="how?")
+    text = ",".join(row) + "\n" + ",".join(row.values()) if "csv" in name else json.dumps(row)
+    pack = {"2": bz2.compress, "z": gzip.compress, "xz": lzma.compress}
+    pack = next(pack[end] for end in ("xz", "2", "z") if name.endswith(end))
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / name).write_bytes(pack(text.encode()))
+    for source in (tmp_path / "rows", tmp_path / "rows" / name):
+        assert [pair.chosen for pair in read_pairs(str(source))] == ["no"]
+
+
+def test_each_wanted_answer_is_paired_with_each_other_one(tmp_path):
+    def row(prompt, completion, label):
+        return {"prompt": prompt, "completion": completion, "label": label, "id": 1}
+
+    rows = [row("how?", text, label) for text, label in (("no", 1), ("so", 0), ("not", 1))]
+    rows += [row("what?", "so", 0), row("which?", "no", 1), row("how?", "", 1)]
+    rows += [row("same?", "no", 1), row("same?", "no", 0), row("none?", "no", None)]
+    rows += [row("many?", f"no {n}", 1) for n in range(9)]
+    rows += [row("many?", f"so {n}", 0) for n in range(9)]
+    pairs = read_pairs(jsonl(tmp_path, *rows))
+    found = [(dict(p.prompt)["user"], p.chosen, p.rejected, p.row) for p in pairs]
+    assert found[:2] == [("how?", "no", "so", 0), ("how?", "not", "so", 2)]
+    # Sixteen of 81, the first ones of both.
+    assert len(found) == 2 + 16
+    assert {(one, two) for _, one, two, _ in found[2:]} >= {
+        (f"no {one}", f"so {two}") for one in range(5) for two in range(5 - one)
+    }
+    assert all(rows[row]["completion"] == chosen for _, chosen, _, row in found)
+    met = {text for _, *both, _ in found[2:] for text in both}
+    assert pairs.left_out.reasons == {
+        "whose prompt has answers of one kind alone": 2,
+        "without an answer": 1,
+        "with chosen equal to rejected": 2,
+        "with neither true nor false for label": 1,
+        "beyond the first 16 pairs of their prompt": 18 - len(met),
+    }
+    assert pairs.unused == ["id"]
+    # They are drawn like any others.
+    assert sorted(p.chosen for p in pairs.sampled(None, 0)) == sorted(p.chosen for p in pairs)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            {"question": "how?", "answer": "no"},
+            "Found: question, answer. .* Nearest is 'question', 'answer', 'is_safe': add "
+            "'is_safe'; or set `objective: sft`",
+        ),
+        (
+            {"conversations": [HUMAN, GPT_NO]},
+            "Found: conversations. .* Nearest is 'conversations', .*; or set `objective: sft`",
+        ),
+        (
+            {"prompt": "how?", "chosen": "no", "loser": "so"},
+            "Found: prompt, chosen, loser. .* Nearest is 'prompt', 'chosen', 'rejected': add",
+        ),
+        (
+            {"ask": "how?", "rejected_response": "so"},
+            "Nearest is 'prompt', 'chosen_response', 'rejected_response': add 'prompt', "
+            r"'chosen_response'\.",
+        ),
+        (
+            {"prompt": "how?", "response_0": "no", "response_1": "so", "is_response_0_safe": True},
+            "Nearest is 'prompt', 'response_0', .*: add 'is_response_1_safe'",
+        ),
+        (
+            {"prompt": "how?", "completion": "no", "label": True},
+            "no usable preference pair: 1 whose prompt has answers of one kind alone. Found: pro",
+        ),
+        ({"text": "how?"}, "columns not recognised. Found: text. Expected 'chosen' and"),
+    ],
+)
+def test_what_gives_no_pairs_is_refused_with_the_nearest_form(row, said, tmp_path):
+    with pytest.raises(RecipeError, match=said) as refused:
+        read_pairs(jsonl(tmp_path, row))
+    assert ("Nearest" in str(refused.value)) == ("Nearest" in said)
+
+
+def test_turns_with_a_tool_call_are_counted(tmp_path):
+    call = {"from": "function_call", "value": "{}"}
+    rows = [
+        pair_of([GPT_NO, GPT_SO], conversations=turns) for turns in ([HUMAN], [HUMAN, call, HUMAN])
+    ]
+    pairs = read_pairs(jsonl(tmp_path, *rows))
+    assert (len(pairs), pairs.left_out.reasons) == (1, {"with a tool call": 1})
 
 
 def test_columns_are_reported_where_no_row_is_a_dialogue(tmp_path):

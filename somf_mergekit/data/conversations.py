@@ -3,14 +3,15 @@
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .chat import Message, user_prompt
 from .dataset_reading import dataset_rows
 from .rows import Rows, Unusable
 
-DIALOGUE = "messages"
+# Of whole conversations, as message lists.
+DIALOGUES = ("messages", "conversations")
 SYSTEM = ("system", "system_prompt")
 _CONTEXT = ("context", "ContextString")
 # Column of a prompt, of what stands before it as in HarmBench, and of what follows it.
@@ -23,11 +24,12 @@ _PROMPTS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
 )
 # Column of an answer.
 ANSWERS = ("response", "answer", "completion", "output", "chosen")
-PAIR = ("chosen", "rejected")
+PAIRS = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
 LABELLED = ("response_0", "response_1")
 LABELS = ("is_response_0_safe", "is_response_1_safe")
 IS_SAFE, LABEL = "is_safe", "label"
-_COLUMNS = {DIALOGUE, *SYSTEM, *ANSWERS, *PAIR, *LABELLED, *LABELS, IS_SAFE, LABEL}
+_COLUMNS = {*DIALOGUES, *SYSTEM, *ANSWERS, *LABELLED, *LABELS, IS_SAFE, LABEL}
+_COLUMNS |= {name for pair in PAIRS for name in pair}
 _COLUMNS |= {name for column, before, after in _PROMPTS for name in (column, *before, *after)}
 
 
@@ -54,6 +56,9 @@ _ENDS_TEMPLATE = re.compile(
     r"|<\|endoftext\|>|<\|assistant\|>|<｜Assistant｜>|<｜end▁of▁sentence｜>"
     r"|\n(Assistant|ASSISTANT|AI):|### Response:)\s*\Z"
 )
+# Roles as ShareGPT names them.
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
+_TOOL_ROLES = ("function_call", "observation")
 _LISTED = re.compile(r"\s*\[\s*\{\s*['\"](role|content|name|from|value)['\"]")
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -98,6 +103,31 @@ def prompt_columns(found: Sequence[str]) -> PromptColumns:
             before, after = (tuple(other for other in names if other in found) for names in others)
             return PromptColumns(name, before, after, system)
     return PromptColumns(None, system=system)
+
+
+def dialogue_column(found: Sequence[str]) -> str | None:
+    """Return the column of whole conversations among those that a dataset has, None without one."""
+    return next((name for name in DIALOGUES if name in found), None)
+
+
+def asked_columns(found: Sequence[str]) -> PromptColumns:
+    """Return where the prompt is; without a column of its own, whole conversations have it."""
+    columns = prompt_columns(found)
+    return replace(columns, name=columns.name or dialogue_column(found))
+
+
+def asked_of(row: dict[str, Any], columns: PromptColumns) -> list[Message]:
+    """Return the messages of a prompt; what an assistant says at its end is no part of it.
+
+    Raises:
+        Unusable: there is no prompt, or none that can be read.
+    """
+    messages = prompt_of(row, columns)
+    if messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages:
+        raise Unusable("without a prompt")
+    return messages
 
 
 def prompt_of(row: dict[str, Any], columns: PromptColumns) -> list[Message]:
@@ -162,10 +192,18 @@ def dialogue_of(prompt: Sequence[Message], value: Any) -> list[Message]:
 def messages_of(value: Any) -> list[Message]:
     """Return a list of chat messages: of each the role and the text.
 
+    Args:
+        value: a list of messages, one message, or a list of roles beside a list of texts, as
+            ``datasets`` stores a sequence of structs.
+
     Raises:
         Unusable: it is none, or has in it what is no text.
     """
     value = _unlisted(value)
+    if isinstance(value, dict):
+        lists = all(isinstance(part, list) for part in value.values())
+        parts = zip(*value.values(), strict=False) if lists else [value.values()]
+        value = [dict(zip(value, part, strict=True)) for part in parts]
     if not isinstance(value, list) or not value:
         raise Unusable("unreadable")
     return [_message(message) for message in value]
@@ -181,9 +219,12 @@ def truth(value: Any) -> bool | None:
 def _message(message: Any) -> Message:
     if not isinstance(message, dict):
         raise Unusable("unreadable")
-    if message.get("tool_calls"):
+    role, content = (
+        message.get(name) if message.get(name) is not None else message.get(other)
+        for name, other in (("role", "from"), ("content", "value"))
+    )
+    if message.get("tool_calls") or role in _TOOL_ROLES:
         raise Unusable("with a tool call")
-    role, content = message.get("role"), message.get("content")
     if isinstance(content, list):
         parts = [part if isinstance(part, dict) else {} for part in content]
         if not all(isinstance(part.get("text"), str) for part in parts):
@@ -191,7 +232,7 @@ def _message(message: Any) -> Message:
         content = "".join(part["text"] for part in parts)
     if not isinstance(role, str) or not isinstance(content, str):
         raise Unusable("unreadable")
-    return {"role": _whole(role), "content": _whole(content)}
+    return {"role": _whole(_ROLES.get(role, role)), "content": _whole(content)}
 
 
 def _with_context(row: dict[str, Any], text: str, columns: PromptColumns) -> str:

@@ -15,6 +15,8 @@ FILE_FORMATS = {
     ".csv": "csv",
     ".parquet": "parquet",
 }
+# Endings of files that datasets unpacks; a Parquet file is compressed inside.
+_PACKED = (".gz", ".bz2", ".xz", ".zst")
 # What datasets' save_to_disk writes beside one split, and beside several.
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 
@@ -27,6 +29,8 @@ def dataset_rows(
 ) -> Rows:
     """Return the rows of a hub dataset, a file (.jsonl, .json, .csv, .parquet) or a folder.
 
+    Text files may be compressed (.jsonl.gz, and .bz2, .xz, .zst likewise).
+
     Args:
         source: a hub id, a file or a folder, as ``datasets`` or its ``save_to_disk`` wrote it.
         split: its name, or a part of it such as ``train[:10]``. A file is the split ``train``.
@@ -38,7 +42,7 @@ def dataset_rows(
         RecipeError: there is no such file, folder, split or hub dataset, or it can't be read.
     """
     path = os.path.expanduser(source)
-    extension = os.path.splitext(path)[1].lower()
+    extension = _extension(path)
     saved = any(os.path.isfile(os.path.join(path, name)) for name in (_STATE, _SPLITS))
     if config and (saved or os.path.isfile(path)):
         raise RecipeError(f"dataset {source} has no configurations; leave {config} out")
@@ -72,6 +76,13 @@ def dataset_rows(
             f"({_kind(error)}). Expected a hub id, a folder, or a file of "
             f"{', '.join(FILE_FORMATS)}."
         ) from error
+
+
+def _extension(path: str) -> str:
+    """Return the ending of a file's name, without that of its compression."""
+    name, ending = os.path.splitext(path.lower())
+    inner = os.path.splitext(name)[1]
+    return inner if ending in _PACKED and inner in (".jsonl", ".json", ".csv") else ending
 
 
 def _built(

@@ -2,20 +2,25 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
+from ..common.digests import json_digest
 from ..common.errors import RecipeError
 from .chat import AS_GIVEN, Cut, Message, encoded
 from .conversations import (
     ANSWERS,
-    DIALOGUE,
+    DIALOGUES,
     IS_SAFE,
     LABEL,
     LABELLED,
     LABELS,
-    PAIR,
+    PAIRS,
     PROMPT_NAMES,
-    SYSTEM,
+    PromptColumns,
+    asked_columns,
+    asked_of,
+    dialogue_column,
     dialogue_of,
     known_rows,
     prompt_columns,
@@ -27,16 +32,19 @@ from .rendering import Rendering
 from .rows import Dropped, Examples, Rows, Unusable, examples_of
 
 KNOWN_PAIRS = (
-    "'chosen' and 'rejected' (text or message lists) beside a prompt "
-    f"({PROMPT_NAMES}), or as whole dialogues with the same beginning; or a prompt with "
-    f"{quoted((*LABELLED, *LABELS))}"
+    "'chosen' and 'rejected' (text or message lists; or 'chosen_response' and 'rejected_response') "
+    f"beside a prompt ({PROMPT_NAMES}, or {quoted(DIALOGUES)}), or as whole dialogues with the "
+    f"same beginning; a prompt with {quoted((*LABELLED, *LABELS))}; or equal prompts with answers "
+    f"of both kinds, by '{IS_SAFE}' or by '{LABEL}' beside 'completion'"
 )
 KNOWN_ANSWERS = (
-    f"a prompt ({PROMPT_NAMES}) with an answer ({quoted(ANSWERS)}); or '{DIALOGUE}', a message "
-    f"list that ends with the assistant's answer. Of '{IS_SAFE}', and of '{LABEL}' beside "
-    f"'completion' or '{DIALOGUE}', the true ones are used"
+    f"a prompt ({PROMPT_NAMES}) with an answer ({quoted(ANSWERS)}); or {quoted(DIALOGUES)}, a "
+    f"message list that ends with the assistant's answer. Of '{IS_SAFE}', and of '{LABEL}' beside "
+    "'completion' or a message list, the true ones are used"
 )
-KNOWN_PROMPTS = f"{PROMPT_NAMES} (text or message lists), or '{DIALOGUE}'"
+KNOWN_PROMPTS = f"{PROMPT_NAMES} (text or message lists), or {quoted(DIALOGUES)}"
+# Of one prompt, where labelled answers are paired.
+MOST_OF_A_PROMPT = 16
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ class Pair:
     """One prompt with its safe (``chosen``) and its unsafe (``rejected``) answer.
 
     Of a prompt with one answer, ``rejected`` is empty. ``row`` is the dataset's that it is from,
-    counted from 0.
+    counted from 0; of two rows, that of the safe answer.
     """
 
     prompt: tuple[tuple[str, str], ...]
@@ -120,15 +128,23 @@ def preference_pairs(rows: Rows, source: str) -> Examples[Pair]:
     """
     found = rows.column_names
     columns = prompt_columns(found)
-    labels = () if set(PAIR) <= set(found) else LABELS
-    used = (*(LABELLED if labels else PAIR), *labels)
+    pair = next((names for names in PAIRS if set(names) <= set(found)), None)
+    labels = () if pair else LABELS
+    used = (*(pair or LABELLED), *labels)
+    if pair and not columns.name and dialogue_column(found):
+        columns = asked_columns(found)
     if labels and not (columns.name and set(used) <= set(found)):
+        answering = _Answering.of(found)
+        if answering and answering.labels:
+            return _with_a_pair(_labelled_pairs(rows, answering), source, found)
         raise RecipeError(
             f"dataset {source}: columns not recognised. {_expected(found, KNOWN_PAIRS)}"
+            f"{_nearest(found)}"
         )
+    prompted = asked_of if columns.name in DIALOGUES else prompt_of
 
     def read(number: int, row: dict[str, Any]) -> Pair:
-        prompt = prompt_of(row, columns)
+        prompt = prompted(row, columns)
         is_safe = [truth(row[name]) for name in labels]
         if None in is_safe:
             raise Unusable("without a label for each answer")
@@ -146,18 +162,12 @@ def preference_pairs(rows: Rows, source: str) -> Examples[Pair]:
             raise Unusable("with chosen equal to rejected")
         return Pair(_role_texts(chosen[:-1]), *answers, number)
 
-    pairs = examples_of(rows, read, columns.used.union(used))
-    if not pairs:
-        raise RecipeError(
-            f"dataset {source} has no usable preference pair{pairs.left_out.why_none}. "
-            f"{_expected(found, KNOWN_PAIRS)}"
-        )
-    return pairs
+    return _with_a_pair(examples_of(rows, read, columns.used.union(used)), source, found)
 
 
 def has_answers(columns: Sequence[str]) -> bool:
     """Return whether prompts and answers are found among a dataset's columns."""
-    return DIALOGUE in columns or _answer_column(columns) is not None
+    return _Answering.of(columns) is not None
 
 
 def answered_prompts(rows: Rows, source: str) -> Examples[tuple[list[Message], str]]:
@@ -169,36 +179,140 @@ def answered_prompts(rows: Rows, source: str) -> Examples[tuple[list[Message], s
         RecipeError: the columns are not recognised, or no prompt has an answer.
     """
     found = rows.column_names
-    if not has_answers(found):
+    answering = _Answering.of(found)
+    if answering is None:
         raise RecipeError(
             f"dataset {source}: prompts with answers not found. {_expected(found, KNOWN_ANSWERS)}"
         )
-    answer = _answer_column(found)
-    columns = prompt_columns(found if answer else [name for name in found if name in SYSTEM])
-    answer = answer or DIALOGUE
-    labels = {IS_SAFE: "not safe"}
-    if answer in (DIALOGUE, "completion"):
-        labels[LABEL] = "not wanted"
-    labels = {name: reason for name, reason in labels.items() if name in found}
 
     def read(_: int, row: dict[str, Any]) -> tuple[list[Message], str]:
-        for name, reason in labels.items():
-            label = truth(row[name])
-            if label is None:
-                raise Unusable(f"with neither true nor false for {name}")
-            if not label:
-                raise Unusable(reason)
-        dialogue = dialogue_of(prompt_of(row, columns), row[answer])
-        if not dialogue[-1]["content"].strip():
-            raise Unusable("without an answer")
-        return dialogue[:-1], dialogue[-1]["content"]
+        unwanted = answering.unwanted(row)
+        if unwanted:
+            raise Unusable(unwanted)
+        return answering.read(row)
 
-    examples = examples_of(rows, read, {*columns.used, answer, *labels})
+    examples = examples_of(rows, read, answering.used)
     if not examples:
         raise RecipeError(
             f"dataset {source} has no prompt with an answer{examples.left_out.why_none}"
         )
     return examples
+
+
+@dataclass(frozen=True)
+class _Answering:
+    """Where a row has a prompt with one answer.
+
+    Attributes:
+        columns: of the prompt.
+        answer: column of the answer, or of the whole dialogue.
+        labels: columns that say whether the answer is wanted, with what is said of one that isn't.
+    """
+
+    columns: PromptColumns
+    answer: str
+    labels: dict[str, str]
+
+    @classmethod
+    def of(cls, found: Sequence[str]) -> "_Answering | None":
+        """Return where they are among a dataset's columns, None where they aren't."""
+        columns = prompt_columns(found)
+        answer = next((name for name in ANSWERS if name in found), None) if columns.name else None
+        if answer is None:
+            columns, answer = (
+                replace(columns, name=None, before=(), after=()),
+                dialogue_column(found),
+            )
+        if answer is None:
+            return None
+        labels = {IS_SAFE: "not safe"}
+        if answer in (*DIALOGUES, "completion"):
+            labels[LABEL] = "not wanted"
+        return cls(columns, answer, {name: labels[name] for name in labels if name in found})
+
+    @property
+    def used(self) -> set[str]:
+        """Names of all columns that are read."""
+        return {*self.columns.used, self.answer, *self.labels}
+
+    def read(self, row: dict[str, Any]) -> tuple[list[Message], str]:
+        """Return a row's prompt with its answer.
+
+        Raises:
+            Unusable: it has none, or none that can be read.
+        """
+        dialogue = dialogue_of(prompt_of(row, self.columns), row[self.answer])
+        if not dialogue[-1]["content"].strip():
+            raise Unusable("without an answer")
+        return dialogue[:-1], dialogue[-1]["content"]
+
+    def unwanted(self, row: dict[str, Any]) -> str | None:
+        """Return what a row's labels say against its answer, None where they say nothing.
+
+        Raises:
+            Unusable: a label says neither.
+        """
+        for name, reason in self.labels.items():
+            label = truth(row[name])
+            if label is None:
+                raise Unusable(f"with neither true nor false for {name}")
+            if not label:
+                return reason
+        return None
+
+
+def _labelled_pairs(rows: Rows, answering: _Answering) -> Examples[Pair]:
+    """Return pairs of a wanted and an unwanted answer to the same prompt.
+
+    Of each prompt they are MOST_OF_A_PROMPT at most, of as many different answers as can be.
+    """
+    dropped = Dropped()
+    # Of a prompt: rows with their answers' hashes, the wanted ones, then the others.
+    groups: dict[str, tuple[list[tuple[int, int]], list[tuple[int, int]]]] = {}
+    for number, row in enumerate(rows):
+        try:
+            prompt, answer = answering.read(row)
+            is_unwanted = answering.unwanted(row) is not None
+        except Unusable as why:
+            dropped.add(str(why))
+            continue
+        group = groups.setdefault(json_digest(prompt), ([], []))
+        group[is_unwanted].append((number, hash(answer)))
+    couples: list[tuple[int, int]] = []
+    for wanted, others in groups.values():
+        count = len(wanted) + len(others)
+        if not wanted or not others:
+            dropped.add("whose prompt has answers of one kind alone", count)
+            continue
+        # Those that stand first in both lists come first.
+        places = product(*(range(min(len(of), MOST_OF_A_PROMPT)) for of in (wanted, others)))
+        taken = [(wanted[i], others[j]) for i, j in sorted(places, key=sum)[:MOST_OF_A_PROMPT]]
+        different = [(good[0], bad[0]) for good, bad in taken if good[1] != bad[1]]
+        met = {number for couple in taken for number, _ in couple}
+        dropped.add(f"beyond the first {MOST_OF_A_PROMPT} pairs of their prompt", count - len(met))
+        dropped.add("with chosen equal to rejected", len(met.difference(*different)))
+        couples += different
+
+    def read(_: int, couple: tuple[int, int]) -> Pair:
+        (messages, chosen), (__, rejected) = (answering.read(rows[number]) for number in couple)
+        return Pair(_role_texts(messages), chosen, rejected, couple[0])
+
+    unused = [name for name in (*rows.column_names, *rows.opening) if name not in answering.used]
+    return Examples(couples, range(len(couples)), read, dropped, unused)
+
+
+def _with_a_pair(pairs: Examples[Pair], source: str, found: Sequence[str]) -> Examples[Pair]:
+    """Return ``pairs``.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    if not pairs:
+        raise RecipeError(
+            f"dataset {source} has no usable preference pair{pairs.left_out.why_none}. "
+            f"{_expected(found, KNOWN_PAIRS)}"
+        )
+    return pairs
 
 
 def prompts_alone(rows: Rows, source: str) -> Examples[list[Message]]:
@@ -210,18 +324,12 @@ def prompts_alone(rows: Rows, source: str) -> Examples[list[Message]]:
         RecipeError: the columns are not recognised, or there is no prompt.
     """
     found = rows.column_names
-    columns = prompt_columns(found)
-    if not columns.name and DIALOGUE not in found:
+    columns = asked_columns(found)
+    if not columns.name:
         raise RecipeError(f"dataset {source}: prompts not found. {_expected(found, KNOWN_PROMPTS)}")
-    columns = replace(columns, name=columns.name or DIALOGUE)
 
     def read(_: int, row: dict[str, Any]) -> list[Message]:
-        messages = prompt_of(row, columns)
-        if messages[-1]["role"] == "assistant":
-            messages = messages[:-1]
-        if not messages:
-            raise Unusable("without a prompt")
-        return messages
+        return asked_of(row, columns)
 
     prompts = examples_of(rows, read, columns.used, key=_role_texts)
     if not prompts:
@@ -286,15 +394,23 @@ def pairs_of_answers(examples: Examples[tuple[list[Message], str]]) -> Iterator[
         yield Pair(_role_texts(messages), answer, "", row)
 
 
-def _answer_column(columns: Sequence[str]) -> str | None:
-    """Return the column of the answers, None where there is none or no prompt beside them."""
-    if not prompt_columns(columns).name:
-        return None
-    return next((name for name in ANSWERS if name in columns), None)
-
-
 def _expected(columns: Sequence[str], known: str) -> str:
     return f"Found: {', '.join(columns) or '(none)'}. Expected {known}."
+
+
+def _nearest(found: Sequence[str]) -> str:
+    """Return which form of pairs lacks the fewest columns, and what to do; empty for none."""
+    prompt = asked_columns(found).name or "prompt"
+    answer = next((name for name in ANSWERS if name in found), "completion")
+    forms: list[tuple[str, ...]] = [(prompt, *names) for names in PAIRS]
+    forms += [(prompt, answer, IS_SAFE), (prompt, *LABELLED, *LABELS)]
+    missing = {form: [name for name in form if name not in found] for form in forms}
+    nearest = min(forms, key=lambda form: len(missing[form]))
+    if not set(nearest) & set(found):
+        return ""
+    answers_alone = "; or set `objective: sft`, which learns from safe answers alone"
+    alone = answers_alone if has_answers(found) else ""
+    return f" Nearest is {quoted(nearest)}: add {quoted(missing[nearest])}{alone}."
 
 
 def _role_texts(messages: Sequence[Message]) -> tuple[tuple[str, str], ...]:

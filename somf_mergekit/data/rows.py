@@ -53,9 +53,10 @@ class Dropped:
 
     reasons: dict[str, int] = field(default_factory=dict)
 
-    def add(self, reason: str) -> None:
-        """Count one dropped row."""
-        self.reasons[reason] = self.reasons.get(reason, 0) + 1
+    def add(self, reason: str, count: int = 1) -> None:
+        """Count dropped rows."""
+        if count:
+            self.reasons[reason] = self.reasons.get(reason, 0) + count
 
     @property
     def why_none(self) -> str:
