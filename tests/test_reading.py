@@ -8,8 +8,12 @@ import lzma
 import datasets
 import pytest
 import tiny
+from mergekit.options import MergeOptions
 
 from somf_mergekit import RecipeError, read_answers, read_pairs, read_prompts
+from somf_mergekit.plugin.merge_check import planned_merge
+from somf_mergekit.prepass.learning_data import checked_data
+from somf_mergekit.recipe.validate import read_recipe
 
 ASKED = {"role": "user", "content": "how?"}
 SYSTEM = {"role": "system", "content": "be brief"}
@@ -221,6 +225,13 @@ def test_packed_files_are_read_alone_and_in_a_folder(name, tmp_path):
         assert [pair.chosen for pair in read_pairs(str(source))] == ["no"]
 
 
+def test_what_unpacks_a_file_is_named_where_it_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr("fsspec.compression.available_compressions", lambda: ["gzip"])
+    (tmp_path / "rows.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
+    with pytest.raises(RecipeError, match=r"rows\.jsonl\.zst: .*: pip install zstandard"):
+        read_pairs(str(tmp_path / "rows.jsonl.zst"))
+
+
 def test_each_wanted_answer_is_paired_with_each_other_one(tmp_path):
     def row(prompt, completion, label):
         return {"prompt": prompt, "completion": completion, "label": label, "id": 1}
@@ -250,6 +261,26 @@ def test_each_wanted_answer_is_paired_with_each_other_one(tmp_path):
     assert pairs.unused == ["id"]
     # They are drawn like any others.
     assert sorted(p.chosen for p in pairs.sampled(None, 0)) == sorted(p.chosen for p in pairs)
+
+
+def test_labelled_answers_are_learned_from_as_their_pairs_are(family_recipe, tmp_path):
+    rows = tiny.preference_rows(60)
+    labelled = [
+        {"prompt": row["prompt"], "response": row[name], "is_safe": name == "chosen"}
+        for name in ("rejected", "chosen")
+        for row in rows
+    ]
+    rows = [row for row in rows if [r["prompt"] for r in rows].count(row["prompt"]) == 1]
+    prompts = {row["prompt"] for row in rows}
+    labelled = [row for row in labelled if row["prompt"] in prompts]
+    tokens = []
+    for given in (rows, labelled):
+        content = family_recipe(safety_dataset=jsonl(tmp_path, *given), max_steps=9)
+        data = checked_data(planned_merge(read_recipe(content), MergeOptions()))
+        assert len(data.held_out) >= 5
+        tokens.append(sorted((p.prompt, p.chosen, p.rejected) for p in data.pairs + data.held_out))
+    assert len(tokens[0]) == len(rows)
+    assert tokens[0] == tokens[1]
 
 
 @pytest.mark.parametrize(
@@ -339,10 +370,14 @@ def test_a_row_without_a_label_is_counted(tmp_path):
         ({"prompt": [ASKED], "completion": [*TURN, NO]}, [ASKED, *TURN]),
         ({"prompt": "how?", "chosen": [ASKED, *TURN, NO]}, [ASKED, *TURN]),
         ({"messages": [ASKED, *TURN, NO], "system": "be brief"}, [SYSTEM, ASKED, *TURN]),
+        ({"conversations": [HUMAN, GPT_NO], "system": "be brief"}, [SYSTEM, ASKED]),
     ],
 )
 def test_an_answered_prompt_has_the_whole_conversation(row, messages, tmp_path):
-    assert list(read_answers(jsonl(tmp_path, row))) == [(messages, "no")]
+    file = jsonl(tmp_path, row)
+    assert list(read_answers(file)) == [(messages, "no")]
+    if {"messages", "conversations"} & set(row):
+        assert list(read_prompts(file)) == [messages]
 
 
 def test_prompts_have_their_context(tmp_path):

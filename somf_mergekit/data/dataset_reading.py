@@ -107,6 +107,7 @@ def _built(
     """
     import datasets
     from datasets.packaged_modules.json.json import Json
+    from fsspec.compression import available_compressions
 
     # Before datasets 4, it would ask on the terminal whether to run code that comes with a
     # dataset, and raise an error from a timer later on where there is none to ask.
@@ -122,6 +123,12 @@ def _built(
         _check_inside(source, str(datasets.config.HF_CACHE_HOME), here)
     elif os.path.isdir(place):
         _check_inside(source, place, every)
+
+    if any(file.endswith(".zst") for file in every) and "zstd" not in available_compressions():
+        raise RecipeError(
+            f"dataset {source}: its files are compressed with Zstandard, and the package that "
+            "unpacks them isn't installed: pip install zstandard"
+        )
 
     def read(names: Sequence[str] = (), columns: Set[str] | None = wanted) -> Rows:
         narrow = _options(builder, names, columns)
