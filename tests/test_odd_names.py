@@ -115,6 +115,39 @@ def test_names_that_are_none_are_told_and_nothing_is_made(
     )
 
 
+def test_paths_that_lead_nowhere(family, family_recipe, tmp_path, monkeypatch):
+    """Each is said to be what it is, and none is taken for an id on the hub."""
+    for name in ("a+b", "user@host"):
+        shutil.copytree(family / "math", tmp_path / name / "model")
+    monkeypatch.setenv("HOME", "/home/someone")
+    nowhere = "there is no such folder, and it can't be an id on the hub (ORGANISATION/NAME)"
+    windows = "this is a Windows path; give the path of the folder on this machine"
+    parted = "mergekit takes the + in this path for BASE+ADAPTER and an @ for PATH@REVISION: rename"
+    expected = {
+        r"C:\models\x": windows,
+        "D:/models/x": windows,
+        r"E:\base+E:\adapter": rf"E:\base: {windows}",
+        f"{family / 'base'}+/gone/adapter": f"/gone/adapter: {nowhere}",
+        r"models\x": nowhere,
+        "/gone/model": nowhere,
+        "~/model": "mergekit doesn't expand ~: write /home/someone/model",
+        "https://hub/a/b": "mergekit takes no address: give the model's id on the hub",
+        f"{tmp_path}/a+b/model": parted,
+        f"{tmp_path}/user@host/model": parted,
+    }
+    recipe = family_recipe()
+    recipe["models"] += [{"model": name, "parameters": {"weight": 0.1}} for name in expected]
+    said = tiny.refused(recipe, tmp_path)
+    assert f"{len(expected)} problems" in said
+    for name, why in expected.items():
+        assert f"- model {name}: {why}" in said
+    for name in (f"{tmp_path}/c++/model", "a@b@c"):
+        recipe["models"][0]["model"] = name
+        file = tiny.write_recipe(tmp_path / "recipe.yml", recipe)
+        result = tiny.invoke("mergekit-somf", "check", file)
+        assert f"{name}; mergekit takes a + for BASE+ADAPTER" in " ".join(result.output.split())
+
+
 def test_columns_with_signs_that_steer_a_terminal(family_recipe, tmp_path):
     rows = [{"quest\x1b]0;ion": "a", "answ\u202eer": "b"}]
     file = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)

@@ -2,17 +2,22 @@
 
 import logging
 import os
+import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from mergekit.common import ModelReference
+from mergekit.io import ShardedTensorIndex
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
+from safetensors import safe_open
 
 from ..common.errors import few, first_line
 from ..common.model_classes import empty_model
+from .model_paths import hub_id, local_folder
 
 LOG = logging.getLogger(__name__)
 
@@ -53,10 +58,7 @@ def cache_problem(
 
 
 def adapter_problem(model: ModelReference, options: MergeOptions) -> str | None:
-    """Return a sentence where an adapter can't be put into its base: PEFT tries it without weights.
-
-    A base of another name than the adapter was trained on is logged.
-    """
+    """Return a sentence where PEFT can't put an adapter into its base; no weight of it is read."""
     import peft
 
     path, revision = model.lora.path, model.lora.revision
@@ -70,12 +72,89 @@ def adapter_problem(model: ModelReference, options: MergeOptions) -> str | None:
         why = f"its adapter_config.json can't be used: {first_line(error)}"
     if config is not None:
         why = _misfit(model, config, options)
-        trained_on = config.base_model_name_or_path
-        if trained_on and os.path.basename(trained_on) != os.path.basename(model.model.path):
-            LOG.warning(
-                "%s: the adapter was trained on %s, and is put on %s", path, trained_on, model.model
-            )
     return f"model {model}: the adapter {path} can't be put on its base: {why}" if why else None
+
+
+def base_problem(model: ModelReference, options: MergeOptions) -> str | None:
+    """Return a sentence where an adapter was trained on another base than it is put on.
+
+    Weights are compared where both bases are on this machine, else the ids of both on the hub.
+    A quantized copy of a base, and one that others have published, has its name: it is the same.
+    Where it can't be known, another name is logged.
+    """
+    import peft
+
+    put_on = model.model.path
+    try:
+        config = peft.PeftConfig.from_pretrained(model.lora.path, revision=model.lora.revision)
+    except Exception:  # reported by adapter_problem, where the adapter is needed
+        return None
+    trained_on = config.base_model_name_or_path
+    if not trained_on or os.path.realpath(trained_on) == os.path.realpath(put_on):
+        return None
+    folders = local_folder(trained_on), local_folder(put_on, model.model.revision)
+    is_named_alike = _plain_name(trained_on) == _plain_name(put_on)
+    if is_named_alike and not (os.path.isdir(trained_on) and os.path.isdir(put_on)):
+        return None
+    is_other = None
+    if folders[0] and folders[1]:
+        is_other = _differ(folders[0], folders[1])
+    elif hub_id(trained_on) and hub_id(put_on):
+        is_other = True
+    said = f"the adapter {model.lora} was trained on {trained_on}, and is put on {put_on}"
+    if is_other and not options.allow_crimes:
+        return (
+            f"model {model}: {said}, another model: put it on the base that it was trained on, or "
+            "merge with --allow-crimes if that is meant"
+        )
+    if is_other or (is_other is None and not is_named_alike):
+        LOG.warning("%s", said)
+    return None
+
+
+def _plain_name(path: str) -> str:
+    """Return the last part of a model's name, without what quantized copies add to it."""
+    name = os.path.basename((hub_id(path) or path).rstrip("/\\")).lower()
+    return re.sub(r"((-unsloth)?-bnb-[48]bit|-gptq(-.*)?|-awq|-fp8)$", "", name)
+
+
+def _differ(one: str, other: str) -> bool | None:
+    """Return whether two checkpoints differ in the first row of a tensor, None where none compares.
+
+    Integers, as quantized weights are stored, don't compare.
+    """
+    try:
+        files = [ShardedTensorIndex.from_disk(folder) for folder in (one, other)]
+    except Exception:  # no checkpoint: what is wrong with a model is reported where it is opened
+        return None
+    if not all(index.is_safetensors for index in files):
+        return None
+    compared = False
+    with ExitStack() as opened:
+        loaders = [_first_rows(index, opened) for index in files]
+        for name in sorted(files[0].tensor_paths.keys() & files[1].tensor_paths.keys()):
+            rows = [row(name) for row in loaders]
+            if all(row.is_floating_point() for row in rows):
+                compared = True
+                type_ = max((row.dtype for row in rows), key=lambda each: torch.finfo(each).eps)
+                if not torch.equal(*(row.to(type_) for row in rows)):
+                    return True
+    return False if compared else None
+
+
+def _first_rows(index: ShardedTensorIndex, opened: ExitStack) -> Callable[[str], torch.Tensor]:
+    """Return what reads the first row of a checkpoint's tensor."""
+    files: dict[str, Any] = {}
+
+    def first_row(name: str) -> torch.Tensor:
+        file = index.tensor_paths[name]
+        if file not in files:
+            path = os.path.join(index.base_path, file)
+            files[file] = opened.enter_context(safe_open(path, framework="pt"))
+        found = files[file].get_slice(name)
+        return found[:1] if found.get_shape() else found[...]
+
+    return first_row
 
 
 def _misfit(model: ModelReference, config: Any, options: MergeOptions) -> str | None:

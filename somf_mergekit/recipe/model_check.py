@@ -13,7 +13,15 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
 from ..common.errors import few, first_line, raise_together
-from .adapters import adapter_problem, cache_problem, cached_folder, is_cached, put_together
+from .adapters import (
+    adapter_problem,
+    base_problem,
+    cache_problem,
+    cached_folder,
+    is_cached,
+    put_together,
+)
+from .model_paths import path_problem
 
 LOG = logging.getLogger(__name__)
 # What mergekit reads, the first that is there.
@@ -64,7 +72,7 @@ def check_models(
 
 def _configuration_problems(model: ModelReference, options: MergeOptions) -> list[str]:
     """Return a sentence where a model can't be merged as its configuration says."""
-    form = _other_form(model.model.path)
+    form = path_problem(model) or _other_form(model.model.path)
     if form:
         return [f"model {model}: {form}"]
     try:
@@ -88,7 +96,8 @@ def _configuration_problems(model: ModelReference, options: MergeOptions) -> lis
         ]
     if model.lora and not options.lora_merge_cache:
         return [f"model {model}: an adapter needs mergekit's option --lora-merge-cache DIR"]
-    return []
+    problem = base_problem(model, options) if model.lora else None
+    return [problem] if problem else []
 
 
 def _other_form(path: str) -> str | None:

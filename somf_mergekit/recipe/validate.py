@@ -79,7 +79,8 @@ def recipe_and_problems(
         raise_together(problems, f"{place} isn't a recipe of mergekit")
         raise
     except RuntimeError as error:
-        raise RecipeError(f"{place}: {error}") from error
+        hint = "mergekit takes a + for BASE+ADAPTER and an @ for PATH@REVISION, one of each"
+        raise RecipeError(f"{place}: {error}; {hint}") from error
     if config.merge_method not in methods:
         expected = " or ".join(map(repr, methods))
         raise RecipeError(f"{place}: merge_method is {config.merge_method!r}, expected {expected}")
