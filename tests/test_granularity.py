@@ -28,8 +28,6 @@ NORM = "model.norm.weight"
         ("weight", UP, (6, 8), Layout((6, 8))),
         ("row", UP, (6, 8), Layout((6, 1))),
         ("row", NORM, (8,), Layout((8,))),
-        ("row", "experts.gate_up_proj", (2, 6, 8), Layout((2, 6, 1))),
-        ("column", "experts.gate_up_proj", (2, 6, 8), Layout((2, 1, 8))),
         ("row", "transformer.h.0.mlp.c_fc.weight", (6, 8), Layout((1, 8))),
         ("column", UP, (6, 8), Layout((1, 8))),
         ("column", NORM, (8,), Layout((1,))),
@@ -92,9 +90,109 @@ def test_storage_is_the_configurations():
     def storage(*arguments, **options):
         return weight_storage(AutoConfig.for_model(*arguments, **options))
 
-    assert storage("llama", hidden_size=32, num_attention_heads=4) == Storage(8)
-    assert storage("gemma2", hidden_size=32, head_dim=16) == Storage(16)
-    assert storage("gpt2", n_embd=32, n_head=2) == Storage(16, inputs_first=True)
+    assert storage("llama", hidden_size=32, num_attention_heads=4) == Storage(8, hidden_size=32)
+    assert storage("gemma2", hidden_size=32, head_dim=16) == Storage(16, hidden_size=32)
+    assert storage("gpt2", n_embd=32, n_head=2) == Storage(16, True, 32)
+    assert storage("gpt_oss", hidden_size=32, head_dim=16) == Storage(16, True, 32)
+    assert storage("deepseek_v3", hidden_size=32).head_width == 0
+
+
+# Of a tensor: the entries of a row, a column and a head mask, a size or 1 for each of its axes.
+MODELS = {
+    "qwen3_next": {
+        "layers.0.linear_attn.conv1d.weight": ((8192, 1, 4), "8192 1 1", "8192 1 1"),
+        "layers.0.linear_attn.A_log": ((32,), "32", "1"),
+        "layers.0.linear_attn.dt_bias": ((32,), "32", "1"),
+        "layers.0.linear_attn.norm.weight": ((128,), "128", "1"),
+        "layers.0.linear_attn.in_proj_qkvz.weight": ((12288, 2048), "12288 1", "1 2048"),
+        "layers.0.mlp.gate.weight": ((512, 2048), "512 1", "1 2048"),
+        "layers.0.mlp.experts.7.down_proj.weight": ((2048, 512), "2048 1", "1 512"),
+        "layers.0.mlp.shared_expert_gate.weight": ((1, 2048), "1 1", "1 2048"),
+        "layers.3.self_attn.q_proj.weight": ((8192, 2048), "8192 1", "1 2048", "32 1"),
+        "layers.3.self_attn.q_norm.weight": ((256,), "256", "1"),
+    },
+    "falcon_h1": {
+        "layers.0.mamba.conv1d.weight": ((3328, 1, 4), "3328 1 1", "3328 1 1"),
+        "layers.0.mamba.conv1d.bias": ((3328,), "3328", "1"),
+        "layers.0.mamba.D": ((48,), "48", "1"),
+        "layers.0.mamba.in_proj.weight": ((6448, 2048), "6448 1", "1 2048"),
+    },
+    "lfm2": {
+        "layers.0.conv.conv.weight": ((2048, 1, 3), "2048 1 1", "2048 1 1"),
+        "layers.0.conv.in_proj.weight": ((6144, 2048), "6144 1", "1 2048"),
+        "layers.2.self_attn.out_proj.weight": ((2048, 2048), "2048 1", "1 2048", "1 32"),
+    },
+    "granitemoehybrid": {
+        "layers.0.block_sparse_moe.input_linear.weight": (
+            (64, 1024, 1536),
+            "64 1024 1",
+            "64 1 1536",
+        ),
+        "layers.0.block_sparse_moe.router.layer.weight": ((64, 1536), "64 1", "1 1536"),
+        "layers.0.mamba.conv1d.weight": ((3328, 1, 4), "3328 1 1", "3328 1 1"),
+    },
+    "nemotron_h": {
+        "layers.0.mixer.conv1d.weight": ((12288, 1, 4), "12288 1 1", "12288 1 1"),
+        "layers.0.mixer.dt_bias": ((128,), "128", "1"),
+        "layers.7.mixer.o_proj.weight": ((4096, 4096), "4096 1", "1 4096", "1 32"),
+        "layers.0.mixer.out_proj.weight": ((4096, 8192), "4096 1", "1 8192"),
+    },
+    "gpt_oss": {
+        "layers.0.mlp.experts.gate_up_proj": ((32, 2880, 5760), "32 1 5760", "32 2880 1"),
+        "layers.0.mlp.experts.down_proj": ((32, 2880, 2880), "32 1 2880", "32 2880 1"),
+        "layers.0.mlp.experts.gate_up_proj_bias": ((32, 5760), "32 5760", "32 1"),
+        "layers.0.mlp.router.bias": ((32,), "32", "1"),
+        "layers.0.self_attn.sinks": ((64,), "64", "1"),
+    },
+    "llama4_text": {
+        "layers.0.feed_forward.experts.gate_up_proj": (
+            (16, 5120, 16384),
+            "16 1 16384",
+            "16 5120 1",
+        ),
+        "layers.0.feed_forward.experts.down_proj": ((16, 8192, 5120), "16 1 5120", "16 8192 1"),
+        "layers.0.feed_forward.router.weight": ((16, 5120), "16 1", "1 5120"),
+    },
+    # As published, and as transformers has it in memory.
+    "qwen3_vl_moe_text": {
+        "layers.0.mlp.experts.gate_up_proj": ((128, 2048, 1536), "128 1 1536", "128 2048 1"),
+        "layers.0.mlp.experts.down_proj": ((128, 768, 2048), "128 1 2048", "128 768 1"),
+        "layers.1.mlp.experts.gate_up_proj": ((128, 1536, 2048), "128 1536 1", "128 1 2048"),
+        "layers.1.mlp.experts.down_proj": ((128, 2048, 768), "128 2048 1", "128 1 768"),
+        "visual.patch_embed.proj.weight": ((1152, 3, 2, 16, 16), "1152 1 1 1 1", "1 3 1 1 1"),
+    },
+}
+SIZES = {
+    "qwen3_next": (2048, 256),
+    "falcon_h1": (2048, 64),
+    "lfm2": (2048, 64),
+    "granitemoehybrid": (1536, 128),
+    "nemotron_h": (4096, 128),
+    "gpt_oss": (2880, 64),
+    "llama4_text": (5120, 128),
+    "qwen3_vl_moe_text": (2048, 128),
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_hybrid_layers_and_experts_have_rows_and_columns(model):
+    from transformers import AutoConfig
+
+    hidden, width = SIZES[model]
+    sizes = {"hidden_size": hidden, "head_dim": width, "num_attention_heads": hidden // width}
+    if model in ("lfm2", "granitemoehybrid", "falcon_h1"):
+        sizes.pop("head_dim")
+    storage = weight_storage(AutoConfig.for_model(model, **sizes))
+    assert storage.head_width == width
+    for name, (shape, row, column, *head) in MODELS[model].items():
+        expected = {"row": row, "column": column, "head": head[0] if head else row}
+        for granularity, entries in expected.items():
+            found = mask_layout(granularity, f"model.{name}", shape, storage)
+            assert found.shape == tuple(map(int, entries.split())), (name, granularity)
+            broadcast = torch.broadcast_shapes(found.expanded_shape, shape)
+            assert broadcast == torch.Size(shape), (name, granularity)
+        assert mask_layout("weight", name, shape, storage).shape == shape
+        assert mask_layout("tensor", name, shape, storage).shape == (1,) * len(shape)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

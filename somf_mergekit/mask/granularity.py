@@ -17,11 +17,17 @@ _HEADS = (
     (r"attn\.c_attn\.(weight|bias)$", "outputs", 1),
     (r"\.(q|k|v|qkv|query|key|value)_proj\.(weight|bias)$", "outputs", 1),
     (r"attn\.c_proj\.weight$", "inputs", 1),
-    (r"(self_attn\.(o_proj|out_proj|dense)|attention\.dense)\.weight$", "inputs", 1),
+    (r"(self_attn\.(o_proj|out_proj|dense)|mixer\.o_proj|attention\.dense)\.weight$", "inputs", 1),
 )
 # Layers are (out, in), but for these of GPT-2 and its descendants.
 _INPUTS_FIRST = re.compile(r"\.(c_attn|c_proj|c_fc2?)\.weight$")
 _INPUTS_FIRST_MODELS = ("gpt2", "jais")
+# The experts of a layer in one tensor, (experts, out, in) or (experts, in, out), and their biases,
+# (experts, out). Some read the hidden states, the others write to them.
+_EXPERTS = re.compile(r"\bexperts\.((?P<reads>gate_up_proj|gate_proj|up_proj|fc1)|down_proj|fc2)\b")
+_EXPERTS_INPUTS_FIRST_MODELS = ("gpt_oss", "llama4_text", "aria_text")
+_EXPERT_BIAS = re.compile(r"\bexperts\.\w+(_bias|\.bias)$")
+_CONVOLUTION = re.compile(r"conv|patch_embed")
 
 
 @dataclass(frozen=True)
@@ -65,11 +71,14 @@ class Storage:
 
     Attributes:
         head_width: entries of one attention head; 0 where there are none of one width.
-        inputs_first: whether layers named as GPT-2's are (in, out).
+        inputs_first: whether layers named as GPT-2's are (in, out), and packed experts too where
+            the hidden size doesn't tell.
+        hidden_size: the width that experts read and write; 0 where it isn't known.
     """
 
     head_width: int
     inputs_first: bool = False
+    hidden_size: int = 0
 
 
 def weight_storage(config: Any) -> Storage:
@@ -83,16 +92,20 @@ def weight_storage(config: Any) -> Storage:
     heads = getattr(text, "num_attention_heads", None)
     if not width and isinstance(heads, int) and heads > 0:
         width = text.hidden_size // heads
-    width = width if isinstance(width, int) else 0
-    return Storage(width, text.model_type in _INPUTS_FIRST_MODELS)
+    # Latent attention has heads of several widths.
+    if not isinstance(width, int) or getattr(text, "kv_lora_rank", None):
+        width = 0
+    inputs_first = text.model_type in (*_INPUTS_FIRST_MODELS, *_EXPERTS_INPUTS_FIRST_MODELS)
+    return Storage(width, inputs_first, getattr(text, "hidden_size", 0))
 
 
 def mask_layout(granularity: str, name: str, shape: tuple[int, ...], storage: Storage) -> Layout:
     """Return how a mask of ``granularity`` lies on the weight ``name``.
 
-    A vector is a column of rows with one entry each. More than two axes are a stack of matrices,
-    such as a mixture's experts, each with rows and columns of its own. With ``head``, tensors in
-    which no heads are found get rows.
+    A vector is a column of rows with one entry each. A stack of matrices, such as a mixture's
+    experts, has rows and columns of each matrix; so have the biases of experts. A convolution's
+    rows are its output channels, its columns the input channels; a depthwise one has one entry a
+    channel for both. With ``head``, tensors in which no heads are found get rows.
 
     Args:
         granularity: one of GRANULARITIES.
@@ -104,31 +117,45 @@ def mask_layout(granularity: str, name: str, shape: tuple[int, ...], storage: St
         return Layout(tuple(shape))
     if granularity == "tensor":
         return Layout((1,) * len(shape))
-    axes = _axes(name, len(shape), storage)
+    axes, stacked = _axes(name, shape, storage)
+
+    def layout(axis: int | None, repeat: int = 1) -> Layout:
+        sizes = tuple(
+            size if at < stacked else size // repeat if at == axis else 1
+            for at, size in enumerate(shape)
+        )
+        return Layout(sizes) if axis is None or repeat == 1 else Layout(sizes, axis, repeat)
+
     if granularity == "head":
         for pattern, along, widths in _HEADS:
             axis, size = axes[along], widths * storage.head_width
             if axis is not None and size and shape[axis] % size == 0 and re.search(pattern, name):
-                return Layout(_entry_shape(shape, axis, shape[axis] // size), axis, size)
-    axis = axes["inputs" if granularity == "column" else "outputs"]
-    return Layout((1,)) if axis is None else Layout(_entry_shape(shape, axis, shape[axis]))
+                return layout(axis, size)
+    return layout(axes["inputs" if granularity == "column" else "outputs"])
 
 
-def _axes(name: str, count: int, storage: Storage) -> dict[str, int | None]:
-    if count == 1:
-        return {"outputs": 0, "inputs": None}
+def _axes(name: str, shape: tuple[int, ...], storage: Storage) -> tuple[dict[str, int | None], int]:
+    """Return the axes of a tensor's outputs and inputs, and how many axes of a stack come first."""
+    count = len(shape)
+    if count == 1 or (count == 2 and _EXPERT_BIAS.search(name)):
+        return {"outputs": count - 1, "inputs": None}, count - 1
+    if count > 3 or (count == 3 and _CONVOLUTION.search(name)):
+        return {"outputs": 0, "inputs": 0 if shape[1] == 1 else 1}, 0
     first, second = count - 2, count - 1
-    if storage.inputs_first and _INPUTS_FIRST.search(name):
+    if _inputs_first(name, shape, storage):
         first, second = second, first
-    return {"outputs": first, "inputs": second}
+    return {"outputs": first, "inputs": second}, count - 2
 
 
-def _entry_shape(shape: tuple[int, ...], axis: int, entries: int) -> tuple[int, ...]:
-    """Return a shape with ``entries`` on ``axis``, one on the matrices' other axis."""
-    last = range(len(shape) - 2, len(shape))
-    return tuple(
-        entries if at == axis else 1 if at in last else size for at, size in enumerate(shape)
-    )
+def _inputs_first(name: str, shape: tuple[int, ...], storage: Storage) -> bool:
+    """Return whether matrices are (in, out): packed experts by where their hidden size is."""
+    experts = _EXPERTS.search(name) if len(shape) == 3 else None
+    if experts is None:
+        return storage.inputs_first and _INPUTS_FIRST.search(name) is not None
+    is_first, is_last = (size == storage.hidden_size for size in shape[1:])
+    if is_first == is_last:
+        return storage.inputs_first
+    return is_first if experts["reads"] else is_last
 
 
 def mask_shape_problem(
