@@ -117,7 +117,7 @@ def test_adapters_are_merged_as_peft_does(kind, family, mixture, tmp_path):
 
 def test_an_adapter_of_unsloth_on_the_base_that_it_quantized(family, tmp_path):
     """It names a 4-bit copy of the base, and has keys that this PEFT does not know."""
-    base = tmp_path / "Llama-Tiny"
+    base = tmp_path / "Meta-Llama-Tiny"
     shutil.copytree(family / "base", base)
     place = adapter(base, tmp_path / "adapter")
     configured(place, base_model_name_or_path="unsloth/llama-tiny-unsloth-bnb-4bit", **UNSLOTH)
@@ -204,7 +204,7 @@ SNAPSHOT = "{bases}/hub/models--some--base/snapshots/0123abcd"
         ("unsloth/Base-bnb-4bit", SNAPSHOT, False),
         ("a-mirror/base", SNAPSHOT, False),
         # What can't be known.
-        ("some/other", "{family}/base", None),
+        ("unsloth/base-instruct-bnb-4bit", "{family}/base", None),
         ("/gone/other", "{family}/base", None),
         (None, "{family}/base", False),
     ],

@@ -258,6 +258,12 @@ def adapter(folder):
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
 
 
+def adapter_of_a_quantized_copy(folder):
+    adapter(folder)
+    name = "unsloth/base-unsloth-bnb-4bit"
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": name}))
+
+
 def gguf(folder):
     (folder / "model.safetensors").rename(folder / "model-Q4_K_M.gguf")
 
@@ -300,6 +306,7 @@ def of_integers(folder):
         ),
         (of_two_classes, "names LlamaForCausalLM and LlamaModel as `architectures`"),
         (adapter, "it is an adapter; write `some/base+{model}`"),
+        (adapter_of_a_quantized_copy, "it is an adapter; write `BASE+{model}`"),
         (gguf, "its weights are GGUF files"),
         (two_checkpoints, "it has both model.safetensors, which transformers loads, and"),
         (compressed, "it is quantized"),

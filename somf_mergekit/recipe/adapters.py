@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
@@ -17,7 +16,7 @@ from safetensors import safe_open
 
 from ..common.errors import few, first_line
 from ..common.model_classes import empty_model
-from .model_paths import hub_id, local_folder
+from .model_paths import hub_id, local_folder, plain_name
 
 LOG = logging.getLogger(__name__)
 
@@ -93,7 +92,7 @@ def base_problem(model: ModelReference, options: MergeOptions) -> str | None:
     if not trained_on or os.path.realpath(trained_on) == os.path.realpath(put_on):
         return None
     folders = local_folder(trained_on), local_folder(put_on, model.model.revision)
-    is_named_alike = _plain_name(trained_on) == _plain_name(put_on)
+    is_named_alike = plain_name(trained_on) == plain_name(put_on)
     if is_named_alike and not (os.path.isdir(trained_on) and os.path.isdir(put_on)):
         return None
     is_other = None
@@ -110,12 +109,6 @@ def base_problem(model: ModelReference, options: MergeOptions) -> str | None:
     if is_other or (is_other is None and not is_named_alike):
         LOG.warning("%s", said)
     return None
-
-
-def _plain_name(path: str) -> str:
-    """Return the last part of a model's name, without what quantized copies add to it."""
-    name = os.path.basename((hub_id(path) or path).rstrip("/\\")).lower()
-    return re.sub(r"((-unsloth)?-bnb-[48]bit|-gptq(-.*)?|-awq|-fp8)$", "", name)
 
 
 def _differ(one: str, other: str) -> bool | None:

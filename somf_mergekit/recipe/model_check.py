@@ -21,7 +21,7 @@ from .adapters import (
     is_cached,
     put_together,
 )
-from .model_paths import path_problem
+from .model_paths import is_quantized_copy, path_problem
 
 LOG = logging.getLogger(__name__)
 # What mergekit reads, the first that is there.
@@ -116,6 +116,9 @@ def _other_form(path: str) -> str | None:
             with open(os.path.join(path, "adapter_config.json"), encoding="utf-8") as file:
                 base = json.load(file).get("base_model_name_or_path")
         except (OSError, ValueError, AttributeError):
+            base = None
+        if base and is_quantized_copy(base):
+            # Many are trained on one, but it can't be merged.
             base = None
         return f"it is an adapter; write `{base or 'BASE'}+{path}`, its base and the adapter"
     if any(name.lower().endswith(".gguf") for name in files):

@@ -12,6 +12,9 @@ from mergekit.common import ModelReference
 # How the hub's cache stores a model: models--ORG--NAME/snapshots/REVISION.
 _SNAPSHOT = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\][^/\\]+[/\\]?$")
 
+# What quantized copies add to a name.
+_QUANTIZED = re.compile(r"((-unsloth)?-bnb-[48]bit|-gptq(-.*)?|-awq|-fp8)$", re.IGNORECASE)
+
 
 def path_problem(model: ModelReference) -> str | None:
     """Return a sentence where a model or its adapter is neither a folder nor a hub id."""
@@ -58,3 +61,15 @@ def local_folder(path: str, revision: str | None = None) -> str | None:
     name = hub_id(path)
     found = try_to_load_from_cache(name, "config.json", revision=revision) if name else None
     return os.path.dirname(found) if isinstance(found, str) else None
+
+
+def is_quantized_copy(path: str) -> bool:
+    """Return whether a model is a quantized copy of another, as its name says."""
+    return _QUANTIZED.search(path) is not None
+
+
+def plain_name(path: str) -> str:
+    """Return the last part of a model's name, which quantized copies and mirrors of it share."""
+    name = re.split(r"[/\\]", (hub_id(path) or path).rstrip("/\\"))[-1]
+    # Mirrors of Llama leave Meta out.
+    return re.sub("^meta-(?=llama)", "", _QUANTIZED.sub("", name).lower())
