@@ -184,6 +184,15 @@ def bases(family, tmp_path_factory):
     return folder
 
 
+def test_an_id_in_the_hubs_cache_without_a_network(family, bases, tmp_path, monkeypatch):
+    """mergekit asks the hub for it all the same: where it is can be given instead."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(bases / "hub"))
+    said = tiny.refused(recipe("some/base", "some/math", family), tmp_path)
+    for name in ("base", "math"):
+        folder = bases / f"hub/models--some--{name}/snapshots/0123abcd"
+        assert f"it is in the hub's cache: give that folder, {folder}" in said
+
+
 SNAPSHOT = "{bases}/hub/models--some--base/snapshots/0123abcd"
 
 

@@ -21,7 +21,7 @@ from .adapters import (
     is_cached,
     put_together,
 )
-from .model_paths import is_quantized_copy, path_problem
+from .model_paths import is_quantized_copy, local_folder, path_problem
 
 LOG = logging.getLogger(__name__)
 # What mergekit reads, the first that is there.
@@ -169,6 +169,10 @@ def _weight_problems(model: ModelReference, options: MergeOptions) -> list[str]:
     except Exception as error:  # a damaged checkpoint has many of its own
         cached = cached_folder(model, options) if model.lora else ""
         hint = f"; if {cached} was left unfinished, remove it" if cached else ""
+        stored = local_folder(model.model.path, model.model.revision)
+        if stored and stored != model.model.path:
+            # mergekit asks the hub for a list of its files all the same.
+            hint += f"; it is in the hub's cache: give that folder, {stored}"
         return [f"model {model}: its weights can't be opened: {first_line(error)}{hint}"]
     problems = _form_problems(model, index)
     if model.lora:
