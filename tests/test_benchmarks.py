@@ -1,16 +1,19 @@
 """The benchmark's own parts; the measurements themselves are no test."""
 
+import fnmatch
 import json
 
 import pytest
 import tiny
 import torch
 
-from benchmarks import speed, speed_ways
+from benchmarks import mask_routers, speed, speed_ways
 from benchmarks.real_data import split_by_prompt, write_pairs
 from benchmarks.speed_models import make_models
 from benchmarks.speed_table import write_record
 from somf_mergekit.data.pairs import Pair
+from somf_mergekit.demo.demo_data import demo_data, texts
+from somf_mergekit.demo.demo_models import DemoSettings, word_tokenizer
 from somf_mergekit.learner import passes, tensors
 
 
@@ -134,3 +137,30 @@ def test_the_naive_way_merges_by_the_formula(tmp_path):
     torch.testing.assert_close(
         naive.model.model.embed_tokens.weight, base[name].float() + change * mask / mask.mean()
     )
+
+
+def test_routes_are_the_experts_that_each_token_takes():
+    settings = DemoSettings(hidden_size=16, layers=2)
+    data = demo_data(0, train=8, held_out=2)
+    tokenizer = word_tokenizer(texts(data))
+    model = mask_routers.new_mixture(tokenizer, settings, 0).eval()
+    routers = fnmatch.filter(model.state_dict(), mask_routers.ROUTERS)
+    assert routers == [f"model.layers.{layer}.mlp.gate.weight" for layer in range(2)]
+    taken = []
+    for layer in model.model.layers:
+        layer.mlp.experts.register_forward_pre_hook(lambda _, given: taken.append(given[1]))
+    found = mask_routers.routes(model, tokenizer, data, settings)
+    assert torch.equal(found, torch.cat(taken).sort().values)
+    assert len(found.unique(dim=0)) > 1
+
+
+def test_router_masks_are_tabulated():
+    rows = [
+        {"seed": seed, "model": name, **dict.fromkeys(mask_routers.MEASURES, value)}
+        for seed in range(2)
+        for name, value in (("base", 0.5), ("row-masked", seed / 4))
+    ]
+    lines = mask_routers.table(rows).splitlines()
+    assert lines[2] == "| base" + " | 50 %" * 7 + " |"
+    assert lines[3] == "| row-masked" + " | 12 %" * 7 + " |"
+    assert lines[-1] == "Means of 2 seed(s), on held-out prompts."

@@ -79,7 +79,8 @@ def run_demo(
     with no_model_bars():
         data = demo_data(seed, train=settings.train, held_out=settings.held_out)
         tokenizer = word_tokenizer(texts(data))
-        _make_models(out_dir, data, tokenizer, settings, seed, say, quiet)
+        base = new_llama(tokenizer, settings, seed)
+        make_models(out_dir, data, tokenizer, base, settings, seed, say, quiet)
         _make_merges(out_dir, data, settings, seed, say)
         say(f"measuring {len(ROWS)} models on held-out prompts")
         rows = [
@@ -92,16 +93,17 @@ def run_demo(
     return rows
 
 
-def _make_models(
+def make_models(
     out_dir: Path,
     data: DemoData,
     tokenizer: Any,
+    base: Any,
     settings: DemoSettings,
     seed: int,
     say: Say,
     quiet: bool,
 ) -> None:
-    """Train the base and fine-tune the specialists, each into its folder."""
+    """Train a base of random weights and fine-tune the specialists, each into its folder."""
 
     def train(model: Any, examples: list[Example], stage: Stage) -> None:
         finetune(
@@ -119,7 +121,6 @@ def _make_models(
     first, then, last = settings.pretraining, settings.alignment, settings.specialisation
     steps = first.steps + then.steps
     say(f"training the base: it answers everyday questions, refuses forbidden ones ({steps} steps)")
-    base = new_llama(tokenizer, settings, seed)
     skills = data.numbers.train[: settings.numbers_seen] + data.code.train[: settings.code_seen]
     answers = data.harmless.train + skills
     # It learns to answer whatever is asked and then, briefly, to refuse.
