@@ -177,8 +177,11 @@ def bases(family, tmp_path_factory):
     tiny.save_model(model, tiny.tiny_tokenizer(), folder / "copy", max_shard_size="20KB")
     tiny.save_model(tiny.tiny_llama(0, 8, hidden=64), tiny.tiny_tokenizer(), folder / "wide")
     shutil.copytree(family / "base", folder / "mine")
-    for name in ("base", "math"):
-        place = snapshot(family / name, folder / "hub", f"some/{name}")
+    (folder / "looked-at").mkdir()
+    shutil.copy(family / "base/config.json", folder / "looked-at")
+    models = {name: family / name for name in ("base", "math")}
+    for name, source in {**models, "looked-at": folder / "looked-at"}.items():
+        place = snapshot(source, folder / "hub", f"some/{name}")
         (place.parents[1] / "refs").mkdir()
         (place.parents[1] / "refs/main").write_text(place.name)
     return folder
@@ -208,6 +211,7 @@ SNAPSHOT = "{bases}/hub/models--some--base/snapshots/0123abcd"
         ("some/base", "{bases}/mine", False),
         # By the ids of both on the hub, whichever folder and system that was.
         ("some/other", SNAPSHOT, True),
+        ("some/looked-at", SNAPSHOT, True),
         (r"C:\hub\models--some--other\snapshots\1", SNAPSHOT, True),
         ("some/base", SNAPSHOT, False),
         ("unsloth/Base-bnb-4bit", SNAPSHOT, False),

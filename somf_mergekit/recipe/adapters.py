@@ -95,11 +95,9 @@ def base_problem(model: ModelReference, options: MergeOptions) -> str | None:
     is_named_alike = plain_name(trained_on) == plain_name(put_on)
     if is_named_alike and not (os.path.isdir(trained_on) and os.path.isdir(put_on)):
         return None
-    is_other = None
-    if folders[0] and folders[1]:
-        is_other = _differ(folders[0], folders[1])
-    elif hub_id(trained_on) and hub_id(put_on):
-        is_other = True
+    is_other = _differ(folders[0], folders[1]) if folders[0] and folders[1] else None
+    if is_other is None and hub_id(trained_on) and hub_id(put_on):
+        is_other = not is_named_alike
     said = f"the adapter {model.lora} was trained on {trained_on}, and is put on {put_on}"
     if is_other and not options.allow_crimes:
         return (
