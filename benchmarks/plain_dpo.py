@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from somf_mergekit.common import machine
+from somf_mergekit.data.encoding import EncodedPair
 from somf_mergekit.data.logprobs import (
     answer_token_log_probs,
     output_head,
@@ -17,7 +18,6 @@ from somf_mergekit.data.logprobs import (
     pair_length,
     pair_log_probs,
 )
-from somf_mergekit.data.pairs import EncodedPair
 from somf_mergekit.learner.engine import autocast_to
 from somf_mergekit.learner.objectives import PER_TOKEN, preference_losses
 

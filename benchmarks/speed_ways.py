@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from somf_mergekit.data.encoding import EncodedPair, encoded_pairs
 from somf_mergekit.data.logprobs import output_head
-from somf_mergekit.data.pairs import EncodedPair, encoded_pairs, read_pairs
+from somf_mergekit.data.pairs import read_pairs
 
 from .plain_dpo import dpo_backward, dpo_seconds, log_ratios, micro_batches, wait_for
 from .real_training import load_saved

@@ -7,7 +7,7 @@ import torch
 from mergekit.merge_methods.base import TensorEntry, TensorGroup, TensorMetadata
 
 from somf_mergekit.common.model_classes import Slice
-from somf_mergekit.data.pairs import EncodedPair
+from somf_mergekit.data.encoding import EncodedPair
 from somf_mergekit.fusion.merges import AutogradMerge, LinearMerge
 from somf_mergekit.fusion.shards import Shard
 from somf_mergekit.learner import engine, loop

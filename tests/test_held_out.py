@@ -12,6 +12,7 @@ from mergekit.options import MergeOptions
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from somf_mergekit import learn
+from somf_mergekit.data.encoding import EncodedPair
 from somf_mergekit.data.held_out import (
     LEAST,
     MOST,
@@ -21,7 +22,7 @@ from somf_mergekit.data.held_out import (
     verdict,
     why_none,
 )
-from somf_mergekit.data.pairs import EncodedPair, Pair
+from somf_mergekit.data.pairs import Pair
 from somf_mergekit.evaluate.likelihood import preference_margins
 from somf_mergekit.learner import loop
 from somf_mergekit.mask.format import decoded_probability, encoded_probability, stored_probability

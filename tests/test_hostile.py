@@ -16,9 +16,9 @@ from mergekit.merge_methods import merge_state_dicts
 
 from somf_mergekit import MaskSet, RecipeError, register
 from somf_mergekit.data.dataset_reading import dataset_rows
+from somf_mergekit.data.encoding import encoded_pairs
 from somf_mergekit.data.pairs import (
     answered_prompts,
-    encoded_pairs,
     pairs_of_answers,
     preference_pairs,
     prompts_alone,

@@ -11,7 +11,8 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from somf_mergekit.data.chat import user_prompt
-from somf_mergekit.data.pairs import Pair, encoded_pairs
+from somf_mergekit.data.encoding import encoded_pairs
+from somf_mergekit.data.pairs import Pair
 from somf_mergekit.evaluate import EvaluationSettings, answer_loss, preference_accuracy
 from somf_mergekit.evaluate import for_recipe as measured
 from somf_mergekit.evaluate.for_recipe import BASE, MERGED, PLAIN, named_sources

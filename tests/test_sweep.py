@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from somf_mergekit import MaskSet, RecipeError
 from somf_mergekit.data.chat import user_prompt
-from somf_mergekit.data.pairs import Pair, encoded_pairs
+from somf_mergekit.data.encoding import encoded_pairs
+from somf_mergekit.data.pairs import Pair
 from somf_mergekit.demo.finetune import finetune
 from somf_mergekit.evaluate import (
     EvaluationSettings,

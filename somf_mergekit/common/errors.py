@@ -92,3 +92,8 @@ def few(names: Collection[str]) -> str:
     """Return the first of some names, and how many more there are."""
     shown = ", ".join(sorted(names)[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def quoted(names: Iterable[str]) -> str:
+    """Return names of columns as a message lists them."""
+    return ", ".join(f"'{name}'" for name in names)

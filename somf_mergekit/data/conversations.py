@@ -2,10 +2,11 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..common.errors import quoted
 from .chat import Message, user_prompt
 from .dataset_reading import dataset_rows
 from .rows import Rows, Unusable
@@ -31,11 +32,6 @@ IS_SAFE, LABEL = "is_safe", "label"
 _COLUMNS = {*DIALOGUES, *SYSTEM, *ANSWERS, *LABELLED, *LABELS, IS_SAFE, LABEL}
 _COLUMNS |= {name for pair in PAIRS for name in pair}
 _COLUMNS |= {name for column, before, after in _PROMPTS for name in (column, *before, *after)}
-
-
-def quoted(names: Iterable[str]) -> str:
-    """Return names of columns as a message lists them."""
-    return ", ".join(f"'{name}'" for name in names)
 
 
 PROMPT_NAMES = quoted(name for name, _, _ in _PROMPTS)

@@ -3,11 +3,11 @@
 import glob
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any
 
 from ..common.errors import RecipeError, first_line
-from .rows import Rows, json_row, json_table
+from .rows import Rows, json_row, json_table, typed_rows
 
 FILE_FORMATS = {
     ".jsonl": "json",
@@ -135,7 +135,7 @@ def _built(
         built = datasets.load_dataset_builder(dataset, **given, **narrow) if narrow else builder
         built.download_and_prepare()
         splits = built.as_dataset()
-        return _typed(_part(splits, splits.__getitem__, split, source), wanted, names)
+        return typed_rows(_part(splits, splits.__getitem__, split, source), wanted, names)
 
     is_json = isinstance(builder, Json) and builder.config.field is None
     if place is None:
@@ -226,7 +226,7 @@ def _saved(source: str, split: str, wanted: Set[str] | None, folder: str) -> Row
     if isinstance(loaded, datasets.Dataset):
         # It may remember the split that it was; it is all there is.
         loaded = {"train": loaded, str(loaded.split or "train"): loaded}
-    return _typed(_part(loaded, loaded.__getitem__, split, source), wanted)
+    return typed_rows(_part(loaded, loaded.__getitem__, split, source), wanted)
 
 
 def _json(file: str) -> Any:
@@ -277,31 +277,6 @@ def _part(known: Iterable[str], table: Callable[[str], Any], split: str, source:
     return datasets.concatenate_datasets(
         [tables[one.splitname].select(range(one.from_, one.to)) for one in slices]
     )
-
-
-def _typed(table: Any, wanted: Set[str] | None, names: Sequence[str] = ()) -> Rows:
-    """Return the rows of a table; those of its columns that are read by opening are left out."""
-    opening = [name for name, kind in table.features.items() if _opens(kind)]
-    known = [name for name in names or table.column_names if name not in opening]
-    taken = [
-        name
-        for name in table.column_names
-        if name not in opening and (wanted is None or name in wanted)
-    ]
-    return Rows(table.select_columns(taken), known, opening)
-
-
-def _opens(kind: Any) -> bool:
-    import pyarrow
-
-    if isinstance(kind, Mapping):
-        return any(map(_opens, kind.values()))
-    if isinstance(kind, (list, tuple)):
-        return any(map(_opens, kind))
-    if hasattr(kind, "decode_example"):
-        # A path with its bytes is opened; datasets' Json is text that is parsed.
-        return pyarrow.types.is_struct(kind())
-    return _opens(getattr(kind, "feature", ()))
 
 
 def _kind(error: BaseException) -> str:

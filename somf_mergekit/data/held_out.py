@@ -9,7 +9,8 @@ import click
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from ..common.errors import printable
-from .pairs import EncodedPair, Pair
+from .encoding import EncodedPair
+from .pairs import Pair
 
 # Fewer pairs than these show nothing; more would cost more than they show.
 LEAST, MOST = 5, 100

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..common.errors import RecipeError
 from ..common.model_classes import text_decoder
-from .pairs import EncodedPair
+from .encoding import EncodedPair
 
 IGNORED = -100
 # Positions whose logits exist at the same time: 256 x 50,000 float32 are 50 MB.

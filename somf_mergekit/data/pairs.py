@@ -1,13 +1,14 @@
 """Preference pairs, prompts with answers and prompts alone: what the rows of a dataset give."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
 from ..common.digests import json_digest
-from ..common.errors import RecipeError
-from .chat import AS_GIVEN, Cut, Message, encoded
+from ..common.errors import RecipeError, quoted
+from .answering import Answering
+from .chat import Message
 from .conversations import (
     ANSWERS,
     DIALOGUES,
@@ -17,7 +18,6 @@ from .conversations import (
     LABELS,
     PAIRS,
     PROMPT_NAMES,
-    PromptColumns,
     asked_columns,
     asked_of,
     dialogue_column,
@@ -25,10 +25,8 @@ from .conversations import (
     known_rows,
     prompt_columns,
     prompt_of,
-    quoted,
     truth,
 )
-from .rendering import Rendering
 from .rows import Dropped, Examples, Rows, Unusable, examples_of
 
 KNOWN_PAIRS = (
@@ -64,21 +62,6 @@ class Pair:
     def messages(self) -> list[Message]:
         """The prompt as chat messages."""
         return [{"role": role, "content": content} for role, content in self.prompt]
-
-
-@dataclass(frozen=True)
-class EncodedPair:
-    """Token ids of one pair; prompt plus either answer has at most ``max_length`` of them.
-
-    Of a prompt with one answer, ``rejected`` is empty. ``row`` is the dataset's that it is from,
-    counted from 0; ``cut`` says what was taken.
-    """
-
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int] = field(default_factory=list)
-    row: int = field(default=0, compare=False)
-    cut: Cut = field(default_factory=Cut, compare=False)
 
 
 def read_pairs(source: str, split: str = "train", config: str | None = None) -> Examples[Pair]:
@@ -134,7 +117,7 @@ def preference_pairs(rows: Rows, source: str) -> Examples[Pair]:
     if pair and not columns.name and dialogue_column(found):
         columns = asked_columns(found)
     if labels and not (columns.name and set(used) <= set(found)):
-        answering = _Answering.of(found)
+        answering = Answering.of(found)
         if answering and answering.labels:
             return _with_a_pair(_labelled_pairs(rows, answering), source, found)
         raise RecipeError(
@@ -167,7 +150,7 @@ def preference_pairs(rows: Rows, source: str) -> Examples[Pair]:
 
 def has_answers(columns: Sequence[str]) -> bool:
     """Return whether prompts and answers are found among a dataset's columns."""
-    return _Answering.of(columns) is not None
+    return Answering.of(columns) is not None
 
 
 def answered_prompts(rows: Rows, source: str) -> Examples[tuple[list[Message], str]]:
@@ -179,7 +162,7 @@ def answered_prompts(rows: Rows, source: str) -> Examples[tuple[list[Message], s
         RecipeError: the columns are not recognised, or no prompt has an answer.
     """
     found = rows.column_names
-    answering = _Answering.of(found)
+    answering = Answering.of(found)
     if answering is None:
         raise RecipeError(
             f"dataset {source}: prompts with answers not found. {_expected(found, KNOWN_ANSWERS)}"
@@ -199,69 +182,7 @@ def answered_prompts(rows: Rows, source: str) -> Examples[tuple[list[Message], s
     return examples
 
 
-@dataclass(frozen=True)
-class _Answering:
-    """Where a row has a prompt with one answer.
-
-    Attributes:
-        columns: of the prompt.
-        answer: column of the answer, or of the whole dialogue.
-        labels: columns that say whether the answer is wanted, with what is said of one that isn't.
-    """
-
-    columns: PromptColumns
-    answer: str
-    labels: dict[str, str]
-
-    @classmethod
-    def of(cls, found: Sequence[str]) -> "_Answering | None":
-        """Return where they are among a dataset's columns, None where they aren't."""
-        columns = prompt_columns(found)
-        answer = next((name for name in ANSWERS if name in found), None) if columns.name else None
-        if answer is None:
-            columns, answer = (
-                replace(columns, name=None, before=(), after=()),
-                dialogue_column(found),
-            )
-        if answer is None:
-            return None
-        labels = {IS_SAFE: "not safe"}
-        if answer in (*DIALOGUES, "completion"):
-            labels[LABEL] = "not wanted"
-        return cls(columns, answer, {name: labels[name] for name in labels if name in found})
-
-    @property
-    def used(self) -> set[str]:
-        """Names of all columns that are read."""
-        return {*self.columns.used, self.answer, *self.labels}
-
-    def read(self, row: dict[str, Any]) -> tuple[list[Message], str]:
-        """Return a row's prompt with its answer.
-
-        Raises:
-            Unusable: it has none, or none that can be read.
-        """
-        dialogue = dialogue_of(prompt_of(row, self.columns), row[self.answer])
-        if not dialogue[-1]["content"].strip():
-            raise Unusable("without an answer")
-        return dialogue[:-1], dialogue[-1]["content"]
-
-    def unwanted(self, row: dict[str, Any]) -> str | None:
-        """Return what a row's labels say against its answer, None where they say nothing.
-
-        Raises:
-            Unusable: a label says neither.
-        """
-        for name, reason in self.labels.items():
-            label = truth(row[name])
-            if label is None:
-                raise Unusable(f"with neither true nor false for {name}")
-            if not label:
-                return reason
-        return None
-
-
-def _labelled_pairs(rows: Rows, answering: _Answering) -> Examples[Pair]:
+def _labelled_pairs(rows: Rows, answering: Answering) -> Examples[Pair]:
     """Return pairs of a wanted and an unwanted answer to the same prompt.
 
     Of each prompt they are MOST_OF_A_PROMPT at most, of as many different answers as can be.
@@ -335,57 +256,6 @@ def prompts_alone(rows: Rows, source: str) -> Examples[list[Message]]:
     if not prompts:
         raise RecipeError(f"dataset {source} has no prompt{prompts.left_out.why_none}")
     return prompts
-
-
-def encoded_pairs(
-    pairs: Iterable[Pair],
-    tokenizer: Any,
-    max_length: int,
-    source: str,
-    enough: int | None = None,
-    how: Rendering = AS_GIVEN,
-) -> tuple[list[EncodedPair], Dropped]:
-    """Tokenise pairs with the chat template and cut them to ``max_length`` tokens.
-
-    Args:
-        pairs: the first ``enough`` usable ones are taken, all where that is not given.
-        tokenizer: with or without a chat template.
-        max_length: tokens of a prompt with an answer.
-        source: of the pairs, for messages.
-        how: the chat template is rendered.
-
-    Returns:
-        The usable pairs, and how many were left out by reason.
-
-    Raises:
-        RecipeError: the chat template refuses a row; or nothing is left of any answer, or of the
-            difference between two.
-    """
-    usable: list[EncodedPair] = []
-    dropped = Dropped()
-    for pair in pairs:
-        if len(usable) == enough:
-            break
-        texts = [pair.chosen, pair.rejected] if pair.rejected else [pair.chosen]
-        try:
-            found = encoded(tokenizer, pair.messages, texts, max_length, how)
-        except RecipeError as error:
-            raise RecipeError(f"dataset {source}, row {pair.row}: {error.message}") from error
-        if not found.prompt and found.cut.prompt:
-            dropped.add(f"whose last question has no room in {max_length} tokens")
-        elif not found.prompt or not all(found.answers):
-            dropped.add("without an answer after tokenisation")
-        elif pair.rejected and found.answers[0] == found.answers[1]:
-            dropped.add(f"with equal answers in the first {max_length} tokens")
-        else:
-            chosen, rejected = [*found.answers, []][:2]
-            usable.append(EncodedPair(found.prompt, chosen, rejected, pair.row, found.cut))
-    if not usable:
-        raise RecipeError(
-            f"dataset {source}: no answer is usable after tokenisation ({dropped}); "
-            "raise max_length or use other data"
-        )
-    return usable, dropped
 
 
 def pairs_of_answers(examples: Examples[tuple[list[Message], str]]) -> Iterator[Pair]:

@@ -4,7 +4,8 @@ import glob
 import json
 import random
 from array import array
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, overload
 
@@ -228,3 +229,28 @@ def _objects(text: str) -> list[dict[str, Any]]:
     if not all(isinstance(row, dict) for row in found):
         raise ValueError("it is not a list of JSON objects")
     return found
+
+
+def typed_rows(table: Any, wanted: AbstractSet[str] | None, names: Sequence[str] = ()) -> Rows:
+    """Return the rows of a table; those of its columns that are read by opening are left out."""
+    opening = [name for name, kind in table.features.items() if _opens(kind)]
+    known = [name for name in names or table.column_names if name not in opening]
+    taken = [
+        name
+        for name in table.column_names
+        if name not in opening and (wanted is None or name in wanted)
+    ]
+    return Rows(table.select_columns(taken), known, opening)
+
+
+def _opens(kind: Any) -> bool:
+    import pyarrow
+
+    if isinstance(kind, Mapping):
+        return any(map(_opens, kind.values()))
+    if isinstance(kind, (list, tuple)):
+        return any(map(_opens, kind))
+    if hasattr(kind, "decode_example"):
+        # A path with its bytes is opened; datasets' Json is text that is parsed.
+        return pyarrow.types.is_struct(kind())
+    return _opens(getattr(kind, "feature", ()))

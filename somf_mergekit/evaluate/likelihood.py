@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..data.chat import AS_GIVEN, Message, encoded
+from ..data.encoding import EncodedPair
 from ..data.logprobs import CHUNK_POSITIONS, answer_states, output_head, token_batch
-from ..data.pairs import EncodedPair, Pair
+from ..data.pairs import Pair
 from ..data.rendering import Rendering
 
 # Tokens of prompts with those of their answers.

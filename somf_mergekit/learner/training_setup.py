@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..common.process_group import ALONE, Processes
+from ..data.encoding import EncodedPair
 from ..data.logprobs import TokenBatch, pair_batch, pair_length, pair_log_probs
-from ..data.pairs import EncodedPair
 from ..recipe.settings import Settings
 from .engine import Engine, TokenLogProbs
 from .tensors import Content, MaskedTensor, State

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 
 from ..common.model_classes import model_class
-from ..data.pairs import EncodedPair
+from ..data.encoding import EncodedPair
 from .headers import planned_tensors
 from .plan import PlannedMerge
 

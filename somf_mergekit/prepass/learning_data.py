@@ -9,12 +9,11 @@ from typing import Any
 from ..common.errors import noted, raise_together
 from ..data.chat import AS_GIVEN, Message
 from ..data.conversations import known_rows
+from ..data.encoding import EncodedPair, encoded_pairs
 from ..data.held_out import LEAST, MOST, held_out_split
 from ..data.pairs import (
-    EncodedPair,
     Pair,
     answered_prompts,
-    encoded_pairs,
     has_answers,
     pairs_of_answers,
     preference_pairs,
