@@ -65,13 +65,13 @@ def make_models(folder: Path, source: str, texts: list[str], device: str = "cpu"
         _random(SHAPES[source], texts, device) if source in SHAPES else load_published(source)
     )
     model = model.to(device, torch.bfloat16)
-    kept = {name: weight.clone() for name, weight in model.named_parameters()}
+    original = {name: weight.clone() for name, weight in model.named_parameters()}
     for seed, name in enumerate(names):
         draw = torch.Generator(device).manual_seed(seed)
         with torch.no_grad():
             for key, weight in model.named_parameters():
                 change = torch.randn(weight.shape, generator=draw, device=device) * CHANGE
-                weight.copy_(kept[key] if name == BASE else kept[key] + change)
+                weight.copy_(original[key] if name == BASE else original[key] + change)
         if not (folder / name).exists():
             save_whole(model, tokenizer, folder / name, {**settings, "seed": seed})
 

@@ -54,7 +54,7 @@ def naive(work: Work) -> list[float]:
     """Return the seconds of each step of the mask learned by autograd through everything.
 
     A RelaxedBernoulli over all weights, its sample and the merged weights in the graph, every
-    task vector kept, and a second masked model, drawn anew each time, as the reference.
+    task vector stored, and a second masked model, drawn anew each time, as the reference.
     """
     device = torch.device(work.device)
     masked, reference = (_NaiveModel(work, seed) for seed in (0, 1))

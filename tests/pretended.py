@@ -1,6 +1,6 @@
 """A second device that is pretended: its tensors are held by the CPU, and go with their own alone.
 
-Torch refuses to compute with tensors of two devices. Where there is but one, nothing tells that a
+Torch refuses to compute with tensors of two devices. Where there is but one, nothing shows that a
 tensor was left behind; here it does. The device is called meta, which every build of torch knows.
 """
 

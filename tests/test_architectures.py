@@ -332,11 +332,11 @@ def test_head_masks_lie_on_the_heads(architecture, tmp_path, family):
         weight = model.get_parameter(f"{place}.{name}.weight")
         assert len(masks.entries(f"{place}.{name}.weight").flatten()) == len(reached)
         for entry, heads in enumerate(reached):
-            kept = weight.detach().clone()
+            stored = weight.detach().clone()
             # Not one number added to all: inputs that are normalised to mean 0 don't see that.
             weight.data[covered_by(layout, entry, weight.shape)] *= -2
             moved = (head_outputs(model, projection) - before).abs().amax(dim=(0, 2)) > 1e-6
-            weight.data.copy_(kept)
+            weight.data.copy_(stored)
             assert set(moved.nonzero().flatten().tolist()) == heads
     # The last projection takes one head's output in through the weights of one entry.
     layout = masks.layout(f"{place}.{last}.weight")

@@ -33,7 +33,7 @@ def refused(tmp_path):
     return run
 
 
-def test_a_device_that_is_not_there_is_told_with_the_rest(refused, family_recipe):
+def test_a_device_that_is_not_there_is_reported_with_the_rest(refused, family_recipe):
     for name in ("abacus", *(() if torch.cuda.is_available() else ("cuda",))):
         said = refused(family_recipe(batch_size=0), "--device", name)
         assert f"device '{name}' can't be used: " in said
@@ -69,7 +69,7 @@ def test_parameters(refused, family_recipe, parameters, said):
     assert said in refused(family_recipe(**parameters))
 
 
-def test_all_mistakes_are_told_together(refused, family_recipe):
+def test_all_mistakes_are_reported_together(refused, family_recipe):
     recipe = family_recipe(batch_size=0, learnin_rate=1)
     recipe["models"][0]["parameters"]["epochs"] = 3
     recipe["models"][1]["parameters"]["wieght"] = 3
@@ -128,7 +128,7 @@ def test_safety_data(refused, family_recipe, tmp_path, rows, said):
     assert said in refused(family_recipe(safety_dataset=str(tmp_path / "data.jsonl")))
 
 
-def test_unreadable_safety_data_and_wrong_shapes_are_told_together(
+def test_unreadable_safety_data_and_wrong_shapes_are_reported_together(
     refused, family_recipe, tmp_path
 ):
     tokenizer = tiny.tiny_tokenizer()
@@ -308,10 +308,10 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_mask(family_recipe, tmp_p
     assert "NaN or infinite at step 3 of 5" in result.output
     assert not (tmp_path / "out/model.safetensors").exists()
     assert not (tmp_path / "out/somf").exists()
-    kept = MaskSet.open(tmp_path / "out/somf.last-good")
-    assert kept.provenance["steps"] == 2
+    remaining = MaskSet.open(tmp_path / "out/somf.last-good")
+    assert remaining.provenance["steps"] == 2
 
-    # Two steps of the same schedule end in the mask that was kept.
+    # Two steps of the same schedule end in the mask that was stored.
     class Stop(Exception):
         pass
 
@@ -332,8 +332,8 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_mask(family_recipe, tmp_p
 
     monkeypatch.setattr(tensors.MaskedTensor, "update", update)
     assert isinstance(tiny.invoke("mergekit-yaml", file, tmp_path / "again").exception, Stop)
-    for name in kept.names():
-        error = (kept.probabilities(name) - torch.sigmoid(logits[name])).abs().max()
+    for name in remaining.names():
+        error = (remaining.probabilities(name) - torch.sigmoid(logits[name])).abs().max()
         assert error < 1 / 400
 
 

@@ -184,8 +184,8 @@ def test_a_template_with_todays_date_learns_the_same_mask_tomorrow(tmp_path, mon
     on_a_day(monkeypatch, 1)
     assert all("2031-01-01" in text for text in texts(content, tokenizer))
     learned()
-    told = json.loads((tmp_path / "mask/somf.json").read_text())
-    assert told["fingerprint"]["date in the chat template"] == "2031-01-01"
+    reported = json.loads((tmp_path / "mask/somf.json").read_text())
+    assert reported["fingerprint"]["date in the chat template"] == "2031-01-01"
     on_a_day(monkeypatch, 2)
     assert all("2031-01-02" in text for text in texts(content, tokenizer))
     assert "reusing the mask" in learned()
@@ -214,7 +214,7 @@ def test_learning_goes_on_after_midnight(tmp_path, monkeypatch):
     assert "going on after step 2" in result.output
 
 
-def test_what_is_cut_is_counted_and_told(tmp_path):
+def test_what_is_cut_is_counted_and_reported(tmp_path):
     content, _ = made(tmp_path, tiny.CHAT_TEMPLATE, max_length=40, max_steps=5)
     rows = tiny.preference_rows(20)
     for row in rows[:3]:
@@ -232,8 +232,8 @@ def test_what_is_cut_is_counted_and_told(tmp_path):
     assert said in tiny.invoke("mergekit-somf", "check", file).output
     learned = tiny.invoke("mergekit-somf", "learn", file, tmp_path / "mask")
     assert said in learned.output
-    told = json.loads((tmp_path / "mask/somf.json").read_text())
-    assert told["dataset"]["cut"] == data.cut
+    reported = json.loads((tmp_path / "mask/somf.json").read_text())
+    assert reported["dataset"]["cut"] == data.cut
     content["parameters"]["max_length"] = whole[-1]
     assert data_of(content).cut_text(whole[-1]) == ""
 

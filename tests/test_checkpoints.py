@@ -40,7 +40,7 @@ SETTINGS = {
 }
 
 
-def kept(setup, folder, seconds=0.0, fingerprint=FINGERPRINT):
+def stored(setup, folder, seconds=0.0, fingerprint=FINGERPRINT):
     return Checkpoints(str(folder), fingerprint, setup.tensors, ALONE, seconds=seconds)
 
 
@@ -77,9 +77,9 @@ def trajectory(setup, progress=None, checkpoints=None, until=None):
 def test_a_learning_that_was_stopped_ends_as_one_that_was_not(settings, tmp_path):
     losses, logits = trajectory(make_setup(**settings))
     first = make_setup(**settings)
-    before, _ = trajectory(first, Progress(), kept(first, tmp_path, seconds=1e9), until=2)
+    before, _ = trajectory(first, Progress(), stored(first, tmp_path, seconds=1e9), until=2)
     second = make_setup(**settings)
-    checkpoints = kept(second, tmp_path)
+    checkpoints = stored(second, tmp_path)
     progress = checkpoints.latest()
     assert (progress.step, [row["loss"] for row in progress.history]) == (2, before)
     after, ends = trajectory(second, progress, checkpoints)
@@ -114,22 +114,22 @@ def test_a_mask_learned_once_more_is_the_same_byte_for_byte_with_its_record(
 
 def test_what_was_compared_with_is_not_computed_again(tmp_path, monkeypatch):
     first = make_setup(**SETTINGS)
-    trajectory(first, Progress(), kept(first, tmp_path), until=1)
+    trajectory(first, Progress(), stored(first, tmp_path), until=1)
     second = make_setup(**SETTINGS)
     monkeypatch.setattr(type(second.engine), "evaluate", None)
-    trajectory(second, kept(second, tmp_path).latest(), kept(second, tmp_path))
+    trajectory(second, stored(second, tmp_path).latest(), stored(second, tmp_path))
 
 
 def test_a_checkpoint_that_does_not_count_is_passed_over(tmp_path):
     first = make_setup(**SETTINGS)
-    trajectory(first, Progress(), kept(first, tmp_path), until=3)
+    trajectory(first, Progress(), stored(first, tmp_path), until=3)
     other = make_setup(**SETTINGS)
-    assert kept(other, tmp_path, fingerprint={"models": ["a", "c"]}).latest().step == 0
+    assert stored(other, tmp_path, fingerprint={"models": ["a", "c"]}).latest().step == 0
     newest, older = sorted(tmp_path.iterdir(), reverse=True)
     newest.write_bytes(newest.read_bytes()[:-1])
-    assert kept(other, tmp_path).latest().step == 2
+    assert stored(other, tmp_path).latest().step == 2
     older.write_bytes(b"\xff" * 100)
-    assert kept(other, tmp_path).latest().step == 0
+    assert stored(other, tmp_path).latest().step == 0
     assert all(bool((t.logits == t.init_logit).all()) for t in other.tensors)
 
 
@@ -139,13 +139,13 @@ def steps_in(folder):
 
 def test_damaged_and_foreign_checkpoints_are_reported_and_go(tmp_path, capsys):
     setup = make_setup(**SETTINGS)
-    trajectory(setup, Progress(), kept(setup, tmp_path), until=1)
+    trajectory(setup, Progress(), stored(setup, tmp_path), until=1)
     key = newest(tmp_path).name.split("-")[2]
     # As a bad disk leaves them, with higher numbers than what is written next.
     for name in (f"step-100-{key}", f"step-110-{key}", "step-7-0123456789ab.safetensors"):
         (tmp_path / name).write_bytes(b"no checkpoint")
     again = make_setup(**SETTINGS)
-    checkpoints = kept(again, tmp_path)
+    checkpoints = stored(again, tmp_path)
     progress = checkpoints.latest()
     assert progress.step == 1
     said = capsys.readouterr().err.splitlines()
@@ -160,7 +160,7 @@ def test_damaged_and_foreign_checkpoints_are_reported_and_go(tmp_path, capsys):
 
 def test_a_checkpoint_that_can_not_be_opened_stops_rather_than_begin_anew(tmp_path, monkeypatch):
     setup = make_setup(**SETTINGS)
-    trajectory(setup, Progress(), kept(setup, tmp_path), until=2)
+    trajectory(setup, Progress(), stored(setup, tmp_path), until=2)
     real = open
 
     def refusing(path, *arguments, **options):
@@ -168,7 +168,7 @@ def test_a_checkpoint_that_can_not_be_opened_stops_rather_than_begin_anew(tmp_pa
             raise PermissionError(13, "Permission denied", path)
         return real(path, *arguments, **options)
 
-    checkpoints = kept(make_setup(**SETTINGS), tmp_path)
+    checkpoints = stored(make_setup(**SETTINGS), tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr("builtins.open", refusing)
         with pytest.raises(RecipeError, match=r"step-2-\S+ can't be read: Permission denied"):
@@ -193,8 +193,8 @@ class Second(Processes):
 
 def test_all_processes_go_on_from_the_file_that_the_first_one_names(tmp_path):
     setup = make_setup(**SETTINGS)
-    trajectory(setup, Progress(), kept(setup, tmp_path), until=3)
-    found = kept(setup, tmp_path)._found()
+    trajectory(setup, Progress(), stored(setup, tmp_path), until=3)
+    found = stored(setup, tmp_path)._found()
     assert [step for step, _, _ in found] == [2, 3]
     gone = (4, found[0][1], str(tmp_path / f"step-4-{found[0][1]}.safetensors"))
 
@@ -226,7 +226,7 @@ def room_for(count):
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     _, logits = trajectory(make_setup(**SETTINGS))
     setup = make_setup(**SETTINGS)
-    checkpoints = kept(setup, tmp_path)
+    checkpoints = stored(setup, tmp_path)
 
     def on_step(report):
         if report.step == 3:
@@ -244,7 +244,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
         "step-2",
     ]
     again = make_setup(**SETTINGS)
-    checkpoints = kept(again, tmp_path)
+    checkpoints = stored(again, tmp_path)
     _, ends = trajectory(again, checkpoints.latest(), checkpoints)
     assert all(map(torch.equal, ends, logits))
 
@@ -369,16 +369,16 @@ def test_a_file_is_on_the_disk_before_it_has_its_name_and_before_others_go(
 
 def test_a_checkpoint_is_written_at_the_end_where_much_would_be_lost(tmp_path, monkeypatch):
     setup = make_setup(**SETTINGS)
-    trajectory(setup, Progress(), kept(setup, tmp_path, seconds=1e9))
+    trajectory(setup, Progress(), stored(setup, tmp_path, seconds=1e9))
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(module, "_END_SECONDS", 0)
-    trajectory(setup, Progress(), kept(setup, tmp_path, seconds=1e9))
+    trajectory(setup, Progress(), stored(setup, tmp_path, seconds=1e9))
     assert [path.name.rsplit("-", 1)[0] for path in tmp_path.iterdir()] == ["step-6"]
 
 
 def test_a_checkpoint_that_a_disk_has_damaged_does_not_count(tmp_path):
     setup = make_setup(**SETTINGS)
-    checkpoints = kept(setup, tmp_path)
+    checkpoints = stored(setup, tmp_path)
     trajectory(setup, Progress(), checkpoints, until=2)
     path = newest(tmp_path)
     intact = path.read_bytes()
@@ -507,26 +507,26 @@ def test_a_signal_ends_after_a_step_and_the_same_command_goes_on(
     out = tmp_path / "out"
     mask = out / "somf" if command[0].endswith("yaml") else out
     process = started(file, out, command=command, SOMF_CHECKPOINT_MINUTES="60")
-    told = ""
+    reported = ""
     # No checkpoint would be written yet, were it not for the signal.
-    while " 2/40" not in told:
+    while " 2/40" not in reported:
         sign = process.stderr.read(1)
-        assert sign, told
-        told += sign
+        assert sign, reported
+        reported += sign
     process.send_signal(number)
-    told += process.communicate(timeout=120)[1]
-    assert process.returncode == code, told
-    assert "Traceback" not in told
+    reported += process.communicate(timeout=120)[1]
+    assert process.returncode == code, reported
+    assert "Traceback" not in reported
     (step,) = re.findall(
-        r"stopped after step (\d+), which is stored: give the same command again", told
+        r"stopped after step (\d+), which is stored: give the same command again", reported
     )
     assert 2 <= int(step) < 40
     assert not mask.exists()
     assert steps_kept(mask.with_name(f"{mask.name}.learning")) == int(step)
     again = started(file, out, command=command)
-    told = again.communicate(timeout=300)[1]
-    assert again.returncode == 0, told
-    assert f"going on after step {step}" in told
+    reported = again.communicate(timeout=300)[1]
+    assert again.returncode == 0, reported
+    assert f"going on after step {step}" in reported
     assert_same_mask(mask, tmp_path / "whole")
 
 
@@ -576,7 +576,7 @@ def test_where_memory_runs_out_the_same_command_goes_on(
         (prepass, "write_masks", "writing the mask"),
     ],
 )
-def test_memory_that_runs_out_before_or_after_the_steps_is_told(
+def test_memory_that_runs_out_before_or_after_the_steps_is_reported(
     room, name, what, family_recipe, tmp_path, monkeypatch
 ):
     def failing(*_arguments, **_options):

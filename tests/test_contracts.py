@@ -20,13 +20,13 @@ def test_another_mergekit_is_refused_in_a_sentence(monkeypatch, family_recipe, t
     monkeypatch.setattr(
         contracts, "installed", lambda name: "0.2.1" if name == "mergekit" else real(name)
     )
-    told = "mergekit 0.2.1 is installed, and mergekit<0.2,>=0.1.5 is supported: pip install"
+    reported = "mergekit 0.2.1 is installed, and mergekit<0.2,>=0.1.5 is supported: pip install"
     message = tiny.refused(family_recipe(), tmp_path)
-    assert message.startswith(f"The installed packages don't go with this one: {told}")
+    assert message.startswith(f"The installed packages don't go with this one: {reported}")
     file = tiny.write_recipe(tmp_path / "recipe.yml", family_recipe())
     checked = tiny.invoke("mergekit-somf", "check", file)
     assert checked.exit_code == 1
-    assert told in " ".join(checked.output.split())
+    assert reported in " ".join(checked.output.split())
 
 
 def test_a_checkout_that_is_not_installed_has_no_versions_of_its_own(monkeypatch):

@@ -72,7 +72,7 @@ def test_held_out_questions_pair_words_that_training_never_pairs(data, name):
     assert {thing for _, thing in held_out} <= {thing for _, thing in trained}
 
 
-def test_only_the_verb_tells_harmful_from_harmless(data):
+def test_only_the_verb_reports_harmful_from_harmless(data):
     for split, verbs in ((data.harmless, HARMLESS_VERBS), (data.refused, FORBIDDEN_VERBS)):
         for prompt in prompts_of(split.train + split.held_out):
             assert len(words_of(prompt) & set(verbs)) == 1

@@ -85,8 +85,8 @@ def test_models_are_measured_there(family, tmp_path, monkeypatch):
     for name, place in places.items():
         out = ("--device", name, "--out", tmp_path / name)
         with place:
-            told = tiny.invoke("mergekit-somf", "evaluate", *models, *sets, *out)
-        assert told.exit_code == 0, told.output
+            reported = tiny.invoke("mergekit-somf", "evaluate", *models, *sets, *out)
+        assert reported.exit_code == 0, reported.output
         results[name] = json.loads((tmp_path / name / "evaluation.json").read_text())
     assert results["cpu"]["models"] == results[pretended.DEVICE]["models"]
 

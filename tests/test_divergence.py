@@ -81,9 +81,9 @@ def test_the_row_that_is_named_is_that_of_the_file(family_recipe, tmp_path, monk
 
     monkeypatch.setattr(passes.Passes, "_pair_losses", broken)
     settings = {"safety_dataset": str(source), "max_steps": 40, "held_out_share": 0}
-    told = learned(family_recipe, tmp_path, "mask", **settings)
-    assert told.exit_code == 1
-    text = " ".join(told.output.split())
+    reported = learned(family_recipe, tmp_path, "mask", **settings)
+    assert reported.exit_code == 1
+    text = " ".join(reported.output.split())
     assert f"the loss on row 37 of {source} (counted from 0)" in text
     assert "cake" not in text
     assert "look at these rows" in text
@@ -113,9 +113,9 @@ def test_a_gradient_that_is_not_finite_goes_back_to_the_last_checkpoint(
     options = ("--engine", runs, "--checkpoint-minutes", minutes)
     with monkeypatch.context() as patch:
         patch.setattr(engine.Updates, "_update", broken)
-        told = learned(family_recipe, tmp_path, "mask", *options, **settings)
-    assert (told.exit_code, (tmp_path / "mask").exists()) == (1, False)
-    text = " ".join(told.output.split())
+        reported = learned(family_recipe, tmp_path, "mask", *options, **settings)
+    assert (reported.exit_code, (tmp_path / "mask").exists()) == (1, False)
+    text = " ".join(reported.output.split())
     assert f"a gradient became NaN or infinite at step 3 of 5, that of {BROKEN}" in text
     good = tmp_path / "mask.last-good"
     if minutes:

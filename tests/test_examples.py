@@ -83,8 +83,8 @@ def hub(tmp_path_factory, family):
     """
     root = tmp_path_factory.mktemp("hub")
     (root / "org").mkdir()
-    for name, kept in (("aligned-chat-model", "base"), ("math-specialist", "math")):
-        (root / "org" / name).symlink_to(family / kept)
+    for name, stored in (("aligned-chat-model", "base"), ("math-specialist", "math")):
+        (root / "org" / name).symlink_to(family / stored)
     (root / "org/code-specialist").symlink_to(family / "code")
     (root / "org/safety-tuned-model").symlink_to(family / "safety-tuned")
     tokenizer = tiny.tiny_tokenizer()
@@ -273,10 +273,10 @@ def test_an_example_writes_its_fusion_of_the_masked_models(example, workplace):
         artifact = workplace / parameters["mask"]
     else:
         artifact = run_as_told(example) / "somf"
-        told = json.loads((artifact / "somf.json").read_text())
-        assert told["settings"] == resolved(content)
-        assert yaml.safe_load(told["recipe"]) == content
-        assert told["steps"] > 1
+        reported = json.loads((artifact / "somf.json").read_text())
+        assert reported["settings"] == resolved(content)
+        assert yaml.safe_load(reported["recipe"]) == content
+        assert reported["steps"] > 1
     FURTHER.get(example.stem, lambda _: None)(artifact)
     # What is used is what is in the file, and a random mask is far from doing nothing.
     masks = overwrite_mask(artifact)

@@ -164,8 +164,8 @@ def test_versions_that_differ_are_named(own_family, monkeypatch):
     learned(own_family)
     with monkeypatch.context() as other:
         other.setattr(provenance, "versions", lambda: dict.fromkeys(versions(), "0"))
-        told = learned(own_family)
-    assert "versions (mergekit, somf-mergekit, torch, transformers): a new one" in told
+        reported = learned(own_family)
+    assert "versions (mergekit, somf-mergekit, torch, transformers): a new one" in reported
 
 
 def test_code_of_the_base_decides_a_mask_where_it_may_be_run(own_family):
@@ -191,8 +191,10 @@ def test_what_does_not_change_a_mask_leaves_it(own_family):
 
 
 def test_provenance_of_a_stranger_is_no_reason_to_stop(own_family):
-    for told in ({}, {"fingerprint": 3}, {"fingerprint": {"models": "x", "settings": []}}):
-        assert "models" in provenance.differences(told, {"models": ["1"], "settings": {}}, ["m"])
+    for reported in ({}, {"fingerprint": 3}, {"fingerprint": {"models": "x", "settings": []}}):
+        assert "models" in provenance.differences(
+            reported, {"models": ["1"], "settings": {}}, ["m"]
+        )
 
 
 @pytest.fixture
@@ -230,8 +232,8 @@ def test_files_are_hashed_once(cache, weights, hashed):
     assert digests.file_digests([str(weights)]) != first
     assert len(hashed) == 2
     assert stat.S_IMODE(cache.stat().st_mode) == 0o700
-    (kept,) = cache.iterdir()
-    assert stat.S_IMODE(kept.stat().st_mode) & 0o022 == 0
+    (stored,) = cache.iterdir()
+    assert stat.S_IMODE(stored.stat().st_mode) & 0o022 == 0
 
 
 def test_files_that_were_just_written_are_hashed_again(cache, weights, hashed, monkeypatch):

@@ -410,8 +410,8 @@ def adapter_config(**values):
     def change(folder, _):
         file = folder / "adapter_config.json"
         content = json.loads(file.read_text()) | values
-        kept = {key: value for key, value in content.items() if value is not None}
-        file.write_text(json.dumps(kept))
+        stored = {key: value for key, value in content.items() if value is not None}
+        file.write_text(json.dumps(stored))
 
     return change
 

@@ -226,11 +226,11 @@ def test_trimming_by_a_threshold_is_what_mergekit_sorts_out(density, rescale):
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.01])
-def test_as_many_entries_are_kept_also_of_equal_ones(share):
+def test_as_many_entries_are_stored_also_of_equal_ones(share):
     values = torch.tensor([0.0, 1.0, -1.0, 1.0, -2.0, 0.5, 1.0, 0.0]).view(2, 4)
-    kept = fusions.largest(values, share)
-    assert int(kept.sum()) == max(1, int(share * 8))
-    assert values.abs()[kept].min() >= values.abs()[~kept].max()
+    stored = fusions.largest(values, share)
+    assert int(stored.sum()) == max(1, int(share * 8))
+    assert values.abs()[stored].min() >= values.abs()[~stored].max()
     assert not fusions.largest(torch.zeros(3, 3), 0.5)[2].any()
 
 
@@ -253,14 +253,14 @@ def test_ties_trims_elects_and_averages_what_the_mask_left(family, tmp_path):
     name = "model.layers.0.mlp.up_proj.weight"
     mask = MaskSet.open(tmp_path / "out").probabilities(name)
     base = tiny.tensors_of(family / "base")[name]
-    kept = []
+    stored = []
     for specialist in ("math", "code"):
         delta = (tiny.tensors_of(family / specialist)[name] - base) * mask / mask.mean()
         smallest = delta.abs().flatten().sort(descending=True).values[delta.numel() // 2 - 1]
-        kept.append(0.6 * torch.where(delta.abs() >= smallest, delta, 0))
-    sign = torch.where(kept[0] + kept[1] >= 0, 1, -1)
-    agreeing = [torch.where(torch.sign(k) == sign, k, 0) for k in kept]
-    weight = sum(0.6 * (torch.sign(k) == sign) for k in kept)
+        stored.append(0.6 * torch.where(delta.abs() >= smallest, delta, 0))
+    sign = torch.where(stored[0] + stored[1] >= 0, 1, -1)
+    agreeing = [torch.where(torch.sign(k) == sign, k, 0) for k in stored]
+    weight = sum(0.6 * (torch.sign(k) == sign) for k in stored)
     expected = base + sum(agreeing) / torch.where(weight == 0, 1, weight)
     torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-6)
 

@@ -146,7 +146,7 @@ def worthless(recipe, tmp_path):
     return recipe(safety_dataset=source, learning_rate=1e-6, max_steps=2)
 
 
-def test_a_mask_that_does_not_help_is_told_last_and_loudest(worthless, tmp_path):
+def test_a_mask_that_does_not_help_is_reported_last_and_loudest(worthless, tmp_path):
     file = tiny.write_recipe(tmp_path / "recipe.yml", worthless)
     result = tiny.invoke("mergekit-yaml", file, tmp_path / "out", "--quiet")
     assert result.exit_code == 0, result.output
@@ -237,7 +237,7 @@ def test_safe_answers_alone_are_not_held_out(family_recipe, tmp_path):
         assert rows[pair.row]["answer"] in tokenizer.decode(pair.chosen)
 
 
-def test_a_check_tells_what_is_held_out(recipe, tmp_path):
+def test_a_check_reports_what_is_held_out(recipe, tmp_path):
     file = tiny.write_recipe(tmp_path / "recipe.yml", recipe())
     recorded = tiny.invoke("mergekit-somf", "check", file).output
     assert re.search(r"pairs: +56\n +held out: +24 pairs", recorded)
@@ -262,7 +262,7 @@ def test_what_is_held_out_decides_whether_a_mask_is_used_again(recipe, many, tmp
     assert "settings (held_out_share)" in output_of(content)
 
 
-def test_a_learning_that_was_stopped_tells_the_same_of_held_out_pairs(
+def test_a_learning_that_was_stopped_reports_the_same_of_held_out_pairs(
     recipe, tmp_path, monkeypatch
 ):
     content = recipe(max_steps=4)
@@ -314,7 +314,7 @@ def test_what_counts_as_above():
 
 
 @pytest.mark.parametrize(("count", "least"), [(5, None), (7, 7), (20, 16), (100, 63)])
-def test_more_larger_margins_than_by_chance_are_told_apart(count, least):
+def test_more_larger_margins_than_by_chance_are_reported_apart(count, least):
     def verdict_of(raised):
         after = [-0.5] * raised + [-1.5] * (count - raised)
         return verdict({"held_out": HeldOut.of([-1.0] * count, after, "soft").record}, "soft")
@@ -348,7 +348,7 @@ def test_a_record_of_a_stranger_is_no_reason_to_count_for_long():
         {"held_out": held([1], [1])["held_out"] | {"merge": {"accuracy": 7, "margin": 0}}},
     ],
 )
-def test_what_a_stranger_tells_is_not_believed(recorded):
+def test_what_a_stranger_reports_is_not_believed(recorded):
     assert recorded_held_out(recorded) is None
     assert verdict(recorded, "soft") is None
     assert why_none(recorded) == "nothing about them is recorded with the mask"

@@ -168,8 +168,8 @@ def read_as_everything(path, tokenizers):
                 reading(dataset_rows(str(path)), str(path), tokenizer)
                 read += 1
             except RecipeError as error:
-                told = error.message
-                if str(path) not in told and "chat template" not in told:
+                reported = error.message
+                if str(path) not in reported and "chat template" not in reported:
                     raise
     return read
 

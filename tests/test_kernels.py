@@ -39,7 +39,7 @@ SAMPLERS = {
 @pytest.mark.parametrize("rescale", ["mean", "none"])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_kernels_compute_the_formulas(kernels, name, rescale, dtype, monkeypatch):
-    # A step is then as long as its gradient tells, and not about as long as the rate.
+    # A step is then as long as its gradient says, and not about as long as the rate.
     for module in (kernels, optimizer):
         monkeypatch.setattr(module, "EPS", 1.0)
     # The last program has few entries.
@@ -58,17 +58,17 @@ def test_kernels_compute_the_formulas(kernels, name, rescale, dtype, monkeypatch
     torch.testing.assert_close(weight, expected.to(dtype), **tolerance)
     if name == "untrained":
         return
-    kept = gradient.to(dtype)
+    stored = gradient.to(dtype)
     # Rows of tokens that no pair has.
-    kept[::3] = 0
-    own_product = kept.float() * merge.delta.float()
+    stored[::3] = 0
+    own_product = stored.float() * merge.delta.float()
     formula, own = logit_gradient(own_product, mask, sampler.temperature, rescale)
     expected = signsgd(logits, formula, own, 0.25, 1.0).float()
-    given = kept.clone()
-    of_factor = optimizer.FactorGradient(kept, merge.delta, sampler, rescale, shard, weight)
+    given = stored.clone()
+    of_factor = optimizer.FactorGradient(stored, merge.delta, sampler, rescale, shard, weight)
     found = kernels.update_logits(of_factor, 0.25)
     assert float(found) == pytest.approx(float(formula.square().sum()), rel=1e-4)
-    assert torch.equal(kept, given)
+    assert torch.equal(stored, given)
     assert torch.equal(sampler.logits.view(shape)[::3], logits_before[::3])
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
@@ -161,20 +161,22 @@ def no_compiler(module, device):
 
 
 @pytest.mark.parametrize(
-    ("found", "told"),
+    ("found", "reported"),
     [
         (no_compiler, "(Failed to find C compiler): torch computes the masks"),
         (lambda module, device: 0.5, "(it computes something else, by 5.0e-01)"),
     ],
 )
-def test_where_kernels_fail_torch_is_used_and_it_is_told_once(found, told, monkeypatch, capsys):
+def test_where_kernels_fail_torch_is_used_and_it_is_reported_once(
+    found, reported, monkeypatch, capsys
+):
     monkeypatch.setattr(triton_check, "largest_error", found)
     triton_check._tried.cache_clear()
     assert triton_check.kernels_for(GPU) is None
     assert triton_check.kernels_for(GPU) is None
     shown = capsys.readouterr().err
     assert shown.count("somf: Triton can't be used on cuda") == 1
-    assert told in shown
+    assert reported in shown
     triton_check._tried.cache_clear()
 
 

@@ -39,13 +39,15 @@ def settings(pairs, monkeypatch):
 
 
 def assert_learned_is_written(content, out):
-    """Compare the margins that learning told of with those of the written model."""
-    told = json.loads((out / "somf/somf.json").read_text())["held_out"]
+    """Compare the margins that learning recorded with those of the written model."""
+    reported = json.loads((out / "somf/somf.json").read_text())["held_out"]
     data = checked_data(planned_merge(read_recipe(content), MergeOptions()))
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     margins = preference_margins(model, data.held_out, batch_size=8)
-    assert told["merge"]["margin"] == pytest.approx(sum(margins) / len(margins), rel=1e-4, abs=1e-5)
-    assert abs(told["merge"]["margin"] - told["plain_fusion"]["margin"]) > 1e-3
+    assert reported["merge"]["margin"] == pytest.approx(
+        sum(margins) / len(margins), rel=1e-4, abs=1e-5
+    )
+    assert abs(reported["merge"]["margin"] - reported["plain_fusion"]["margin"]) > 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -207,8 +209,8 @@ def test_parameters_that_part_tied_weights_are_refused(settings, tmp_path):
         {"filter": "lm_head", "value": 0.2},
         {"value": 0.5},
     ]
-    told = tiny.refused(content, tmp_path)
-    assert all(words in told for words in (EMBEDDINGS, HEAD, "different parameters"))
+    reported = tiny.refused(content, tmp_path)
+    assert all(words in reported for words in (EMBEDDINGS, HEAD, "different parameters"))
 
 
 @pytest.mark.parametrize("kind", ["Llama", "SmolLM3"])

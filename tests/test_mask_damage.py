@@ -209,14 +209,14 @@ def test_files_of_two_artifacts_do_not_go_together(folder, tmp_path):
         (b"[" * 100_000, "recursion depth"),
     ],
 )
-def test_what_is_told_beside_a_mask_is_checked(folder, content, said):
+def test_what_is_reported_beside_a_mask_is_checked(folder, content, said):
     (folder / "somf.json").write_bytes(content)
     assert said in refusal(folder)
 
 
-def test_every_flipped_bit_of_what_is_told_is_noticed(folder):
+def test_every_flipped_bit_of_what_is_reported_is_noticed(folder):
     original = (folder / "somf.json").read_bytes()
-    told = json.loads(original)
+    reported = json.loads(original)
     for place in range(len(original)):
         changed = bytearray(original)
         changed[place] ^= 1 << place % 7
@@ -225,7 +225,7 @@ def test_every_flipped_bit_of_what_is_told_is_noticed(folder):
             MaskSet.open(folder)
         except RecipeError:
             continue
-        assert json.loads(changed) == told
+        assert json.loads(changed) == reported
 
 
 def test_a_merge_says_which_tensor_of_its_mask_is_damaged(tmp_path, family, family_recipe):

@@ -39,10 +39,10 @@ def test_artifact_round_trip(artifact):
         "training.jsonl",
     ]
     assert (folder / MASKS_FILE).stat().st_size < 17 + 1200
-    told = json.loads((folder / "somf.json").read_text())
-    assert sorted(told.pop("checksums")) == [MASKS_FILE, "training.jsonl"]
-    assert len(told.pop("digest")) == 64
-    assert told == {"seed": 4} == masks.provenance
+    reported = json.loads((folder / "somf.json").read_text())
+    assert sorted(reported.pop("checksums")) == [MASKS_FILE, "training.jsonl"]
+    assert len(reported.pop("digest")) == 64
+    assert reported == {"seed": 4} == masks.provenance
     assert masks.names() == ["a", "b", "c"]
     assert "c" in masks
     assert "d" not in masks

@@ -197,13 +197,13 @@ def test_safe_answers_alone_are_enough_for_sft(family_recipe, tmp_path):
     assert "columns not recognised. Found: prompt, response, is_safe" in refused.output
 
 
-def test_a_utility_term_is_learned_told_and_part_of_the_fingerprint(family_recipe, tmp_path):
+def test_a_utility_term_is_learned_reported_and_part_of_the_fingerprint(family_recipe, tmp_path):
     harmless = [{"prompt": f"mix {w}", "response": f"flour with {w}"} for w in tiny.WORDS[:10]]
     tiny.write_jsonl(tmp_path / "harmless.jsonl", harmless)
     utility = {"utility_dataset": str(tmp_path / "harmless.jsonl"), "utility_samples": 6}
     masks, history = merged(family_recipe(**utility), tmp_path / "out")
-    told = masks.provenance["utility_dataset"]
-    assert told["examples"] == 6
+    reported = masks.provenance["utility_dataset"]
+    assert reported["examples"] == 6
     assert "flour" not in json.dumps(masks.provenance)
     assert all(row["utility"] > 0 for row in history)
     plain, without = merged(family_recipe(), tmp_path / "plain")
@@ -215,7 +215,7 @@ def test_a_utility_term_is_learned_told_and_part_of_the_fingerprint(family_recip
     assert "learned with other utility data" in again.output
 
 
-def test_utility_data_without_answers_is_told_with_what_else_is_wrong(family_recipe, tmp_path):
+def test_utility_data_without_answers_is_reported_with_what_else_is_wrong(family_recipe, tmp_path):
     tiny.write_jsonl(tmp_path / "harmless.jsonl", [{"prompt": "mix flour"}])
     recipe = family_recipe(
         utility_dataset=str(tmp_path / "harmless.jsonl"), safety_dataset="./nothing.jsonl"

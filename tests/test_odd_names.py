@@ -56,9 +56,9 @@ def test_a_whole_merge_with_odd_names(family, tmp_path, monkeypatch):
     )
     found = tiny.merged(recipe, folder / "out {}")
     assert set(found) == set(tiny.tensors_of(family / "base"))
-    told = MaskSet.open(folder / "out {}").provenance
-    assert told["dataset"]["source"] == str(data)
-    assert set(told["models"]) == {str(folder / odd) for odd in names.values()}
+    reported = MaskSet.open(folder / "out {}").provenance
+    assert reported["dataset"]["source"] == str(data)
+    assert set(reported["models"]) == {str(folder / odd) for odd in names.values()}
     assert [p.name for p in tmp_path.iterdir()] == [folder.name]
     checked = tiny.invoke("mergekit-somf", "verify", folder / "out {}", "--strict")
     assert checked.exit_code == 0, checked.output
@@ -89,7 +89,7 @@ def test_folders_that_might_be_names_on_the_hub_need_no_network(
 
 @pytest.mark.parametrize("name", ["../../etc", "; touch x", "{0}%s", "$(touch x)", "a\x1b[2Jb"])
 @pytest.mark.parametrize("key", ["safety_dataset", "mask", "fusion", "model", "utility_dataset"])
-def test_names_that_are_none_are_told_and_nothing_is_made(
+def test_names_that_are_none_are_reported_and_nothing_is_made(
     family_recipe, tmp_path, monkeypatch, name, key
 ):
     (tmp_path / "in").mkdir()
@@ -106,8 +106,8 @@ def test_names_that_are_none_are_told_and_nothing_is_made(
     assert result.exit_code == 1
     assert isinstance(result.exception, SystemExit)
     assert "\x1b" not in result.output
-    told = " ".join(result.output.split("Error: ", 1)[1].split())
-    assert (name if name.isprintable() else "x1b[2Jb") in told
+    reported = " ".join(result.output.split("Error: ", 1)[1].split())
+    assert (name if name.isprintable() else "x1b[2Jb") in reported
     assert [p.name for p in tmp_path.rglob("*") if p.name == "x"] == []
     assert sorted(p.name for p in tmp_path.iterdir()) in (
         ["in", "recipe.yml"],
@@ -163,7 +163,7 @@ def test_what_can_be_printed_stays():
     assert printable("\ud800\r\x00") == "\\ud800\\r\\x00"
 
 
-def test_recipes_are_told_as_mergekit_tells_them(family_recipe):
+def test_recipes_are_reported_as_mergekit_reports_them(family_recipe):
     from mergekit.config import MergeConfiguration
 
     from somf_mergekit.recipe.blocks import recipe_text
@@ -174,5 +174,5 @@ def test_recipes_are_told_as_mergekit_tells_them(family_recipe):
     config = MergeConfiguration.model_validate(content)
     assert recipe_text(config) == config.to_yaml()
     content["base_model"] = "/My Models/aligned"
-    told = recipe_text(MergeConfiguration.model_validate(content))
-    assert "base_model: /My Models/aligned\n" in told
+    reported = recipe_text(MergeConfiguration.model_validate(content))
+    assert "base_model: /My Models/aligned\n" in reported

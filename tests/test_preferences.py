@@ -171,7 +171,7 @@ class Counting:
         return self._tokenizer(*arguments, **keywords)
 
 
-def test_of_many_rows_no_more_are_kept_or_tokenised_than_are_used():
+def test_of_many_rows_no_more_are_stored_or_tokenised_than_are_used():
     count, long = 20_000, "no " * 100
     text = {"prompt": [f"how {i}?" for i in range(count)], "chosen": [long] * count}
     many = datasets.Dataset.from_dict({**text, "rejected": ["so"] * count})

@@ -117,10 +117,14 @@ def test_a_merge_by_the_preset_uses_one_draw_of_a_mask_learned_by_adamw(family, 
     )
     found = tiny.merged(content, tmp_path / "out")["lm_head.weight"]
     masks = MaskSet.open(tmp_path / "out/somf")
-    told = masks.provenance
-    assert told["settings"].items() >= (PAPER | {"preset": "paper"}).items()
+    reported = masks.provenance
+    assert reported["settings"].items() >= (PAPER | {"preset": "paper"}).items()
     # 24 pairs, 16 a step, three times; none is held out.
-    assert (told["steps"], told["dataset"]["pairs"], told["held_out"]["pairs"]) == (6, 24, 0)
+    assert (reported["steps"], reported["dataset"]["pairs"], reported["held_out"]["pairs"]) == (
+        6,
+        24,
+        0,
+    )
     p = masks.probabilities("lm_head.weight")
     # Six steps of AdamW move a logit by 0.06 at most, or little more.
     assert 0.005 < (p - 0.5).abs().max() < 0.02

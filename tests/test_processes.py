@@ -148,7 +148,7 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("told", "count", "here", "first"),
+    ("reported", "count", "here", "first"),
     [
         ({}, 1, 1, True),
         ({"WORLD_SIZE": "8", "RANK": "3", "LOCAL_WORLD_SIZE": "4"}, 8, 4, False),
@@ -156,13 +156,13 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
         ({"PMI_SIZE": "4", "PMI_RANK": "1", "MPI_LOCALNRANKS": "4"}, 4, 4, False),
     ],
 )
-def test_launchers_are_understood_and_memory_is_divided(monkeypatch, told, count, here, first):
+def test_launchers_are_understood_and_memory_is_divided(monkeypatch, reported, count, here, first):
     import psutil
 
     from somf_mergekit.common import machine
     from somf_mergekit.common import process_group as module
 
-    for name, value in told.items():
+    for name, value in reported.items():
         monkeypatch.setenv(name, value)
     assert module.started() == count
     assert module.is_first() == first
@@ -259,7 +259,7 @@ main()
 
 @pytest.mark.parametrize("engine", ["resident", "sharded"])
 @pytest.mark.parametrize("how", ["loss", "gradient"])
-def test_what_one_process_sees_stops_all_and_is_told_by_the_first(
+def test_what_one_process_sees_stops_all_and_is_reported_by_the_first(
     how, engine, family, family_recipe, tmp_path, monkeypatch
 ):
     settings = {"max_steps": 6, "mask_rescale": "none"}
@@ -271,8 +271,8 @@ def test_what_one_process_sees_stops_all_and_is_told_by_the_first(
     result = tiny.run(sys.executable, *launcher, *script, env=environment)
     assert result.returncode != 0
     text = " ".join(result.stderr.split())
-    kept = MaskSet.open(tmp_path / "mask.last-good")
-    step = kept.provenance["steps"]
+    stored = MaskSet.open(tmp_path / "mask.last-good")
+    step = stored.provenance["steps"]
     if how == "loss":
         assert f"NaN or infinite at step {step + 1} of 6;" in text
         assert f"the loss on row 11 of {family / 'pairs.jsonl'} (counted from 0)" in text
@@ -291,7 +291,7 @@ def test_what_one_process_sees_stops_all_and_is_told_by_the_first(
     alone = tiny.invoke("mergekit-somf", "learn", file, tmp_path / "one")
     assert alone.exit_code == 0, alone.output
     one = MaskSet.open(tmp_path / "one")
-    apart = torch.cat([(one.entries(n) - kept.entries(n)).flatten() for n in one.names()])
+    apart = torch.cat([(one.entries(n) - stored.entries(n)).flatten() for n in one.names()])
     assert (apart.abs() < 0.01).float().mean() > 0.98
     assert (one.entries("lm_head.weight") - 0.5).abs().max() > 0.02 * step
 

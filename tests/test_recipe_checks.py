@@ -165,7 +165,7 @@ def test_values_that_no_tensor_gets(family_recipe, tmp_path, weight, said):
     assert found.startswith(f"models[0].parameters.weight: {said}")
 
 
-def test_what_the_plan_and_what_the_data_tell_come_together(family_recipe, tmp_path):
+def test_what_the_plan_and_what_the_data_reports_come_together(family_recipe, tmp_path):
     recipe = family_recipe(safety_dataset="./nothing.jsonl")
     del recipe["models"][0]["parameters"]
     said = " ".join(refusal(recipe, tmp_path))
@@ -221,11 +221,13 @@ def test_models_that_change_nothing(family_recipe, family, tmp_path):
     for name in (str(tmp_path / "untouched"), adapted):
         recipe["models"].append({"model": name, "parameters": {"weight": 0.5}})
     said = refusal(recipe, tmp_path, "--lora-merge-cache", tmp_path / "cache")
-    told = "changes nothing, all of its task vectors are zero: each tensor is that of base_model"
+    reported = (
+        "changes nothing, all of its task vectors are zero: each tensor is that of base_model"
+    )
     base = family / "base"
     assert said == {
-        f"{tmp_path / 'untouched'} {told} {base}. Leave it out.",
-        f"{adapted} {told} {base}. Was the adapter trained, and on this base?",
+        f"{tmp_path / 'untouched'} {reported} {base}. Leave it out.",
+        f"{adapted} {reported} {base}. Was the adapter trained, and on this base?",
     }
 
 

@@ -41,8 +41,8 @@ def test_filters_and_gradients_are_resolved_per_tensor_while_learning_too(
     }
     found = tiny.merged(recipe, tmp_path / "out")
     masks = MaskSet.open(tmp_path / "out")
-    told = masks.provenance["settings"]["init_logit"]
-    assert told == [{"filter": "v_proj", "value": 2.0}, {"value": 0.0}]
+    reported = masks.provenance["settings"]["init_logit"]
+    assert reported == [{"filter": "v_proj", "value": 2.0}, {"value": 0.0}]
     for layer, math_weight in ((0, 0.2), (1, 0.8)):
         name = QUERY.format(layer)
         close(found[name], masked_sum(family, masks, name, {"math": math_weight, "code": 0.0}))
@@ -111,8 +111,8 @@ def test_a_slice_may_be_of_the_base_alone(family, family_recipe, tmp_path):
         for name in base
         if ".layers.1." in name or name in ("model.norm.weight", "lm_head.weight")
     }
-    told = json.loads((tmp_path / "out/somf/report.json").read_text())["task_vectors"]
-    assert told["groups"][-1]["before"]["norms"][str(family / "math")] > 0
+    reported = json.loads((tmp_path / "out/somf/report.json").read_text())["task_vectors"]
+    assert reported["groups"][-1]["before"]["norms"][str(family / "math")] > 0
     # Of the last slice's models, mergekit would read as many for the head as the first has.
     recipe["slices"] = [*recipe["slices"][1:], *slices_of(family, [1, 2])]
     recipe["slices"][0]["sources"][0]["layer_range"] = [0, 1]
@@ -282,11 +282,11 @@ def test_a_mask_is_transferred_to_models_it_was_not_learned_on(family, family_re
     for name in found:
         assert torch.equal(masks.entries(name), MaskSet.open(tmp_path / "first").entries(name))
         close(found[name], masked_sum(family, masks, name, {"code": 0.5}))
-    told = json.loads((tmp_path / "second/somf/somf.json").read_text())
-    assert told["models"] == [str(family / "base"), str(family / "code")]
-    assert told["mask"] == str(tmp_path / "first")
-    assert set(told["origin"]["models"]) == {str(family / "base"), str(family / "math")}
-    assert told["origin"] == MaskSet.open(tmp_path / "first").provenance
+    reported = json.loads((tmp_path / "second/somf/somf.json").read_text())
+    assert reported["models"] == [str(family / "base"), str(family / "code")]
+    assert reported["mask"] == str(tmp_path / "first")
+    assert set(reported["origin"]["models"]) == {str(family / "base"), str(family / "math")}
+    assert reported["origin"] == MaskSet.open(tmp_path / "first").provenance
 
 
 @pytest.mark.parametrize(

@@ -81,8 +81,8 @@ def test_the_cosine_of_the_change_and_its_projection_decides(name, further, shap
     projected = safety @ safety.T @ change
     angle = torch.cosine_similarity(change.flatten(), projected.flatten(), dim=0).item()
     assert 0.1 < angle < 0.9
-    kept = repaired(name, tensors, {"threshold": angle - 1e-4, **further})
-    assert torch.equal(kept, tensors["fine_tuned"])
+    stored = repaired(name, tensors, {"threshold": angle - 1e-4, **further})
+    assert torch.equal(stored, tensors["fine_tuned"])
     found = repaired(name, tensors, {"threshold": angle + 1e-4, **further})
     expected = safety @ safety.T @ change / safety.norm()
     if name == "safemerge":

@@ -227,7 +227,7 @@ def test_repairs_are_no_fusions_of_somf(family_recipe, tmp_path):
 
 @pytest.fixture
 def unread(tmp_path, monkeypatch):
-    """Merge a recipe that is wrong as its text tells; return the message. No file is opened."""
+    """Merge a recipe that its text shows to be wrong; return the message. No file is opened."""
 
     def no_loader(self, model):
         raise AssertionError(f"{model} was looked at")
@@ -311,13 +311,13 @@ def test_the_base_may_be_listed(family, tmp_path):
     assert_repaired(found, weights_of(family, REPAIRS["resta"].needs), "resta", {"gamma": 0.7})
 
 
-def test_all_mistakes_are_told_together(unread, family):
+def test_all_mistakes_are_reported_together(unread, family):
     recipe = recipe_of(family, "nlsr", ["fine_tuned"], share=2, bta=1)
     recipe["models"][0]["parameters"] = {"threshold": 0.5, "role": ["fine_tuned"]}
     recipe["chat_templat"] = "x"
     del recipe["base_model"]
     message = unread(recipe)
-    # What is missing is not told while a role is not known.
+    # What is missing is not reported while a role is not known.
     assert "6 problems" in message
     assert "nlsr needs one beside base_model" not in message
     for said in (

@@ -215,22 +215,22 @@ def test_norms_are_of_what_is_fused_whatever_the_fusion(reported, family, tmp_pa
 
 def test_circumstances(reported):
     report = reported.report
-    told = json.loads((reported.somf / "somf.json").read_text())
+    said = json.loads((reported.somf / "somf.json").read_text())
     data = report["learning"]["dataset"]
     assert (data["pairs"], data["left_out"]) == (24, "1 without an answer")
     assert report["learning"]["utility_dataset"]["examples"] == 6
     assert report["learning"]["steps"] == 11
     assert report["merge"]["settings"]["learning_rate"] == 0.4
     assert report["merge"]["fusion"] == "task_arithmetic"
-    assert report["learning"]["learned_with"] == told["learned_with"]
-    assert told["learned_with"] == {
+    assert report["learning"]["learned_with"] == said["learned_with"]
+    assert said["learned_with"] == {
         "engine": "resident",
-        "precision": told["learned_with"]["precision"],
+        "precision": said["learned_with"]["precision"],
         "device": "cpu",
         "processes": 1,
         "micro_batch": 4,
     }
-    assert told["learned_with"]["precision"] in ("float32", "bfloat16")
+    assert said["learned_with"]["precision"] in ("float32", "bfloat16")
     assert "torch" in report["versions"]
     seconds = report["seconds"]
     assert {"planning", "learning", "merging", "report"} <= set(seconds)
@@ -248,7 +248,7 @@ def test_the_peak_is_that_of_the_device_that_merged(monkeypatch):
     assert "device" not in peak_memory("cpu")
 
 
-def test_no_text_of_the_data_is_told(reported):
+def test_no_text_of_the_data_is_reported(reported):
     for file in ("out/README.md", "out/somf/report.md", "out/somf/report.json"):
         text = (reported.folder / file).read_text().lower()
         assert not [word for word in ("sorry", "powder", "flour", "how do i") if word in text]
@@ -305,15 +305,15 @@ COLLAPSED = {
 
 
 def test_collapsed_masks_are_named(family, tmp_path):
-    kept, dropped, empty, full = COLLAPSED
+    stored, dropped, empty, full = COLLAPSED
     masks = written_mask(tmp_path / "mask", family, COLLAPSED)
     merge(recipe_of(family, mask=masks.path, mask_kind="binary"), tmp_path / "out")
     report = report_of(tmp_path / "out/somf")
     collapsed = {row["what"]: set(row["tensors"]) for row in report["mask"]["collapsed"]}
     assert collapsed == {
-        "all kept": {kept},
+        "all kept": {stored},
         "all dropped": {dropped},
-        "binary mask full": {kept, full},
+        "binary mask full": {stored, full},
         "binary mask empty": {dropped, empty},
         "even": set(COLLAPSED),
     }
@@ -334,9 +334,9 @@ def test_collapsed_masks_are_named(family, tmp_path):
 
 
 def test_a_stray_entry_hides_no_collapse(tmp_path):
-    kept, stray, partly = (torch.full((40, 10), 0.99) for _ in range(3))
+    stored, stray, partly = (torch.full((40, 10), 0.99) for _ in range(3))
     stray[0, :4], partly[0, :5] = 0.3, 0.3
-    probabilities = {"kept": kept, "stray": stray, "partly": partly, "dropped": 1 - stray}
+    probabilities = {"kept": stored, "stray": stray, "partly": partly, "dropped": 1 - stray}
     masks = write_masks(tmp_path / "m", probabilities, aliases={}, provenance={}, history=[])
     collapsed = {c.what: c.tensors for c in MaskCensus(masks).collapses()}
     assert collapsed == {
@@ -383,7 +383,7 @@ def test_packed_masks_are_summarised_as_zeros_and_ones(family, tmp_path):
     assert total["mean"] == total["kept"]
 
 
-def test_layers_that_are_stacked_are_told_by_where_they_are(family, tmp_path):
+def test_layers_that_are_stacked_are_reported_by_where_they_are(family, tmp_path):
     values = {"model.layers.0.mlp.up_proj.weight": 0.01}
     masks = written_mask(tmp_path / "mask", family, values)
     models = [str(family / name) for name in ("base", *MODELS)]

@@ -108,7 +108,7 @@ def assert_nothing_is_left(folder, expected):
     assert sorted(path.name for path in folder.iterdir()) == expected
     texts = [p.read_text() for p in (folder / "out").rglob("*.[mj][ds]*") if p.suffix != ".jinja"]
     assert len(texts) > 4
-    # Neither prompts nor answers are kept.
+    # Neither prompts nor answers are stored.
     assert not [text for text in texts if "forbidden" in text or "four" in text]
 
 
@@ -160,7 +160,7 @@ def test_sets_of_a_given_mask_are_checked_too(family_recipe, tmp_path):
     assert "parameters.skill_eval: 'sums.jsonl' is not NAME=FILE" in said
 
 
-def test_a_base_that_can_not_be_measured_is_told_before(family, family_recipe, sets, tmp_path):
+def test_a_base_that_can_not_be_measured_is_reported_before(family, family_recipe, sets, tmp_path):
     base = tmp_path / "base"
     base.mkdir()
     for file in Path(family / "base").iterdir():
@@ -212,7 +212,7 @@ def test_skills_are_read_from_a_text(text, expected):
 
 
 @pytest.mark.parametrize("text", ["a.jsonl", "=a.jsonl", "math=", "math=a,code="])
-def test_skills_without_a_name_or_a_source_are_told(text):
+def test_skills_without_a_name_or_a_source_are_reported(text):
     found, problems = named_sources(text)
     assert found == []
     assert "is not NAME=FILE" in problems[0]

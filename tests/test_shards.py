@@ -35,7 +35,7 @@ def test_the_shards_of_all_processes_are_the_whole(shape, count):
     assert [len(rows) for rows in own if len(rows)] == [len(c) for c in whole.chunk(count)]
 
 
-def test_what_is_one_for_all_rows_is_kept_by_all():
+def test_what_is_one_for_all_rows_is_stored_by_all():
     shard = Shard((6, 4), Processes(1, 2))
     for shape in ((), (1, 4), (1, 1), (4,)):
         assert shard.own(torch.ones(shape)).shape == shape
@@ -50,10 +50,10 @@ def test_a_process_keeps_its_rows_alone_unless_the_fusion_needs_all():
     linear = LinearMerge(base, change)
     placement = Placement("cpu", torch.bfloat16, shard_group=Processes(2, 3))
     loaded = LoadedTensor("w", (9, 4), base, linear, True, {}, None)
-    kept = placement.placed(loaded)
-    assert kept.base is kept.merge.start
-    assert kept.merge.delta.dtype == torch.bfloat16
-    for tensor, size in ((kept.base, 4), (kept.merge.delta, 2)):
+    stored = placement.placed(loaded)
+    assert stored.base is stored.merge.start
+    assert stored.merge.delta.dtype == torch.bfloat16
+    for tensor, size in ((stored.base, 4), (stored.merge.delta, 2)):
         assert tensor.shape == (3, 4)
         assert tensor.untyped_storage().nbytes() == 12 * size
     fused = AutogradMerge(group=None, values={})
@@ -67,7 +67,7 @@ class Two(Processes):
         return [*values, *(value // 2 for value in values)]
 
 
-def test_a_model_that_does_not_fit_in_each_process_is_kept_by_all_together(
+def test_a_model_that_does_not_fit_in_each_process_is_stored_by_all_together(
     monkeypatch, family_recipe
 ):
     planned = tiny.on_machine(

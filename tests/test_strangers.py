@@ -1,4 +1,4 @@
-"""What strangers give is data: none of it is run, and none of the harmful text in it is told."""
+"""What strangers give is data: none of it is run, and none of the harmful text in it is shown."""
 
 import ast
 import json
@@ -200,7 +200,7 @@ def test_a_row_opens_no_file_that_it_names(tmp_path):
         "{{ raise_exception('no: ' + messages[0]['content']) }}",
     ],
 )
-def test_a_template_runs_no_code_and_tells_no_text(template, tmp_path, monkeypatch):
+def test_a_template_runs_no_code_and_reports_no_text(template, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tokenizer = tiny.tiny_tokenizer(chat_template=template)
     with pytest.raises(RecipeError, match="chat template refuses") as error:
@@ -219,9 +219,9 @@ def harmful_rows(count):
     ]
 
 
-def assert_not_told(folder, *told):
+def assert_not_told(folder, *reported):
     """Look for the word in what was said and in all files of a merge."""
-    for text in told:
+    for text in reported:
         assert HARM not in text.lower()
     for file in folder.rglob("*"):
         if file.is_file():
@@ -300,7 +300,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_no_text_of_data_that_is_wrong_is_told(name, family_recipe, tmp_path, capfd, caplog):
+def test_no_text_of_data_that_is_wrong_is_reported(name, family_recipe, tmp_path, capfd, caplog):
     datasets.disable_progress_bars()
     (tmp_path / name).write_text(BAD[name])
     file = tmp_path / "recipe.yml"

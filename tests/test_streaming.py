@@ -253,12 +253,12 @@ def test_pinned_tensors_take_pages_of_their_own_until_they_are_given_back(monkey
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
     values = torch.arange(12, dtype=torch.bfloat16).view(3, 4)
     with PinnedMemory(torch.device("cuda")) as memory:
-        kept = memory.copy(values)
-        assert torch.equal(kept, values)
+        stored = memory.copy(values)
+        assert torch.equal(stored, values)
         room = memory.empty((5, 7), torch.float32)
         assert not room.any()
         assert memory.empty((0, 3), torch.float32).shape == (0, 3)
-        assert cuda.pinned == {kept.data_ptr(): 24, room.data_ptr(): 140}
+        assert cuda.pinned == {stored.data_ptr(): 24, room.data_ptr(): 140}
         assert all(address % resource.getpagesize() == 0 for address in cuda.pinned)
     assert cuda.pinned == {}
 
@@ -270,7 +270,7 @@ def test_memory_beside_another_kind_of_device_is_not_pinned(monkeypatch):
         assert torch.equal(memory.copy(values), values)
 
 
-def test_memory_that_can_not_be_pinned_is_told(monkeypatch):
+def test_memory_that_can_not_be_pinned_is_reported(monkeypatch):
     monkeypatch.setattr(torch.cuda, "cudart", lambda: FakeCuda(failing=2))
     with pytest.raises(RecipeError, match=r"could not pin 16 bytes .*CUDA error 2.*ulimit -l"):
         PinnedMemory(torch.device("cuda")).empty((4,), torch.float32)
@@ -295,10 +295,10 @@ def test_mapped_tensors_keep_what_is_written_and_refuse_a_full_disk(
 ):
     files = MappedFiles(str(tmp_path))
     values = torch.arange(12, dtype=torch.bfloat16).view(3, 4)
-    kept = files.copy(values)
-    assert torch.equal(kept, values)
-    kept.mul_(2)
-    assert torch.equal(kept, values * 2)
+    stored = files.copy(values)
+    assert torch.equal(stored, values)
+    stored.mul_(2)
+    assert torch.equal(stored, values * 2)
     assert files.empty((0, 3), torch.float32).shape == (0, 3)
     assert list(tmp_path.iterdir()) == []
     if not has_call:

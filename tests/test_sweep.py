@@ -381,7 +381,7 @@ def test_what_fails_is_named_and_the_others_are_made(chat, tmp_path, monkeypatch
     assert "- mask_kind=binary, weight=0.5, learning_rate=1: no room left\n" in text
 
 
-def test_kept_merges_are_whole_and_serve_again(chat, tmp_path, counted):
+def test_stored_merges_are_whole_and_serve_again(chat, tmp_path, counted):
     out = tmp_path / "out"
 
     def weighted(factor, **further):

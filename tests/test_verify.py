@@ -19,13 +19,13 @@ def verified(folder, *options, code=0):
     assert result.exit_code == code, result.output
     assert result.exception is None or isinstance(result.exception, SystemExit)
     *lines, summary = result.stdout.splitlines()
-    told = {}
+    reported = {}
     for line in lines:
         subject, verdict, what = line.split(": ", 2)
-        told[subject] = (verdict, what)
-    wrong = [subject for subject, (verdict, _) in told.items() if verdict == "WRONG"]
+        reported[subject] = (verdict, what)
+    wrong = [subject for subject, (verdict, _) in reported.items() if verdict == "WRONG"]
     assert f"{len(wrong)} wrong" in summary
-    return told
+    return reported
 
 
 @pytest.fixture(scope="module")
@@ -57,28 +57,28 @@ def changed(out, name, change):
 
 
 def test_a_merge_that_is_right(out, family):
-    told = verified(out, "--all", "--strict")
-    assert [verdict for verdict, _ in told.values()] == ["right"] * 4
+    reported = verified(out, "--all", "--strict")
+    assert [verdict for verdict, _ in reported.values()] == ["right"] * 4
     count = len(tiny.tensors_of(out))
-    assert told["tensors"][1] == f"{count} of {count} are what base, models and mask give"
-    assert "the mask was learned with these" in told["models"][1]
+    assert reported["tensors"][1] == f"{count} of {count} are what base, models and mask give"
+    assert "the mask was learned with these" in reported["models"][1]
     for name in ("base", "math", "code"):
-        assert str(family / name) in told["models"][1]
+        assert str(family / name) in reported["models"][1]
     few = verified(out, "--sample", "3")
     assert f"3 of {count} are what" in few["tensors"][1]
     assert f"{count - 3} not looked at" in few["tensors"][1]
 
 
-def test_the_smallest_change_of_a_tensor_is_told(out):
+def test_the_smallest_change_of_a_tensor_is_reported(out):
     name = "model.layers.1.mlp.up_proj.weight"
 
     def change(tensors):
         tensors[name][3, 4] += 0.25
 
     changed(out, name, change)
-    verdict, told = verified(out, "--all", code=1)[name]
+    verdict, reported = verified(out, "--all", code=1)[name]
     assert verdict == "WRONG"
-    assert told == "differs by up to 0.25 in 1 of 2048 entries in model.safetensors"
+    assert reported == "differs by up to 0.25 in 1 of 2048 entries in model.safetensors"
 
 
 @pytest.mark.parametrize(
@@ -105,17 +105,17 @@ def test_the_smallest_change_of_a_tensor_is_told(out):
 )
 def test_tensors_that_are_others(out, change, name, said):
     changed(out, name, change)
-    verdict, told = verified(out, "--all", code=1)[name]
+    verdict, reported = verified(out, "--all", code=1)[name]
     assert verdict == "WRONG"
-    assert said in told
+    assert said in reported
 
 
 def test_weights_that_can_not_be_read(out):
     file = out / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
-    verdict, told = verified(out, code=1)["tensors"]
+    verdict, reported = verified(out, code=1)["tensors"]
     assert verdict == "WRONG"
-    assert "the written weights can't be read" in told
+    assert "the written weights can't be read" in reported
 
 
 @pytest.mark.parametrize(
@@ -127,10 +127,10 @@ def test_a_damaged_artifact(out, file, place):
     data = bytearray((out / "somf" / file).read_bytes())
     data[place] ^= 2
     (out / "somf" / file).write_bytes(data)
-    verdict, told = verified(out, "--sample", "1", code=1)["artifact"]
+    verdict, reported = verified(out, "--sample", "1", code=1)["artifact"]
     assert verdict == "WRONG"
-    assert file in told
-    assert "damaged" in told or "its checksum differs" in told
+    assert file in reported
+    assert "damaged" in reported or "its checksum differs" in reported
 
 
 @pytest.fixture(scope="module")
@@ -201,9 +201,9 @@ def without_mask(out):
 def test_files_that_are_not_in_their_place(in_shards, tmp_path, change, subject, said):
     shutil.copytree(in_shards, tmp_path / "out")
     change(tmp_path / "out")
-    verdict, told = verified(tmp_path / "out", "--sample", "2", code=1)[subject]
+    verdict, reported = verified(tmp_path / "out", "--sample", "2", code=1)[subject]
     assert verdict == "WRONG"
-    assert said in told
+    assert said in reported
 
 
 def test_another_mask_is_noticed_by_what_was_written(out, family_recipe, tmp_path):
@@ -211,10 +211,10 @@ def test_another_mask_is_noticed_by_what_was_written(out, family_recipe, tmp_pat
     assert tiny.invoke("mergekit-somf", "learn", file, tmp_path / "other").exit_code == 0
     shutil.rmtree(out / "somf")
     shutil.copytree(tmp_path / "other", out / "somf")
-    told = verified(out, code=1)
-    assert told["artifact"][0] == told["models"][0] == "right"
-    assert "tensors" not in told
-    assert sum(verdict == "WRONG" for verdict, _ in told.values()) == 8
+    reported = verified(out, code=1)
+    assert reported["artifact"][0] == reported["models"][0] == "right"
+    assert "tensors" not in reported
+    assert sum(verdict == "WRONG" for verdict, _ in reported.values()) == 8
 
 
 def recipe_of(out, change):
@@ -230,31 +230,31 @@ def test_models_that_have_changed_since(out, family, tmp_path):
     tensors["model.norm.weight"] += 0.5
     save_file(tensors, tmp_path / "code/model.safetensors", metadata={"format": "pt"})
     recipe_of(out, lambda content: content["models"][1].update(model=str(tmp_path / "code")))
-    told = verified(out, "--all", code=1)
-    assert told["models"] == (
+    reported = verified(out, "--all", code=1)
+    assert reported["models"] == (
         "WRONG",
         f"the mask was learned with other models than {tmp_path / 'code'}",
     )
-    assert told["model.norm.weight"][0] == "WRONG"
-    assert "lm_head.weight" not in told
+    assert reported["model.norm.weight"][0] == "WRONG"
+    assert "lm_head.weight" not in reported
 
 
 def test_models_that_are_not_at_hand_are_not_checked(out):
     recipe_of(out, lambda content: content["models"][1].update(model="/nowhere/code"))
-    told = verified(out)
-    assert told["artifact"][0] == "right"
-    assert told["models"][0] == told["tensors"][0] == "not checked"
-    assert "/nowhere/code is not at hand" in told["models"][1]
-    assert "/nowhere/code: its configuration can't be read" in told["tensors"][1]
+    reported = verified(out)
+    assert reported["artifact"][0] == "right"
+    assert reported["models"][0] == reported["tensors"][0] == "not checked"
+    assert "/nowhere/code is not at hand" in reported["models"][1]
+    assert "/nowhere/code: its configuration can't be read" in reported["tensors"][1]
     verified(out, "--strict", code=1)
 
 
 def test_without_a_recipe_only_the_artifact_is_checked(out):
     (out / "mergekit_config.yml").unlink()
-    told = verified(out)
-    assert told["recipe"][0] == "not checked"
-    assert told["artifact"][0] == "right"
-    assert set(told) == {"recipe", "artifact"}
+    reported = verified(out)
+    assert reported["recipe"][0] == "not checked"
+    assert reported["artifact"][0] == "right"
+    assert set(reported) == {"recipe", "artifact"}
     (out / "mergekit_config.yml").write_text("a: [")
     assert verified(out, code=1)["recipe"][0] == "WRONG"
 
@@ -292,8 +292,8 @@ def test_every_kind_of_merge_can_be_checked(merge, family, family_recipe, tmp_pa
         content["slices"] = [{"sources": sources}, {"sources": again}, {"sources": sources}]
         del content["models"]
     tiny.merged(content, tmp_path / "out")
-    told = verified(tmp_path / "out", "--all", "--strict")
-    assert {verdict for verdict, _ in told.values()} == {"right"}
+    reported = verified(tmp_path / "out", "--all", "--strict")
+    assert {verdict for verdict, _ in reported.values()} == {"right"}
     name = "model.layers.0.self_attn.q_proj.weight"
 
     def change(tensors):
@@ -307,13 +307,13 @@ def test_a_given_mask_of_other_models_is_no_fault(merge, family, family_recipe, 
     content = family_recipe(safety_dataset=None, mask=str(merge))
     content["models"][0]["model"] = str(family / "safety-tuned")
     tiny.merged(content, tmp_path / "out")
-    told = verified(tmp_path / "out")
-    assert told["models"][0] == "not checked"
-    assert "safety-tuned, and is given by the recipe" in told["models"][1]
-    assert told["tensors"][0] == "right"
+    reported = verified(tmp_path / "out")
+    assert reported["models"][0] == "not checked"
+    assert "safety-tuned, and is given by the recipe" in reported["models"][1]
+    assert reported["tensors"][0] == "right"
 
 
-def test_adapters_need_the_folder_that_the_merge_kept_them_in(family, tmp_path, family_recipe):
+def test_adapters_need_the_folder_that_the_merge_stored_them_in(family, tmp_path, family_recipe):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -333,14 +333,14 @@ def test_adapters_need_the_folder_that_the_merge_kept_them_in(family, tmp_path, 
     changed = tiny.refused(content, tmp_path, *cache)
     assert "was changed after mergekit put them together" in changed
     assert str(tmp_path / "cache") in changed
-    (kept,) = (tmp_path / "cache").iterdir()
-    (kept / "model.safetensors").unlink()
+    (stored,) = (tmp_path / "cache").iterdir()
+    (stored / "model.safetensors").unlink()
     # As in a process of its own: mergekit remembers where it has put models.
     LoaderCache().loaders.clear()
     assert "was left unfinished, remove it" in tiny.refused(content, tmp_path, *cache)
-    told = verified(tmp_path / "out")
-    assert told["models"][0] == told["tensors"][0] == "not checked"
-    assert "--lora-merge-cache" in told["tensors"][1]
+    reported = verified(tmp_path / "out")
+    assert reported["models"][0] == reported["tensors"][0] == "not checked"
+    assert "--lora-merge-cache" in reported["tensors"][1]
 
 
 def test_repairs_have_no_mask_and_are_checked_alike(family, tmp_path):
@@ -357,9 +357,9 @@ def test_repairs_have_no_mask_and_are_checked_alike(family, tmp_path):
 
 def test_rounding_is_no_difference():
     expected = torch.linspace(-2, 2, 1001)
-    told, is_right = difference(expected, expected * (1 + 1e-7))
+    reported, is_right = difference(expected, expected * (1 + 1e-7))
     assert is_right
-    assert "entries" in told
+    assert "entries" in reported
     assert difference(expected, expected.clone()) == ("", True)
     assert not difference(expected, expected + 1e-4)[1]
     half = expected.bfloat16()
