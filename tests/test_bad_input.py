@@ -105,7 +105,7 @@ def test_no_model_beside_the_base(refused, family_recipe, family):
 def test_model_that_is_not_there(refused, family_recipe):
     recipe = family_recipe()
     recipe["models"][0]["model"] = "/nowhere/model"
-    assert "model /nowhere/model: its configuration can't be read" in refused(recipe)
+    assert "model /nowhere/model: there is no such folder" in refused(recipe)
 
 
 def test_adapter_without_a_cache(refused, family_recipe, family):

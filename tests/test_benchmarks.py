@@ -118,6 +118,7 @@ def test_what_a_gpu_took_is_tabulated_in_a_record_of_its_own(tmp_path, monkeypat
     assert record["settings"]["gpu_memory"] == 24.0
 
 
+@pytest.mark.slow
 def test_the_naive_way_merges_by_the_formula(tmp_path):
     rows = [
         Pair((("user", r["prompt"]),), r["chosen"], r["rejected"]) for r in tiny.preference_rows(8)

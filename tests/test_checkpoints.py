@@ -495,10 +495,11 @@ def wait_for(condition, process):
     ("number", "code", "command"),
     [
         (signal.SIGINT, 130, [tiny.command("mergekit-yaml")]),
-        pytest.param(signal.SIGTERM, 143, [*LEARN], marks=pytest.mark.slow),
+        (signal.SIGTERM, 143, [*LEARN]),
     ],
     ids=["SIGINT", "SIGTERM"],
 )
+@pytest.mark.slow
 def test_a_signal_ends_after_a_step_and_the_same_command_goes_on(
     number, code, command, family_recipe, tmp_path
 ):

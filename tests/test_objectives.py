@@ -8,6 +8,7 @@ import tiny
 import torch
 
 from somf_mergekit import MaskSet, RecipeError
+from somf_mergekit.data import encoding
 from somf_mergekit.data import pairs as answers
 from somf_mergekit.data.chat import user_prompt
 from somf_mergekit.learner import objectives
@@ -126,7 +127,7 @@ def test_answers_without_a_token_are_refused():
 
     pair = answers.Pair((("user", "how?"),), "so", "")
     with pytest.raises(RecipeError, match="1 without an answer after token"):
-        answers.encoded_pairs([pair], Blind(), 32, "data")
+        encoding.encoded_pairs([pair], Blind(), 32, "data")
 
 
 def test_utility_rows_without_room_for_their_question_are_counted(family_recipe, tmp_path):
@@ -191,10 +192,6 @@ def test_safe_answers_alone_are_enough_for_sft(family_recipe, tmp_path):
         tmp_path / "pairs",
     )
     assert [r["loss"] for r in history] == pytest.approx([r["loss"] for r in same], abs=1e-6)
-    file = tiny.write_recipe(tmp_path / "dpo.yml", family_recipe(safety_dataset=source))
-    refused = tiny.invoke("mergekit-yaml", file, tmp_path / "refused")
-    assert refused.exit_code == 1
-    assert "columns not recognised. Found: prompt, response, is_safe" in refused.output
 
 
 def test_a_utility_term_is_learned_reported_and_part_of_the_fingerprint(family_recipe, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import tiny
 
 from somf_mergekit import RecipeError
+from somf_mergekit.data import encoding
 from somf_mergekit.data import pairs as prefs
 from somf_mergekit.data.chat import check_words, prompt_ids, user_prompt
 from somf_mergekit.data.dataset_reading import dataset_rows
@@ -171,6 +172,7 @@ class Counting:
         return self._tokenizer(*arguments, **keywords)
 
 
+@pytest.mark.slow
 def test_of_many_rows_no_more_are_stored_or_tokenised_than_are_used():
     count, long = 20_000, "no " * 100
     text = {"prompt": [f"how {i}?" for i in range(count)], "chosen": [long] * count}
@@ -237,11 +239,11 @@ def test_pairs_that_are_equal_after_cutting_are_dropped():
         prefs.Pair((("user", "how"),), long + "safe", long + "bomb"),
         prefs.Pair((("user", "how"),), "sorry", "mix"),
     ]
-    found, dropped = prefs.encoded_pairs(pairs, tokenizer, 24, "data")
+    found, dropped = encoding.encoded_pairs(pairs, tokenizer, 24, "data")
     assert len(found) == 1
     assert dropped.reasons == {"with equal answers in the first 24 tokens": 1}
     with pytest.raises(RecipeError, match="raise max_length"):
-        prefs.encoded_pairs(pairs[:1], tokenizer, 24, "data")
+        encoding.encoded_pairs(pairs[:1], tokenizer, 24, "data")
 
 
 def test_a_template_that_refuses_the_roles_is_named():

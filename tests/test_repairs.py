@@ -334,7 +334,7 @@ def test_all_mistakes_are_reported_together(unread, family):
 def test_a_model_that_is_not_there(unread, family):
     recipe = recipe_of(family, "resta")
     recipe["models"][1]["model"] = "/nowhere/model"
-    assert "model /nowhere/model: its configuration can't be read" in unread(recipe)
+    assert "model /nowhere/model: there is no such folder" in unread(recipe)
 
 
 def test_a_filter_that_is_in_no_name(family, tmp_path):

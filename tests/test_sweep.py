@@ -578,7 +578,7 @@ def test_everything_that_is_wrong_is_reported_together(chat, tmp_path):
         assert expected in said
     recipe["parameters"] = recipe_of(chat)["parameters"]
     said = refused(recipe, tmp_path / "out", "--over", "weight=-1", *MEASURING)
-    assert "no-model: its configuration can't be read" in said
+    assert "no-model: there is no such folder" in said
     assert "there is nothing to measure safety on: give harmful prompts (--safety" in said
     assert "there is nothing to measure skill on: give prompts with right answers (--skill" in said
 
@@ -754,7 +754,7 @@ def test_everything_that_is_wrong_with_a_sweep_file_is_reported_together(chat, t
         "[1] are not among the sweep's own `seeds`",
         "[7] are not among the sweep's own `seeds`",
         "less: weight is missing: task_arithmetic needs it",
-        "gone: its configuration can't be read",
+        "gone: there is no such folder",
         "no-model: no such folder",
         "dataset no-pairs.jsonl: no such file",
         "--over: is for one recipe; say it in",

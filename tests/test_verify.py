@@ -245,7 +245,7 @@ def test_models_that_are_not_at_hand_are_not_checked(out):
     assert reported["artifact"][0] == "right"
     assert reported["models"][0] == reported["tensors"][0] == "not checked"
     assert "/nowhere/code is not at hand" in reported["models"][1]
-    assert "/nowhere/code: its configuration can't be read" in reported["tensors"][1]
+    assert "/nowhere/code: there is no such folder" in reported["tensors"][1]
     verified(out, "--strict", code=1)
 
 
