@@ -134,8 +134,8 @@ def check_merge(models, folder):
     return masks
 
 
-# One of each kind, and those whose forward or names differ the most.
-SAMPLE = ("Llama", "Qwen2", "Mixtral", "GPT-OSS", "Qwen3-Next", "Gemma 3", "Llama 4", "Gemma 4 E")
+# One of each kind.
+SAMPLE = ("Llama", "Qwen2", "Mixtral", "GPT-OSS", "Qwen3-Next", "Gemma 3")
 # Their layers get more than hidden states to learn through: an embedding for each.
 RESIDENT_ALONE = ("Gemma 4 E", "Gemma 4 E (text)")
 

@@ -31,6 +31,7 @@ MINIATURE = DemoSettings(
 )
 
 
+@pytest.mark.slow
 def test_a_whole_demo_leaves_models_recipes_and_measured_rows(tmp_path, capsys):
     out = tmp_path / "demo"
     rows = run_demo(out, seed=5, quiet=True, settings=MINIATURE)

@@ -244,6 +244,7 @@ def drawn(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 def test_no_text_of_the_data_is_in_any_file_message_or_figure(
     family_recipe, tmp_path, drawn, monkeypatch, caplog
 ):

@@ -301,6 +301,7 @@ def test_the_pareto_front_compares_over_the_seeds_that_both_have():
     assert pareto_front(places) == {"one"}
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_not_made_again(chat, whole, tmp_path, counted, monkeypatch):
     out, _, written = whole
     wider = ("--over", "weight=0.5,1,2", "--over", "mask_kind=soft,binary")
@@ -328,6 +329,7 @@ def test_what_was_measured_is_not_made_again(chat, whole, tmp_path, counted, mon
         assert model["skill"] == before[label]["skill"]
 
 
+@pytest.mark.slow
 def test_an_interruption_loses_the_model_in_progress_alone(chat, tmp_path, monkeypatch, counted):
     out, write = tmp_path / "out", making.write_merge
     arguments = ("--over", "weight=0.5,1", *asked(chat), *MEASURING)
@@ -381,6 +383,7 @@ def test_what_fails_is_named_and_the_others_are_made(chat, tmp_path, monkeypatch
     assert "- mask_kind=binary, weight=0.5, learning_rate=1: no room left\n" in text
 
 
+@pytest.mark.slow
 def test_stored_merges_are_whole_and_serve_again(chat, tmp_path, counted):
     out = tmp_path / "out"
 
@@ -428,6 +431,7 @@ def test_pairs_alone_make_the_preference_accuracy_the_safety(chat, tmp_path):
     assert not (tmp_path / "out/mask/report.md").exists()
 
 
+@pytest.mark.slow
 def test_each_mask_is_learned_once_and_only_where_that_is_asked_for(chat, tmp_path, counted):
     out = tmp_path / "out"
     arguments = ("--over", "learning_rate=0.5,1", "--over", "weight=0.5,1", *asked(chat))
