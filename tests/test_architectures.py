@@ -13,42 +13,18 @@ import transformers
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from benchmarks.architectures import FAMILIES, inputs, made_models, measured, preference_margin
+from benchmarks.architectures import WEIGHTS, inputs, made_models, measured, preference_margin
+from benchmarks.families import FAMILIES
 from somf_mergekit import MaskSet, learn
 from somf_mergekit.common.model_classes import auto_class
 from somf_mergekit.mask.granularity import Storage, mask_layout, weight_storage
 
-WEIGHTS = {"first": 0.4, "second": 0.7}
 # What the specialists change: all but the norms of layer 1 and after it, and untied heads.
 CHANGED = {
     "first": (".0.", "embed", "wte", "wpe"),
     "second": ("attn", "attention", "mlp"),
 }
-SIZE = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
-GROUPED = {"num_key_value_heads": 2}
 MANY = {"num_local_experts": 32, "num_experts_per_tok": 1}
-ARCHITECTURES = {
-    "Llama": ("LlamaConfig", GROUPED),
-    "Phi3": ("Phi3Config", GROUPED),
-    "GPT-NeoX": ("GPTNeoXConfig", {}),
-    "GPT-2": ("GPT2Config", {}),
-    "Qwen3-MoE": (
-        "Qwen3MoeConfig",
-        {**GROUPED, "num_experts_per_tok": 2, "num_experts": 4, "moe_intermediate_size": 16},
-    ),
-}
-
-
 # Names of a checkpoint that transformers changes when it loads it.
 LOADED_AS = {"embed_out.weight": "lm_head.weight"}
 if "embed_out.weight" in transformers.GPTNeoXForCausalLM._tied_weights_keys:
@@ -59,10 +35,9 @@ PAGE = Path(__file__).parents[1] / "docs/architectures.md"
 
 def saved_family(architecture, folder):
     """Save a base and two specialists; return them by name."""
-    name, own = ARCHITECTURES[architecture]
     tokenizer = tiny.tiny_tokenizer()
     torch.manual_seed(0)
-    config = getattr(transformers, name)(**SIZE, **own, vocab_size=len(tokenizer))
+    config = FAMILIES[architecture].made(len(tokenizer))
     models = {"base": AutoModelForCausalLM.from_config(config)}
     for seed, (name, changed) in enumerate(CHANGED.items(), start=1):
         models[name] = tiny.perturbed(models["base"], seed, names=changed)
@@ -285,13 +260,13 @@ EACH = [{0}, {1}, {2}, {3}]
 SHARED = [{0, 1}, {2, 3}]
 REACHED = {
     "Llama": {"q_proj": EACH, "k_proj": SHARED, "v_proj": SHARED},
-    "Phi3": {"qkv_proj": EACH + SHARED + SHARED},
+    "Phi 3": {"qkv_proj": EACH + SHARED + SHARED},
     "GPT-NeoX": {"query_key_value": EACH},
     "GPT-2": {"c_attn": EACH + EACH + EACH},
 }
 ATTENTION = {
     "Llama": ("model.layers.1.self_attn", "o_proj"),
-    "Phi3": ("model.layers.1.self_attn", "o_proj"),
+    "Phi 3": ("model.layers.1.self_attn", "o_proj"),
     "GPT-NeoX": ("gpt_neox.layers.1.attention", "dense"),
     "GPT-2": ("transformer.h.1.attn", "c_proj"),
 }

@@ -10,7 +10,8 @@ import pytest
 import tiny
 import torch
 
-from benchmarks.architectures import FAMILIES, inputs, made_models
+from benchmarks.architectures import inputs, made_models
+from benchmarks.families import FAMILIES
 from somf_mergekit import MaskSet, RecipeError
 from somf_mergekit.common.process_group import Processes, own_device, processes
 from somf_mergekit.learner import tensors
