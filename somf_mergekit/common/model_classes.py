@@ -12,6 +12,7 @@ from mergekit.architecture.auto import infer_vocabulary_axes
 from mergekit.common import ModelReference, get_auto_cls
 from torch import Tensor
 
+# Of transformers, by what each maps types of models for; the first that has a class makes it.
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "IMAGE_TEXT_TO_TEXT": "AutoModelForImageTextToText",
@@ -119,10 +120,10 @@ def auto_class(config: Any) -> Any:
     from transformers.models.auto import modeling_auto
 
     name = config.architectures[0]
-    for task in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"):
+    for task, auto in _AUTO_CLASSES.items():
         named = getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES", {})
         if named.get(config.model_type) == name:
-            return getattr(transformers, _AUTO_CLASSES[task])
+            return getattr(transformers, auto)
     return get_auto_cls(name)
 
 

@@ -113,7 +113,7 @@ def asked_columns(found: Sequence[str]) -> PromptColumns:
 
 
 def asked_of(row: dict[str, Any], columns: PromptColumns) -> list[Message]:
-    """Return the messages of a prompt; what an assistant says at its end is no part of it.
+    """Return the messages of a prompt; what an assistant says at its end isn't part of it.
 
     Raises:
         Unusable: there is no prompt, or none that can be read.

@@ -239,7 +239,7 @@ def _with_a_pair(pairs: Examples[Pair], source: str, found: Sequence[str]) -> Ex
 def prompts_alone(rows: Rows, source: str) -> Examples[list[Message]]:
     """Return the different prompts of ``rows`` in their order.
 
-    What an assistant says at the end of a dialogue is no part of its prompt.
+    What an assistant says at the end of a dialogue isn't part of its prompt.
 
     Raises:
         RecipeError: the columns are not recognised, or there is no prompt.

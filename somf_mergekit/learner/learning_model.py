@@ -104,6 +104,11 @@ def learning_model(
     """
     loaded = [placement.placed(tensor) for tensor in loaded]
     model = _empty_model(config, loaded, trust_remote_code)
+    text = text_names(model)
+    for name, weight in model.named_parameters():
+        if name not in text:
+            # What sees and hears takes no part in a text.
+            weight.data = weight.data.new_empty(0)
     if placement.autocast:
         _set_layers_type(model, placement.autocast)
     _move(model, placement)
@@ -132,7 +137,7 @@ def learning_model(
         else:
             aliases |= dict.fromkeys(tensor.aliases, tensor.name)
             masked[key] = _masked_tensor(parameter, place, tensor, settings, placement, storage)
-    _check_complete(model, filled)
+    _check_complete(model, filled, text)
     if not any(tensor.changed for tensor in loaded):
         raise RecipeError(
             "all task vectors are zero: the fine-tuned models equal the base in every tensor, so "
@@ -232,13 +237,8 @@ def _empty_model(config: Any, loaded: list[LoadedTensor], trust_remote_code: boo
         model.tie_weights()
     except ValueError as error:
         raise RecipeError(
-            f"transformers can't make a causal language model of the merge: {error}"
+            f"transformers can't make a model that writes text of the merge: {error}"
         ) from error
-    text = text_names(model)
-    for name, weight in model.named_parameters():
-        if name not in text:
-            # What sees and hears takes no part in a text.
-            weight.data = weight.data.new_empty(0)
     return model.eval().requires_grad_(False)
 
 
@@ -261,9 +261,8 @@ def _set_layers_type(model: Any, dtype: torch.dtype) -> None:
             layer.weight.data = torch.empty_like(layer.weight.data, dtype=dtype)
 
 
-def _check_complete(model: Any, filled: set[str]) -> None:
+def _check_complete(model: Any, filled: set[str], text: set[str]) -> None:
     given = {p for n, p in model.named_parameters(remove_duplicate=False) if n in filled}
-    text = text_names(model)
     missing = [n for n, p in model.named_parameters() if n in text and p not in given]
     if missing:
         shown = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")

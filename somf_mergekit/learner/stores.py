@@ -4,6 +4,7 @@ import math
 import mmap
 import os
 import tempfile
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
@@ -13,16 +14,16 @@ from ..common.errors import RecipeError
 _BLOCK = 1 << 22
 
 
-class Store:
+class Store(ABC):
     """A place for tensors."""
 
+    @abstractmethod
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return a tensor of zeros.
 
         Raises:
             RecipeError: there is no room for it.
         """
-        raise NotImplementedError
 
     def copy(self, tensor: Tensor) -> Tensor:
         """Return a copy of a tensor that is stored here."""

@@ -12,7 +12,7 @@ NO_LAYER = "other"
 _LAYER = re.compile(r"\.(\d+)\.")
 # Probabilities beyond these are as good as 1 and 0.
 _KEPT, _DROPPED = 0.95, 0.05
-# A tensor has collapsed where so many of its entries have: a stray one, such as of a token that no
+# A tensor has collapsed where so many of its entries have: a single one, such as of a token that no
 # pair has, hides nothing.
 _NEARLY_ALL = 0.99
 

@@ -1,6 +1,5 @@
 """Architectures read from the checkpoints, where mergekit's would lose or rename tensors."""
 
-import re
 from collections import Counter
 from collections.abc import Collection
 from itertools import takewhile
@@ -12,6 +11,7 @@ from mergekit.architecture import (
     WeightInfo,
     get_architecture_info,
 )
+from mergekit.architecture.auto import RE_LAYER_INDEX
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
@@ -19,9 +19,7 @@ from transformers import PretrainedConfig
 
 from ..common.errors import log_traceback
 from ..common.model_classes import ModelClass, model_class
-
-# A layer's number in a name, as mergekit finds it.
-_NUMBER = re.compile(r"\.(\d+)\.")
+from ..prepass.tensor_sets import names_of
 
 
 class StoredModule(ModuleArchitecture):
@@ -107,9 +105,6 @@ def architecture_of(config: MergeConfiguration, options: MergeOptions) -> ModelA
         },
         architectures=[own.name],
         model_type=model_config.model_type,
-        vocab_size_config_key="vocab_size"
-        if hasattr(model_config, "vocab_size")
-        else "text_config.vocab_size",
     )
 
 
@@ -121,7 +116,7 @@ def _names_all(
         weights = defined.all_weights(config)
     except (RuntimeError, KeyError, IndexError, TypeError):
         return False
-    named = [{w.name, *(w.aliases or ()), *(w.tied_names or ())} for w in weights]
+    named = [set(names_of(weight)) for weight in weights]
     needed = [names for names, w in zip(named, weights, strict=True) if not w.optional]
     known = stored | {name for one in stored for name in own.tied.get(one, ())}
     return set().union(*named) >= stored and all(names & known for names in needed)
@@ -130,7 +125,7 @@ def _names_all(
 def _by_module(
     defined: ModelArchitecture, config: PretrainedConfig, own: ModelClass, stored: Collection[str]
 ) -> dict[str, list[str]]:
-    """Return stored names by mergekit's module: the one whose names are the most like theirs."""
+    """Return stored names by mergekit's module: that of the name, or of the name most like it."""
     places = {
         place: name
         for name, module in defined.modules.items()
@@ -140,7 +135,9 @@ def _by_module(
     found: dict[str, list[str]] = {name: [] for name in defined.modules}
     for name in sorted(stored):
         known = own.names_of(name)
-        alike = max(places, key=lambda place: max(_common_parts(place, one) for one in known))
+        alike = next((place for place in known if place in places), None) or max(
+            places, key=lambda place: max(_common_parts(place, one) for one in known)
+        )
         found[places[alike]].append(name)
     return found
 
@@ -152,7 +149,7 @@ def _common_parts(name: str, other: str) -> int:
 
 def _stored_module(own: ModelClass, stored: Collection[str], key: str) -> StoredModule:
     """Return the part of a checkpoint that has these tensors; of their layers, the decoder's."""
-    numbered = {name: match for name in sorted(stored) if (match := _NUMBER.search(name))}
+    numbered = {name: match for name in sorted(stored) if (match := RE_LAYER_INDEX.search(name))}
     of_text = [name for name in numbered if own.is_text(name)] or [*numbered]
     prefixes = Counter(name[: numbered[name].start()] for name in of_text)
     prefix = max(prefixes, key=prefixes.__getitem__, default="")

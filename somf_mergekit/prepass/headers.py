@@ -145,12 +145,8 @@ def tensor_shapes(planned: PlannedMerge) -> dict[str, tuple[int, ...]]:
 
 def aligned_vocabulary(planned: PlannedMerge) -> int | None:
     """Return how many tokens the merge has; None where no vocabulary is aligned."""
-    shapes = tensor_shapes(planned)
-    for weight, task in planned.tensors:
-        is_aligned = task.gather_tensors is not gather_task(task)
-        if is_aligned and weight.vocabulary_axis is not None and weight.name in shapes:
-            return shapes[weight.name][weight.vocabulary_axis]
-    return None
+    found = (_aligned_tokens(planned, weight, task) for weight, task in planned.tensors)
+    return next((tokens for tokens in found if tokens is not None), None)
 
 
 def _itemsize(planned: PlannedMerge, weight: WeightInfo, task: Any) -> int:
@@ -166,17 +162,21 @@ def _aligned(
     planned: PlannedMerge, weight: WeightInfo, task: Any, shape: tuple[int, ...]
 ) -> tuple[int, ...]:
     """Return a shape with as many tokens as the tensor has once mergekit has aligned the models."""
+    axis, tokens = weight.vocabulary_axis, _aligned_tokens(planned, weight, task)
+    return shape if axis is None or tokens is None else (*shape[:axis], tokens, *shape[axis + 1 :])
+
+
+def _aligned_tokens(planned: PlannedMerge, weight: WeightInfo, task: Any) -> int | None:
+    """Return how many tokens mergekit aligns a tensor of all models to; None where it doesn't."""
     aligning, gathered, axis = task.gather_tensors, gather_task(task), weight.vocabulary_axis
     if aligning is gathered or axis is None:
-        return shape
+        return None
     if isinstance(aligning, PermutedVocabulary):
         step = aligning.pad_to_multiple_of or 1
-        many = -(-len(planned.tokenizer_info.tokenizer.get_vocab()) // step) * step
-    else:
-        # Cut to the smallest vocabulary.
-        stored = (_stored_as(model, source) for model, source in gathered.weight_info.items())
-        many = min(found[0][axis] for found in stored if found)
-    return (*shape[:axis], many, *shape[axis + 1 :])
+        return -(-len(planned.tokenizer_info.tokenizer.get_vocab()) // step) * step
+    # Cut to the smallest vocabulary.
+    stored = (_stored_as(model, source) for model, source in gathered.weight_info.items())
+    return min((found[0][axis] for found in stored if found), default=None)
 
 
 def _stored_as(model: ModelReference, source: WeightInfo) -> tuple[tuple[int, ...], str] | None:

@@ -1,12 +1,12 @@
 """Whether a planned merge writes the tensors of its inputs: all that each model has."""
 
 import logging
-import re
 from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
 from mergekit.architecture import WeightInfo, arch_info_for_config
+from mergekit.architecture.auto import RE_LAYER_INDEX
 from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
@@ -17,8 +17,6 @@ from ..common.model_classes import ModelClass, model_class
 from .plan import gather_task
 
 LOG = logging.getLogger(__name__)
-# As mergekit finds a tensor's layer when it infers an architecture.
-_LAYER = re.compile(r"\.(\d+)\.")
 
 
 def tensor_set_problems(
@@ -129,8 +127,8 @@ def _not_taken(
 ) -> tuple[list[str], list[str]]:
     """Return the tensors of a model that no task takes: those that its class loads, and others."""
     own = _class_of(model, options)
-    templates = {_LAYER.sub(".*.", name, count=1) for name in taken}
-    layers = {name[: match.end()] for name in taken if (match := _LAYER.search(name))}
+    templates = {RE_LAYER_INDEX.sub(".*.", name, count=1) for name in taken}
+    layers = {name[: match.end()] for name in taken if (match := RE_LAYER_INDEX.search(name))}
     lost: list[str] = []
     ignored: list[str] = []
     for name, known in _known_names(model, options).items():
@@ -144,11 +142,11 @@ def _not_taken(
 
 def _in_other_layer(name: str, templates: set[str], layers: set[str]) -> bool:
     """Return whether the recipe leaves out a tensor's whole layer, and takes it in others."""
-    match = _LAYER.search(name)
+    match = RE_LAYER_INDEX.search(name)
     return (
         match is not None
         and name[: match.end()] not in layers
-        and _LAYER.sub(".*.", name, count=1) in templates
+        and RE_LAYER_INDEX.sub(".*.", name, count=1) in templates
     )
 
 
