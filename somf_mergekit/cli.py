@@ -117,7 +117,7 @@ def _check(recipe_file: str, show: int, options: Any) -> None:
     from .recipe.validate import recipe_and_problems
 
     config, problems = recipe_and_problems(recipe_file, OWN_METHODS)
-    planned, data = checked_merge(config, options, problems)
+    planned, data, _ = checked_merge(config, options, problems)
     if data is None:
         click.echo(f"recipe: OK. {len(planned.tensors)} tensors; nothing is learned.")
         return

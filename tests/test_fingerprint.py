@@ -137,7 +137,7 @@ def test_what_changes_a_mask_is_named(learned_family, tmp_path, change, named):
     own = shutil.copytree(learned_family, tmp_path / "own")
     content = recipe(own)
     change(own, content)
-    planned, data = checked_merge(read_recipe(content), MergeOptions())
+    planned, data, _ = checked_merge(read_recipe(content), MergeOptions())
     found = provenance.differences(
         MaskSet.open(own / "mask").provenance,
         provenance.learning_fingerprint(planned, data),

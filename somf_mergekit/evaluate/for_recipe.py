@@ -62,10 +62,12 @@ def asks_to_be_measured(settings: Settings) -> bool:
     return any(named)
 
 
-def measuring_problems(
+def checked_sets(
     settings: Settings, base_model: ModelReference, options: MergeOptions
-) -> list[str]:
-    """Return what stands in the way of measuring a merge, known before any weights are read.
+) -> tuple[EvaluationSets | None, list[str]]:
+    """Return what a merge is to be measured on, and what stands in the way of it, a sentence each.
+
+    No weights are read. There are no sets where the recipe asks for none.
 
     Args:
         settings: the recipe's own parameters.
@@ -73,7 +75,7 @@ def measuring_problems(
         options: mergekit's.
     """
     if not asks_to_be_measured(settings):
-        return []
+        return None, []
     sets, problems = sets_of_recipe(settings)
     if not sets.is_empty:
         try:
@@ -82,10 +84,11 @@ def measuring_problems(
             problems = [*problems, *unaskable(found_model(base, measuring), sets, measuring)]
         except RecipeError as error:
             problems = [*problems, f"to measure the merge beside its base: {error.message}"]
-    return problems
+    return sets, problems
 
 
 def measured(
+    sets: EvaluationSets | None,
     settings: Settings,
     base_model: ModelReference,
     options: MergeOptions,
@@ -93,12 +96,13 @@ def measured(
     write_plain: Callable[[str], None],
     timer: Timer,
 ) -> Evaluation | None:
-    """Return the evaluation of a merge, None where its recipe asks for none.
+    """Return the evaluation of a merge, None where there is nothing to measure it on.
 
     Differences are to the plain fusion. What models answer is deleted: it may be harmful, and
     ``out`` may be published.
 
     Args:
+        sets: see ``checked_sets``.
         settings: the recipe's own parameters.
         base_model: the aligned base.
         options: mergekit's.
@@ -107,11 +111,10 @@ def measured(
         timer: gets the seconds of each phase.
 
     Raises:
-        RecipeError: a set can't be read any more, or a model can't be loaded or used.
+        RecipeError: a model can't be loaded or used.
     """
-    if not asks_to_be_measured(settings):
+    if sets is None:
         return None
-    sets, problems = sets_of_recipe(settings)
     base = base_of(base_model, options)
     beside = os.path.dirname(os.path.abspath(out))
     with tempfile.TemporaryDirectory(prefix=".somf-plain-", dir=beside) as work:
@@ -124,7 +127,6 @@ def measured(
                 sets,
                 _evaluation_settings(settings, base, options),
                 os.path.join(work, "measured"),
-                problems=problems,
                 quiet=options.quiet,
             )
     sources = {

@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import click
 import mergekit.merge
@@ -17,7 +18,8 @@ from ..common.errors import RecipeError, noted, raise_together
 from ..common.merge_options import SomfOptions
 from ..common.process_group import is_first, started
 from ..common.timing import Timer
-from ..evaluate.for_recipe import measuring_problems
+from ..evaluate.evaluation_sets import EvaluationSets
+from ..evaluate.for_recipe import checked_sets
 from ..prepass.learning_data import MergeInputs, merge_inputs
 from ..prepass.places import place_problems
 from ..prepass.plan import MergedTokenizer, PlannedMerge
@@ -37,6 +39,20 @@ ARTIFACT_FOLDER = "somf"
 OWN_METHODS = {recipe.METHOD_NAME: recipe_problems, **dict.fromkeys(REPAIRS, repair_problems)}
 
 
+class CheckedMerge(NamedTuple):
+    """A merge that can be made.
+
+    Attributes:
+        planned: its plan.
+        inputs: what its masks are learned from or were given as; None where its method has none.
+        sets: what it is to be measured on; None for nothing.
+    """
+
+    planned: PlannedMerge
+    inputs: MergeInputs
+    sets: EvaluationSets | None
+
+
 def checked_merge(
     config: MergeConfiguration,
     options: MergeOptions,
@@ -45,7 +61,7 @@ def checked_merge(
     out: str | None = None,
     folder: str | None = None,
     timer: Timer | None = None,
-) -> tuple[PlannedMerge, MergeInputs]:
+) -> CheckedMerge:
     """Check all that can be known of a merge before the first weight is loaded.
 
     Args:
@@ -55,10 +71,6 @@ def checked_merge(
         out: the folder that the merge is written into.
         folder: the folder that its mask is written into.
         timer: gets the seconds of each phase.
-
-    Returns:
-        The plan, and what its masks are learned from or were given as; None where the method
-        takes none.
 
     Raises:
         RecipeError: everything that is wrong, together.
@@ -71,9 +83,11 @@ def checked_merge(
     with timer.phase(CHECKING):
         with noted(wrong):
             date = learning_date(folder) if folder else None
+        sets = None
         if config.merge_method == recipe.METHOD_NAME:
-            wrong += measuring_problems(planned.settings, planned.base_model, options)
-        return planned, merge_inputs(planned, wrong, date)
+            sets, unmeasurable = checked_sets(planned.settings, planned.base_model, options)
+            wrong += unmeasurable
+        return CheckedMerge(planned, merge_inputs(planned, wrong, date), sets)
 
 
 def planned_merge(config: MergeConfiguration, options: MergeOptions) -> PlannedMerge:

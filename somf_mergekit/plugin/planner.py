@@ -84,7 +84,7 @@ def wrap_planner() -> None:
             # Not by run_merge, as where models are merged in memory.
             options = SomfOptions.of(self.options)
             folder, found = artifact_folder(None, options), processes_problem(self.config)
-            planned, inputs = checked_merge(self.config, options, found, folder=folder)
+            planned, inputs, _ = checked_merge(self.config, options, found, folder=folder)
             if inputs is not None:
                 planned = with_masks(planned, mask_for(planned, inputs, folder))
         self._tensors = [(weight, as_written(weight, task)) for weight, task in planned.tensors]
@@ -131,7 +131,7 @@ def wrap_run_merge(module: Any) -> None:
         options = SomfOptions.of(options)
         folder = artifact_folder(out_path, options)
         found = [*processes_problem(config), *key_problems(config_source or "")]
-        planned, inputs = checked_merge(
+        planned, inputs, sets = checked_merge(
             config, options, found, out=out_path, folder=folder, timer=timer
         )
         if inputs is None:
@@ -144,7 +144,7 @@ def wrap_run_merge(module: Any) -> None:
                 ready = with_masks(planned, masks, is_masked=is_masked, observer=observer)
                 return merge(ready, to, how)
 
-        return merge_with_report(write, planned, masks, folder, out_path, timer)
+        return merge_with_report(write, planned, masks, sets, folder, out_path, timer)
 
     setattr(run_merge, WRAPPED, True)
     module.run_merge = run_merge
@@ -245,7 +245,7 @@ def plan_and_mask(
     if (config.parameters or {}).get("mask"):
         raise RecipeError("parameters.mask is given: there is nothing to learn")
     folder = os.path.abspath(out_dir)
-    planned, inputs = checked_merge(config, options, problems, folder=folder)
+    planned, inputs, _ = checked_merge(config, options, problems, folder=folder)
     assert inputs is not None  # somf always has some
     return planned, mask_for(planned, inputs, folder)
 

@@ -16,6 +16,7 @@ from ..common.files import whole_file, write_whole
 from ..common.machine import FULL_REPORT, NO_REPORT
 from ..common.timing import LEARNING, Timer
 from ..data.held_out import warn
+from ..evaluate.evaluation_sets import EvaluationSets
 from ..evaluate.for_recipe import measured
 from ..mask.artifact import MaskSet, masks_path, training_history
 from ..mask.census import MaskCensus
@@ -57,7 +58,13 @@ class Attempts:
 
 
 def merge_with_report(
-    write: Write, planned: PlannedMerge, masks: MaskSet, folder: str, out: str, timer: Timer
+    write: Write,
+    planned: PlannedMerge,
+    masks: MaskSet,
+    sets: EvaluationSets | None,
+    folder: str,
+    out: str,
+    timer: Timer,
 ) -> Any:
     """Return what ``write`` returns, after reporting on the merge.
 
@@ -67,6 +74,7 @@ def merge_with_report(
         write: writes the merge.
         planned: the merge.
         masks: its mask.
+        sets: what it is measured on, None for nothing.
         folder: gets the report.
         out: gets the merge.
         timer: has the seconds of each phase so far; those of the phases here are added.
@@ -85,7 +93,7 @@ def merge_with_report(
             write(place, how, is_masked=False, observer=None)
 
         report = Report(planned, _origin(planned, timer), masks.provenance, vectors, timer)
-        _write(report, masks, Path(folder), out, write_plain, timer)
+        _write(report, masks, sets, Path(folder), out, write_plain, timer)
     warn(masks.provenance, recorded_settings(planned)["mask_kind"])
     return result
 
@@ -100,6 +108,7 @@ def _origin(planned: PlannedMerge, timer: Timer) -> str:
 def _write(
     report: Report,
     masks: MaskSet,
+    sets: EvaluationSets | None,
     folder: Path,
     out: str,
     write_plain: Callable[[str], None],
@@ -111,7 +120,7 @@ def _write(
         attempts.report(f"norms of some task vectors: {report.vectors.failure}")
     with attempts.at("measurements"):
         report.evaluation = measured(
-            planned.settings, planned.base_model, planned.options, out, write_plain, timer
+            sets, planned.settings, planned.base_model, planned.options, out, write_plain, timer
         )
     with timer.phase("report"):
         with attempts.at("training curve"):
