@@ -166,6 +166,7 @@ def _inspect(mask: str, png: str | None) -> None:
     """Show how a learned mask is distributed, per layer and kind of tensor: tables and a PNG."""
     from .mask.artifact import MaskSet
     from .mask.census import MaskCensus
+    from .mask.published import pinned_id
     from .report.mask_plots import write_mask_plot
     from .report.report_text import collapse_list, summary_table
 
@@ -179,7 +180,8 @@ def _inspect(mask: str, png: str | None) -> None:
     collapses = census.collapses()
     if collapses:
         click.echo(f"masks that have collapsed:\n{printable(collapse_list(collapses))}\n")
-    place = png or os.path.join(os.path.dirname(masks.path), "mask.png")
+    folder = os.curdir if pinned_id(masks.path) else os.path.dirname(masks.path)  # not the cache
+    place = png or os.path.join(folder, "mask.png")
     write_mask_plot(census, place, "What the mask keeps")
     click.echo(f"plot: {place}")
 
@@ -198,6 +200,19 @@ def _pack(mask: str, folder: str) -> None:
     packed = write_packed_masks(folder, MaskSet.open(mask))
     size = os.path.getsize(packed.path)
     click.echo(f"binary mask of {len(packed.names())} tensors, {size:,} bytes: {folder}")
+
+
+@_command(
+    click.Argument(["folder"], type=click.Path(file_okay=False)),
+    "name",
+    click.Option(["--private"], is_flag=True, help="Make a new repository private."),
+    click.Option(["--revision"], metavar="BRANCH", help="Where it goes, made if it isn't there."),
+)
+def _push(folder: str, name: str, private: bool, revision: str | None) -> None:
+    """Publish a mask on the hub, with a card, and without the paths of this machine."""
+    from .report.publishing import publish
+
+    click.echo(f"mask: {publish(folder, name, private=private, revision=revision)}")
 
 
 @_command(

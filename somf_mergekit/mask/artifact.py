@@ -16,6 +16,7 @@ from torch import Tensor
 from ..common.digests import file_digest, json_digest
 from ..common.errors import RecipeError
 from .format import (
+    DIGEST_KEY,
     HEADER_KEY,
     LEVELS,
     checked_header,
@@ -27,12 +28,16 @@ from .format import (
 )
 from .granularity import Layout
 from .masking import mask_factor, mask_from_probabilities
+from .published import published_folder
 
 MASKS_FILE = "masks.safetensors"
 PROVENANCE_FILE = "somf.json"
 HISTORY_FILE = "training.jsonl"
+CARD_FILE = "README.md"
 # In somf.json: the checksums of the other files.
 CHECKSUMS_KEY = "checksums"
+# What is of the file itself there, not recorded with the mask.
+RECORD_KEYS = (CHECKSUMS_KEY, DIGEST_KEY)
 
 
 class MaskSet:
@@ -73,15 +78,16 @@ class MaskSet:
             )
 
     @classmethod
-    def open(cls, source: str | os.PathLike[str]) -> "MaskSet":
+    def open(cls, source: str | os.PathLike[str], cache_dir: str | None = None) -> "MaskSet":
         """Open an artifact by its folder, by ``masks.safetensors`` in it, or by a merge's folder.
 
-        The header is checked now, the entries of a tensor whenever they are read.
+        It may also be the id of a published one, see ``masks_path``. The header is checked now, the
+        entries of a tensor whenever they are read.
 
         Raises:
             RecipeError: there is no mask, or it is of another format, or damaged.
         """
-        return cls(masks_path(os.fspath(source)))
+        return cls(masks_path(os.fspath(source), cache_dir))
 
     def names(self) -> list[str]:
         """Return the names of all tensors that have a mask, sorted."""
@@ -200,18 +206,25 @@ class MaskSet:
         Raises:
             RecipeError: it can't be read, or is damaged.
         """
+        record = self.record_beside()
+        checksums = (record or {}).get(CHECKSUMS_KEY, {})
+        if record is None:
+            return None
+        return checksums if isinstance(checksums, dict) else {}
+
+    def record_beside(self) -> dict[str, Any] | None:
+        """Return all that ``somf.json`` records; None where there is none. Errors: as above."""
         if os.path.basename(self.path) != MASKS_FILE:
             return None
         path = os.path.join(os.path.dirname(self.path), PROVENANCE_FILE)
         what = f"{path}, which records where a mask is from,"
         try:
             with open(path, "rb") as file:
-                checksums = checked_json(file.read(), what).get(CHECKSUMS_KEY)
+                return checked_json(file.read(), what)
         except FileNotFoundError:
             return None
         except OSError as error:
             raise RecipeError(f"{what} can't be read: {error}") from error
-        return checksums if isinstance(checksums, dict) else {}
 
     def _stored_name(self, name: str) -> str:
         stored = self.header.aliases.get(name, name)
@@ -220,20 +233,28 @@ class MaskSet:
         return stored
 
 
-def masks_path(source: str) -> str:
+def masks_path(source: str, cache_dir: str | None = None) -> str:
     """Return the masks file that ``source`` (file, artifact or merge folder) means.
+
+    What isn't there may be the id of a published mask, ORGANISATION/NAME or with @REVISION behind
+    it, which is fetched into the hub's cache: ``cache_dir``, or its client's own.
 
     Raises:
         RecipeError: there is none.
     """
-    source = os.path.expanduser(source)
+    place = os.path.expanduser(source)
     for inside in ((), (MASKS_FILE,), ("somf", MASKS_FILE)):
-        path = os.path.join(source, *inside)
+        path = os.path.join(place, *inside)
         if os.path.isfile(path):
             return path
+    if not os.path.exists(place):
+        files = (MASKS_FILE, PROVENANCE_FILE, HISTORY_FILE, CARD_FILE)
+        folder = published_folder(source, files, cache_dir)
+        if folder:
+            return os.path.join(folder, MASKS_FILE)
     raise RecipeError(
         f"mask {source}: no such mask; expected a file or a folder with {MASKS_FILE}, as "
-        "`mergekit-somf learn` and somf merges write"
+        "`mergekit-somf learn` and somf merges write, or the id of one on the hub"
     )
 
 

@@ -27,7 +27,7 @@ from ..common.errors import RecipeError, first_line
 HEADER_KEY = "somf"
 FORMAT = "somf-mask/2"
 LEVELS = 256
-_DIGEST_KEY = "digest"
+DIGEST_KEY = "digest"
 # More than any weight has.
 _MOST_AXES = 8
 _MOST_REPEATED = 1 << 28
@@ -105,7 +105,7 @@ def tensor_digest(stored: Tensor) -> str:
 def json_with_digest(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return content as JSON, with a SHA-256 of itself; numbers that JSON can't write are None."""
     plain = _parsed(json.dumps(content))
-    return {**plain, _DIGEST_KEY: _digest_of(plain)}
+    return {**plain, DIGEST_KEY: _digest_of(plain)}
 
 
 def checked_json(text: str | bytes, what: str) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def checked_json(text: str | bytes, what: str) -> dict[str, Any]:
         RecipeError: it is damaged.
     """
     content = parsed_json(text, what)
-    if content.get(_DIGEST_KEY) != _digest_of(content):
+    if content.get(DIGEST_KEY) != _digest_of(content):
         raise damaged(what, "its checksum differs from the one recorded in it")
     return content
 
@@ -140,7 +140,7 @@ def _parsed(text: str | bytes) -> Any:
 
 
 def _digest_of(content: Mapping[str, Any]) -> str:
-    return json_digest({key: value for key, value in content.items() if key != _DIGEST_KEY})
+    return json_digest({key: value for key, value in content.items() if key != DIGEST_KEY})
 
 
 def checked_header(
@@ -185,6 +185,8 @@ def _problems(
     for name in [*shapes, *header.aliases]:
         if not name.isprintable():
             yield f"the tensor's name {name!r:.80} has characters that can't be printed"
+        if "/" in name or "\\" in name or ".." in name:
+            yield f"the tensor's name {name!r:.80} is a path"
     if set(header.digests) != names:
         differing = sorted(set(header.digests) ^ names)
         yield f"checksums and stored tensors differ in {', '.join(differing[:3])}"

@@ -5,11 +5,11 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..common.errors import RecipeError, first_line
@@ -19,6 +19,7 @@ from .artifact import (
     HISTORY_FILE,
     MASKS_FILE,
     PROVENANCE_FILE,
+    RECORD_KEYS,
     MaskSet,
     history_digest,
 )
@@ -88,9 +89,28 @@ def write_packed_masks(folder: str | os.PathLike[str], masks: MaskSet) -> MaskSe
     header = masks.header.model_dump(include={"provenance", "aliases", "repeats"})
     with _new_artifact(folder, masks.provenance) as work:
         _save(work, stored, {**header, "packed": packed})
-        history = os.path.join(os.path.dirname(masks.path), HISTORY_FILE)
-        if os.path.exists(history):
-            shutil.copyfile(history, os.path.join(work, HISTORY_FILE))
+        _copy_history(masks, work)
+    return MaskSet.open(folder)
+
+
+def write_with_record(
+    folder: str | os.PathLike[str], masks: MaskSet, change: Callable[[Any], Any]
+) -> MaskSet:
+    """Write an artifact with the same masks and history but another record, and return it opened.
+
+    Args:
+        folder: must not exist, or be empty.
+        masks: those of the artifact.
+        change: makes the other record of one, in ``somf.json`` and in the header of the masks.
+
+    Raises:
+        RecipeError: the artifact is damaged, or can't be written.
+    """
+    header = masks.header.model_dump(include={"aliases", "repeats", "packed"})
+    record = {k: v for k, v in (masks.record_beside() or {}).items() if k not in RECORD_KEYS}
+    with _new_artifact(folder, change(record)) as work:
+        _save(work, load_file(masks.path), {**header, "provenance": change(masks.provenance)})
+        _copy_history(masks, work)
     return MaskSet.open(folder)
 
 
@@ -135,6 +155,12 @@ def without_mask(wanted: str) -> str:
         number += 1
         name = f"{wanted}-{number}"
     return name
+
+
+def _copy_history(masks: MaskSet, folder: str) -> None:
+    history = os.path.join(os.path.dirname(masks.path), HISTORY_FILE)
+    if os.path.exists(history):
+        shutil.copyfile(history, os.path.join(folder, HISTORY_FILE))
 
 
 def _save(folder: str, tensors: dict[str, Tensor], header: Mapping[str, Any]) -> None:

@@ -95,7 +95,7 @@ def _check_step(
         settings, unread = recipe_settings(config), list[str]()
         with noted(unread):
             if settings.mask and not any(settings.mask.startswith(step) for step in awaited):
-                MaskSet.open(settings.mask)
+                MaskSet.open(settings.mask, options.transformers_cache)
         for source, split, part in (
             (settings.safety_dataset, settings.safety_split, settings.safety_config),
             (settings.utility_dataset, settings.utility_split, settings.utility_config),

@@ -137,7 +137,7 @@ def given_mask(planned: PlannedMerge, source: str, problems: Sequence[str] = ())
     found = list(problems)
     found += _model_problems(planned)
     with noted(found):
-        masks = MaskSet.open(source)
+        masks = MaskSet.open(source, planned.options.transformers_cache)
         found += _misfits(planned, masks, source)
     raise_together(found, CANT_BE_MADE)
     return masks

@@ -14,6 +14,7 @@ from ..common.requirements import versions
 from ..data.held_out import KEY, HeldOut
 from ..learner.tensors import MaskedTensor
 from ..mask.artifact import MaskSet
+from ..mask.published import pinned_id
 from ..recipe.blocks import plain
 from ..recipe.settings import MASK_TENSOR, OBSERVER
 from .data_fit import cut_counts
@@ -185,7 +186,10 @@ def provenance(
 
 
 def provenance_of_use(planned: PlannedMerge, masks: MaskSet) -> dict[str, Any]:
-    """Return what is recorded with a mask that another recipe learned, as JSON."""
+    """Return what is recorded with a mask that another recipe learned, as JSON.
+
+    Of a published one, ``mask_pinned`` names the commit that was taken, ORGANISATION/NAME@COMMIT.
+    """
     settings = planned.settings
     return {
         "recipe": planned.recipe,
@@ -193,6 +197,7 @@ def provenance_of_use(planned: PlannedMerge, masks: MaskSet) -> dict[str, Any]:
         "models": [str(model) for model in planned.models],
         "settings": recorded_settings(planned),
         "mask": settings.mask,
+        "mask_pinned": pinned_id(masks.path),
         "origin": masks.provenance,
         "versions": versions(),
     }

@@ -57,7 +57,8 @@ class Settings(BaseModel):
         None,
         min_length=1,
         json_schema_extra=_MERGE,
-        description="Folder or file of a learned mask: nothing is learned.",
+        description="A learned mask: its folder or file, or the hub id of a published one, "
+        "`org/name` or `org/name@revision`. Nothing is learned.",
     )
     preset: Literal["paper"] | None = Field(
         None,

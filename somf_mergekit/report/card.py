@@ -81,7 +81,7 @@ def write_section(report: Report, folder: Path, out: Path) -> None:
 def _mask(report: Report) -> list[str]:
     """Return what there is to say of a mask, a line each."""
     lines = [f"mask: {mask_line(report)}"]
-    learned = learned_from(report)
+    learned = learned_from(report.recorded)
     if learned:
         lines.append(f"learned in {learned}")
     collapses = report.census.collapses() if report.census else []

@@ -47,6 +47,7 @@ class Report:
         has_figure: whether there are plots.
         peak_memory: bytes, ``process`` and, on a GPU, ``device``.
         failures: what could not be made and why.
+        pinned: the commit of a published mask that was taken, ORGANISATION/NAME@COMMIT.
     """
 
     planned: PlannedMerge
@@ -60,6 +61,7 @@ class Report:
     has_figure: bool = False
     peak_memory: dict[str, int] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+    pinned: str | None = None
 
     @property
     def unmasked(self) -> int:
@@ -135,6 +137,7 @@ def report_json(report: Report) -> dict[str, Any]:
         "mask": {
             "origin": report.origin,
             "given": settings.mask,
+            "pinned": report.pinned,
             "tensors": len(vectors.masked()),
             "tensors_without": report.unmasked,
             **(_mask_json(report.census) if report.census else {}),

@@ -20,6 +20,7 @@ from ..evaluate.evaluation_sets import EvaluationSets
 from ..evaluate.for_recipe import measured
 from ..mask.artifact import MaskSet, masks_path, training_history
 from ..mask.census import MaskCensus
+from ..mask.published import pinned_id
 from ..prepass.plan import PlannedMerge
 from ..prepass.provenance import recorded_settings
 from .card import TEXT_FILE, write_section
@@ -84,6 +85,9 @@ def merge_with_report(
     """
     vectors, options = TaskVectors(), planned.options
     is_reported = options.machine.report != NO_REPORT
+    given, source = planned.settings.mask, masks.path
+    if given:
+        source = masks_path(given, options.transformers_cache)
     with timer.phase("merging"):
         result = write(out, options, is_masked=True, observer=vectors if is_reported else None)
     if is_reported:
@@ -93,7 +97,8 @@ def merge_with_report(
             write(place, how, is_masked=False, observer=None)
 
         report = Report(planned, _origin(planned, timer), masks.provenance, vectors, timer)
-        _write(report, masks, sets, Path(folder), out, write_plain, timer)
+        report.pinned = pinned_id(source)
+        _write(report, masks, source, sets, Path(folder), out, write_plain, timer)
     warn(masks.provenance, recorded_settings(planned)["mask_kind"])
     return result
 
@@ -108,13 +113,14 @@ def _origin(planned: PlannedMerge, timer: Timer) -> str:
 def _write(
     report: Report,
     masks: MaskSet,
+    source: str,
     sets: EvaluationSets | None,
     folder: Path,
     out: str,
     write_plain: Callable[[str], None],
     timer: Timer,
 ) -> None:
-    """Write all of a report that can be made."""
+    """Write all of a report that can be made; ``source`` is where the masks were found."""
     planned, attempts = report.planned, Attempts()
     if report.vectors.failure:
         attempts.report(f"norms of some task vectors: {report.vectors.failure}")
@@ -124,9 +130,7 @@ def _write(
         )
     with timer.phase("report"):
         with attempts.at("training curve"):
-            given = planned.settings.mask
-            source = os.path.dirname(masks_path(given) if given else masks.path)
-            report.history = training_history(source)
+            report.history = training_history(os.path.dirname(source))
         masked = report.vectors.masked()
         with attempts.at("distribution of the mask"):
             report.census = MaskCensus(masks, masked) if masked else None

@@ -1,12 +1,13 @@
 """A report to read, in markdown."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
+from typing import Any
 
 from ..common.console import aligned_table
 from ..common.requirements import versions
-from ..data.held_out import recorded_held_out, verdict, why_none
+from ..data.held_out import HeldOut, recorded_held_out, verdict, why_none
 from ..evaluate.evaluation_table import circumstances, comparison
 from ..mask.census import NO_LAYER, Collapse, MaskSummary, grouped, layer_of
 from ..prepass.provenance import recorded_settings
@@ -46,17 +47,17 @@ def opening(report: Report) -> str:
     """Return in a paragraph what was merged, and under which mask."""
     settings, count = report.planned.settings, len(report.vectors.models)
     which = "model" if count == 1 else "models"
+    origin = f"published as {report.pinned}" if report.pinned else _ORIGINS[report.origin]
     return (
         f"The task vectors of {count} {which}, their changes from {report.planned.base_model}, "
-        f"were masked with one mask ({_ORIGINS[report.origin]}; used as `{settings.mask_kind}`, "
+        f"were masked with one mask ({origin}; used as `{settings.mask_kind}`, "
         f"rescale `{settings.mask_rescale}`) and fused into it by `{settings.fusion}` "
         "([SOMF](https://arxiv.org/abs/2405.09055))."
     )
 
 
-def learned_from(report: Report) -> str | None:
-    """Return in a line what the mask was learned from, None where that is not recorded."""
-    recorded = report.recorded
+def learned_from(recorded: Mapping[str, Any]) -> str | None:
+    """Return in a line what a mask was learned from, None where that is not recorded."""
     data, utility = recorded.get("dataset"), recorded.get("utility_dataset") or {}
     if not data:
         return None
@@ -129,7 +130,7 @@ def _by_kind(names: Sequence[str]) -> Iterator[str]:
 
 def _learning(report: Report) -> Iterator[str]:
     yield "## Learning"
-    line = learned_from(report)
+    line = learned_from(report.recorded)
     if line:
         yield f"{line[0].upper()}{line[1:]}."
     rows = curve_rows(report.history)
@@ -170,16 +171,21 @@ def _held_out(report: Report) -> Iterator[str]:
         first, *further = doubt.splitlines()
         yield f"**{first}**"
         yield from further
+    yield held_out_table(found)
+
+
+def held_out_table(found: HeldOut) -> str:
+    """Return what held-out pairs show as a table, with a sentence below that explains it."""
     rows = (("plain fusion", found.plain_fusion), ("under the mask", found.merge))
-    yield aligned_table(
+    table = aligned_table(
         [["merge", "preference accuracy", "margin"]]
         + [[label, f"{100 * s.accuracy:.1f} %", _number(s.margin)] for label, s in rows]
     )
     raised = "" if found.raised is None else f" The mask raises that of {found.raised:,} pairs."
-    yield (
-        f"On {found.pairs:,} pairs that the mask has not learned from: how often the safe answer "
-        "is likelier per token than the unsafe one, and by how many nats a token on average."
-        + raised
+    return (
+        f"{table}\n\nOn {found.pairs:,} pairs that the mask has not learned from: how often the "
+        "safe answer is likelier per token than the unsafe one, and by how many nats a token on "
+        "average." + raised
     )
 
 
