@@ -31,6 +31,7 @@ def test_help_lists_every_command_and_fits_a_screen():
         "check",
         "inspect",
         "pack",
+        "push",
         "verify",
         "evaluate",
         "sweep",

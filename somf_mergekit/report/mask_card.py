@@ -126,9 +126,9 @@ def _opening(masks: MaskSet, found: Recorded) -> str:
 
 def _models(found: Recorded) -> Iterator[str]:
     rows = [["model", "role", "fingerprint of its content"]]
-    for model, digest in found.models.items():
+    for model in sorted(found.models, key=lambda model: model != found.base_model):
         role = "aligned base" if model == found.base_model else "fine-tuned"
-        rows.append([model, role, f"`{digest}`"])
+        rows.append([model, role, f"`{found.models[model]}`"])
     yield aligned_table(rows, labels=3)
     yield (
         "It fits every model of the same tensors, and has been learned on these alone. A name "
