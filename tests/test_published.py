@@ -370,14 +370,6 @@ def test_a_path_that_is_there_is_no_id(learned, tmp_path, monkeypatch):
         MaskSet.open("org/other")
 
 
-@pytest.mark.parametrize("name", ["a/b", "a\\b", "..", "model..weight"])
-def test_names_of_tensors_that_are_paths_are_refused(tmp_path, name):
-    with pytest.raises(RecipeError, match="is a path"):
-        write_masks(
-            tmp_path / "mask", {name: torch.rand(2, 2)}, aliases={}, provenance={}, history=[]
-        )
-
-
 def test_paths_become_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models/base").mkdir(parents=True)
