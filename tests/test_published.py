@@ -350,7 +350,7 @@ def test_what_can_not_be_pushed_is_said_in_a_line(hub, learned, tmp_path):
     )
     assert "there is no login for the hub" in message(nobody)
     assert "access is refused (status 403)" in message(reader)
-    assert "log in with a token that may" in message(stranger)
+    assert "log in with a token that has access" in message(stranger)
     assert "holds other things than a mask (README.md, config.json" in message(model)
     assert "can run code (pytorch_model.bin)" in message(pickle)
     assert "--private is of new repositories, and this one is public" in message(public)
