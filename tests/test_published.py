@@ -101,11 +101,11 @@ def test_a_published_mask_merges_as_its_folder_does(hub, learned, family, family
     tiny.merged(family_recipe(safety_dataset=None, mask=str(learned)), tmp_path / "folder")
     expected = files_of(tmp_path / "folder")
 
-    def merged(name, mask, **environment):
+    def merged(name, mask, *options, **environment):
         content = family_recipe(safety_dataset=None, mask=mask)
         file = tiny.write_recipe(tmp_path / f"{name}.yml", content)
         out = tmp_path / name
-        result = tiny.merge(file, out, env=hub.environment | environment)
+        result = tiny.merge(file, out, *options, env=hub.environment | environment)
         assert result.returncode == 0, result.stderr
         assert loopback_hub.TOKEN not in result.stdout + result.stderr
         assert files_of(out) == expected
@@ -118,7 +118,10 @@ def test_a_published_mask_merges_as_its_folder_does(hub, learned, family, family
         assert len(history) == 2
 
     merged("by-commit", pinned)
-    merged("by-branch", "org/mask@main")
+    merged("by-branch", "org/mask@main", "--transformers-cache", tmp_path / "cache")
+    found = tmp_path.rglob("masks.safetensors")
+    cached = [file for file in found if file.parent.name == commit]
+    assert {file.relative_to(tmp_path).parts[0] for file in cached} == {"home", "cache"}
     paths = {path for _, path, _ in hub.requests}
     assert all("org/mask" in path for path in paths)
     assert not any("figure.png" in path or "gitattributes" in path for path in paths)

@@ -23,7 +23,9 @@ _REVISION = re.compile(r"(?!.*\.\.)\w[\w./-]*")
 _SNAPSHOT = re.compile(
     r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})(?:[/\\]somf)?$"
 )
-_LOG_IN = "log in with a token that has access (`hf auth login`, or the environment variable HF_TOKEN)"
+_LOG_IN = (
+    "log in with a token that has access (`hf auth login`, or the environment variable HF_TOKEN)"
+)
 
 
 def is_hub_id(name: str) -> bool:
