@@ -111,18 +111,20 @@ def _learn(recipe_file: str, folder: str, options: Any) -> None:
 )
 def _check(recipe_file: str, show: int, options: Any) -> None:
     """Check a recipe, its models and its data; say what would be learned. Loads no model."""
-    from .mask.artifact import MaskSet
     from .plugin.merge_check import OWN_METHODS, checked_merge
     from .prepass.forecast import forecast
     from .recipe.validate import recipe_and_problems
 
     config, problems = recipe_and_problems(recipe_file, OWN_METHODS)
-    planned, data, _ = checked_merge(config, options, problems)
+    planned, inputs, _ = checked_merge(config, options, problems)
+    data = inputs.data if inputs else None
     if data is None:
         click.echo(f"recipe: OK. {len(planned.tensors)} tensors; nothing is learned.")
-        return
-    if isinstance(data, MaskSet):
-        click.echo(f"recipe: OK. Mask of {len(data.names())} tensors: {data.path}")
+    for model, own in inputs.given.items() if inputs else ():
+        use = "learned on" if own.is_start else "used as it is"
+        where = f"{len(own.masks.names())} tensors in {own.masks.path}"
+        click.echo(printable(f"mask of {model}, {use}: {where}"))
+    if data is None:
         return
     settings, expected = planned.settings, forecast(planned, data)
     click.echo("recipe: OK. What would be learned:")
@@ -164,26 +166,9 @@ def _parameters(name: str | None) -> None:
 )
 def _inspect(mask: str, png: str | None) -> None:
     """Show how a learned mask is distributed, per layer and kind of tensor: tables and a PNG."""
-    from .mask.artifact import MaskSet
-    from .mask.census import MaskCensus
-    from .mask.published import pinned_id
-    from .report.mask_plots import write_mask_plot
-    from .report.report_text import collapse_list, summary_table
+    from .report.inspection import inspect_masks
 
-    masks = MaskSet.open(mask)
-    census = MaskCensus(masks)
-    for heading, rows in (
-        ("layer", census.groups("layer")),
-        ("kind", [*census.groups("kind"), census.total()]),
-    ):
-        click.echo(summary_table(rows, heading) + "\n")
-    collapses = census.collapses()
-    if collapses:
-        click.echo(f"masks that have collapsed:\n{printable(collapse_list(collapses))}\n")
-    folder = os.curdir if pinned_id(masks.path) else os.path.dirname(masks.path)  # not the cache
-    place = png or os.path.join(folder, "mask.png")
-    write_mask_plot(census, place, "What the mask keeps")
-    click.echo(f"plot: {place}")
+    inspect_masks(mask, png)
 
 
 @_command(
@@ -200,6 +185,21 @@ def _pack(mask: str, folder: str) -> None:
     packed = write_packed_masks(folder, MaskSet.open(mask))
     size = os.path.getsize(packed.path)
     click.echo(f"binary mask of {len(packed.names())} tensors, {size:,} bytes: {folder}")
+
+
+@_command(
+    click.Argument(["mask"], type=click.Path()),
+    click.Argument(["folder"], type=click.Path(file_okay=False)),
+)
+def _split(mask: str, folder: str) -> None:
+    """Write the mask of each model of a learned set by itself, to be published or stored."""
+    from .mask.artifact import MaskSet
+    from .mask.writing import write_split_masks
+
+    if os.path.isdir(folder) and os.listdir(folder):
+        raise RecipeError(f"folder {folder} is not empty: name a new one")
+    for model, own in write_split_masks(folder, MaskSet.open(mask)).items():
+        click.echo(printable(f"mask of {model}: {os.path.dirname(own.path)}"))
 
 
 @_command(

@@ -11,7 +11,8 @@ from somf_mergekit.data.encoding import EncodedPair
 from somf_mergekit.fusion.merges import AutogradMerge, LinearMerge
 from somf_mergekit.fusion.shards import Shard
 from somf_mergekit.learner import engine, loop
-from somf_mergekit.learner.tensors import MaskedTensor, Parts
+from somf_mergekit.learner.parts import Learned, Parts
+from somf_mergekit.learner.tensors import MaskedTensor
 from somf_mergekit.learner.training_setup import TrainingSetup
 from somf_mergekit.mask.granularity import Storage, mask_layout
 from somf_mergekit.recipe.settings import Settings
@@ -55,6 +56,8 @@ def make_setup(
     base = tiny.tiny_llama(0, VOCABULARY, layers=layers, tied=tied)
     others = {seed: tiny.perturbed(base, seed) for seed in (1, 2)}
     model = copy.deepcopy(base).eval().requires_grad_(False)
+    is_shared = settings.mask_sharing == "shared"
+    models = (tuple(others),) if is_shared else tuple((number,) for number in others)
     masked = []
     for name, weight in model.named_parameters():
         start = base.get_parameter(name).detach().clone()
@@ -63,16 +66,26 @@ def make_setup(
             entries = [TensorEntry("base", start, True)]
             entries += [TensorEntry(number, tensor) for number, tensor in changed.items()]
             group = TensorGroup(tuple(entries), TensorMetadata(name=name))
-            merge = AutogradMerge(group, {"fusion": fusion, "seed": 0, **TIES})
+            values = {"fusion": fusion, "seed": 0, **TIES}
+            merge = AutogradMerge(group, values, models)
         else:
-            merge = LinearMerge(start, sum(0.5 * (one - start) for one in changed.values()))
-        layout = mask_layout(settings.granularity, name, tuple(weight.shape), Storage(8))
-        logits = torch.full(layout.shape, settings.init_logit)
-        moments = torch.zeros(2, *layout.shape) if settings.optimizer == "adamw" else None
-        parts = Parts(start, merge, logits, moments)
+            deltas = (sum(0.5 * (changed[n] - start) for n in own) for own in models)
+            merge = LinearMerge(start, tuple(deltas))
+        shape, has_vocabulary = tuple(weight.shape), VOCABULARY in weight.shape
+        layout = mask_layout(settings.granularity, name, shape, Storage(8), has_vocabulary)
+        is_adamw = settings.optimizer == "adamw"
+        masks = (
+            Learned(
+                torch.full(layout.shape, settings.init_logit),
+                torch.zeros(2, *layout.shape) if is_adamw else None,
+            )
+            for _ in models
+        )
+        parts = Parts(start, merge, tuple(masks))
         masked.append(
             MaskedTensor(
                 name=name,
+                models=models,
                 parameter=weight,
                 slice=Slice(name),
                 shard=Shard(tuple(weight.shape)),
@@ -92,11 +105,17 @@ def make_setup(
     )
 
 
+def shared(group, factor):
+    """The factor of one mask of all models."""
+    own = (factor,)
+    return {entry.id: own for entry in group.non_base}
+
+
 def trajectory(setup):
     """Learn; return losses and logits."""
     reports = []
     loop.learn_logits(setup, reports.append, lambda done, total: None)
-    return [r.loss for r in reports], [t.logits.clone() for t in setup.tensors]
+    return [r.loss for r in reports], [own.clone() for t in setup.tensors for _, own in t.wholes()]
 
 
 TRAJECTORIES = {
@@ -125,6 +144,29 @@ TRAJECTORIES = {
     "adamw, clipped, by rows": {"optimizer": "adamw", "beta": 40.0, "granularity": "row"},
     "adamw, ties": {"optimizer": "adamw", "objective": "dpo", "fusion": "ties"},
     "ties by rows": {"fusion": "ties", "granularity": "row"},
+    "rows and columns": {"granularity": "row_column"},
+    "rows and columns, no rescale": {"granularity": "row_column", "mask_rescale": "none"},
+    "rows and columns, adamw": {
+        "granularity": "row_column",
+        "optimizer": "adamw",
+        "objective": "dpo",
+        "mask_noise": "none",
+    },
+    "rows and columns, ties": {"granularity": "row_column", "fusion": "ties", "max_steps": 2},
+    "per model": {"mask_sharing": "per_model", "reference": "redrawn"},
+    "per model, by rows": {"mask_sharing": "per_model", "granularity": "row"},
+    "per model, rows and columns": {
+        "mask_sharing": "per_model",
+        "granularity": "row_column",
+        "mask_noise": "none",
+    },
+    "per model, adamw": {
+        "mask_sharing": "per_model",
+        "optimizer": "adamw",
+        "objective": "dpo",
+        "max_steps": 2,
+    },
+    "per model, ties": {"mask_sharing": "per_model", "fusion": "ties"},
 }
 # Those in which engines have something else to do: the other objectives are the same to them.
 FOR_ENGINES = {
@@ -137,6 +179,12 @@ FOR_ENGINES = {
         "utility",
         "ties",
         "row",
+        "rows and columns",
+        "rows and columns, ties",
+        "per model",
+        "per model, by rows",
+        "per model, adamw",
+        "per model, ties",
         "head",
         "adamw",
         "adamw, clipped, by rows",

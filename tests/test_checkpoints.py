@@ -62,7 +62,7 @@ def trajectory(setup, progress=None, checkpoints=None, until=None):
             learn_logits(setup, on_step, nothing, progress, checkpoints)
     else:
         learn_logits(setup, on_step, nothing, progress, checkpoints)
-    return losses, [tensor.logits.clone() for tensor in setup.tensors]
+    return losses, [tensor.whole().clone() for tensor in setup.tensors]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_a_checkpoint_that_does_not_count_is_passed_over(tmp_path):
     assert stored(other, tmp_path).latest().step == 2
     older.write_bytes(b"\xff" * 100)
     assert stored(other, tmp_path).latest().step == 0
-    assert all(bool((t.logits == t.init_logit).all()) for t in other.tensors)
+    assert all(bool((t.whole() == t.init_logit).all()) for t in other.tensors)
 
 
 def steps_in(folder):
@@ -382,7 +382,7 @@ def test_a_checkpoint_that_a_disk_has_damaged_does_not_count(tmp_path):
     trajectory(setup, Progress(), checkpoints, until=2)
     path = newest(tmp_path)
     intact = path.read_bytes()
-    good = (vars(checkpoints.latest()), [tensor.logits.clone() for tensor in setup.tensors])
+    good = (vars(checkpoints.latest()), [tensor.whole().clone() for tensor in setup.tensors])
     header = 8 + int.from_bytes(intact[:8], "little")
     counted = []
     for place in [*range(0, header, 41), *range(header, len(intact), 4999), len(intact) - 1]:
@@ -394,7 +394,7 @@ def test_a_checkpoint_that_a_disk_has_damaged_does_not_count(tmp_path):
             continue
         counted.append(place)
         assert same(vars(progress), good[0]), place
-        assert all(map(torch.equal, (t.logits for t in setup.tensors), good[1])), place
+        assert all(map(torch.equal, (t.whole() for t in setup.tensors), good[1])), place
     # Only blanks between the parts can change.
     assert len(counted) < 3
 

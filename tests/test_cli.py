@@ -162,7 +162,7 @@ def test_learn_writes_the_artifact_and_check_accepts_it_as_a_mask(
     given = family_recipe(safety_dataset=None, mask=str(tmp_path / "mask"))
     file = tiny.write_recipe(tmp_path / "given.yml", given)
     checked = tiny.invoke("mergekit-somf", "check", file)
-    assert "recipe: OK. Mask of 21 tensors" in checked.output
+    assert f"used as it is: 21 tensors in {tmp_path / 'mask'}" in checked.output
     refused = tiny.invoke("mergekit-somf", "learn", file, tmp_path / "other")
     assert refused.exit_code == 1
     assert "there is nothing to learn" in refused.output

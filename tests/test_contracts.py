@@ -8,6 +8,7 @@ import tiny
 import torch
 from mergekit.merge_methods import registry
 from mergekit.merge_methods.base import TensorEntry, TensorGroup, TensorMetadata
+from setups import shared
 
 from somf_mergekit.common import requirements as contracts
 from somf_mergekit.fusion import fuse as fusions
@@ -61,9 +62,9 @@ def fused(fusion, given, models=2, **parameters):
 def test_dense_fusions_are_linear_in_a_shared_factor(fusion):
     given, factor = group(), torch.rand(SHAPE, generator=torch.Generator().manual_seed(2)) + 0.5
     values = {"weight": 0.5, "density": 1.0}
-    start = fused(fusion, fusions.masked_group(given, torch.zeros(())), **values)
+    start = fused(fusion, fusions.masked_group(given, shared(given, torch.zeros(()))), **values)
     whole = fused(fusion, given, **values) - start
-    masked = fused(fusion, fusions.masked_group(given, factor), **values)
+    masked = fused(fusion, fusions.masked_group(given, shared(given, factor)), **values)
     assert torch.allclose(masked, start + whole * factor, atol=1e-5), (
         f"weights.py learns through {fusion} at density 1 as start + D c: a sign election is not "
         "turned by a positive factor that the models share"

@@ -82,7 +82,7 @@ def test_layers_are_computed_with_on_the_device_alone(elsewhere, monkeypatch):
 
     def watched(self, number, *arguments):
         for parts in engine._conveyor._slot_of(number).parts.values():
-            for own in (parts.base, parts.merge.delta, parts.logits):
+            for own in (parts.base, *parts.merge.deltas, *parts.learned):
                 places = [own.data_ptr() - room.data_ptr() for room in rooms]
                 inside = [
                     0 <= place < room.nbytes for place, room in zip(places, rooms, strict=True)
@@ -107,7 +107,7 @@ def test_logits_set_from_outside_are_brought_anew(elsewhere):
                 tensor.set_whole(torch.full(tensor.layout.shape, 2.0))
         reports = []
         learn_logits(setup, reports.append, lambda done, total: None)
-        return reports[0].loss, [t.logits for t in setup.tensors]
+        return reports[0].loss, [t.whole() for t in setup.tensors]
 
     first, second = learned(False), learned(True)
     assert first[0] != second[0]

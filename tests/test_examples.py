@@ -34,10 +34,9 @@ def recipes_in(example):
 
 # The last step decides what an example is of.
 WITH_REPAIRS = [e for e in EXAMPLES if recipes_in(e)[-1]["merge_method"] in REPAIRS]
-WITH_MASKS = [e for e in EXAMPLES if e not in WITH_REPAIRS]
+ALONE, TOGETHER = (ROOT / f"examples/yaml/{n}.yml" for n in ("specialist-mask", "compose-masks"))
+WITH_MASKS = [e for e in EXAMPLES if e not in (*WITH_REPAIRS, ALONE, TOGETHER)]
 BASE = "org/aligned-chat-model"
-# The mask that an example takes over is made by this one.
-SOURCE = ROOT / "examples/yaml/two-specialists.yml"
 
 
 def labelled_rows():
@@ -123,12 +122,14 @@ def head_of(example):
 def run_as_told(example):
     """Run the command that the example opens with; return the folder that it writes."""
     (line,) = [part for part in head_of(example).splitlines() if part.startswith("#   ")]
-    program, file, *options = shlex.split(line.removeprefix("#"))
-    assert ROOT / file == example
+    program, *arguments = shlex.split(line.removeprefix("#"))
+    at = next(place for place, word in enumerate(arguments) if word.endswith(".yml"))
+    assert ROOT / arguments[at] == example
+    arguments[at] = example
     # The card would ask the hub about the models: their names look like the hub's.
-    result = tiny.invoke(program, example, *options, "--no-write-model-card", "--quiet")
+    result = tiny.invoke(program, *arguments, "--no-write-model-card", "--quiet")
     assert result.exit_code == 0, result.output
-    (out,) = [option for option in options if option.startswith("out")]
+    (out,) = [word for word in arguments if str(word).startswith(("out", "math-mask"))]
     return Path(out)
 
 
@@ -140,13 +141,14 @@ def overwrite_mask(folder):
         name: (torch.randint(0, 256, masks.entries(name).shape, generator=draw) + 0.5) / 256
         for name in masks.stored_names()
     }
+    layouts = {name: masks.layout(name) for name in masks.stored_names()}
     header = masks.header
     shutil.rmtree(folder)
     return write_masks(
         folder,
         probabilities,
         aliases=header.aliases,
-        repeats=header.repeats,
+        layouts=layouts,
         provenance=masks.provenance,
         history=[],
     )
@@ -252,39 +254,56 @@ def has_masks_where_adapters_are(artifact):
     assert all("q_proj" in name or "up_proj" in name for name in names)
 
 
-def is_of_other_models(artifact):
-    assert "org/law-specialist" not in MaskSet.open(artifact).provenance["models"]
-
-
 FURTHER = {
     "coarse-mask": has_masks_of_heads_and_rows,
     "keep-the-skills": has_a_utility_curve,
     "lora-adapters": has_masks_where_adapters_are,
-    "reuse-a-mask": is_of_other_models,
 }
 
 
 @pytest.mark.parametrize("example", WITH_MASKS, ids=lambda path: path.stem)
 def test_an_example_writes_its_fusion_of_the_masked_models(example, workplace):
     content = yaml.safe_load(example.read_text())
-    parameters = content["parameters"]
-    if "mask" in parameters:
-        run_as_told(SOURCE)
-        artifact = workplace / parameters["mask"]
-    else:
-        artifact = run_as_told(example) / "somf"
-        reported = json.loads((artifact / "somf.json").read_text())
-        assert reported["settings"] == resolved(content)
-        assert yaml.safe_load(reported["recipe"]) == content
-        assert reported["steps"] > 1
+    artifact = run_as_told(example) / "somf"
+    reported = json.loads((artifact / "somf.json").read_text())
+    assert reported["settings"] == resolved(content)
+    assert yaml.safe_load(reported["recipe"]) == content
+    assert reported["steps"] > 1
     FURTHER.get(example.stem, lambda _: None)(artifact)
     # What is used is what is in the file, and a random mask is far from doing nothing.
     masks = overwrite_mask(artifact)
     out = run_as_told(example)
     assert_equal_but_for_rounding(tiny.tensors_of(out), expected_tensors(content, masks))
-    used = json.loads((out / "somf" / "somf.json").read_text())
-    assert used.get("mask") == parameters.get("mask")
-    assert ("origin" in used) == ("mask" in parameters)
+
+
+def test_masks_learned_alone_as_an_example_says_are_put_together_as_another_says(
+    workplace, monkeypatch
+):
+    content = yaml.safe_load(ALONE.read_text())
+    learned = run_as_told(ALONE)
+    assert {*MaskSet.open(learned).provenance["models"]} == {BASE, "org/math-specialist"}
+    # The other specialist's author does the same.
+    content["models"][0]["model"] = "org/code-specialist"
+    other = tiny.write_recipe(workplace / "other.yml", content)
+    assert tiny.invoke("mergekit-somf", "learn", other, "code-mask").exit_code == 0
+    content = yaml.safe_load(TOGETHER.read_text())
+    places = {"math": learned, "code": "code-mask"}
+    masks = {}
+    for name, place in places.items():
+        published = workplace / f"org/{name}-specialist-mask"
+        if not published.exists():
+            Path(place).rename(published)
+        masks[f"org/{name}-specialist"] = MaskSet.open(published)
+    found = tiny.tensors_of(run_as_told(TOGETHER))
+    base = model_tensors(content["base_model"])
+    expected = {name: start.to(torch.bfloat16).float() for name, start in base.items()}
+    for model, own in masks.items():
+        for name, tensor in model_tensors(model).items():
+            mask = own.probabilities(name)
+            change = tensor.to(torch.bfloat16).float() - base[name].to(torch.bfloat16).float()
+            expected[name] = expected[name] + 0.5 * change * mask / mask.mean()
+    expected = {name: tensor.to(torch.bfloat16) for name, tensor in expected.items()}
+    assert_equal_but_for_rounding(found, expected)
 
 
 def value_for(setting, name):

@@ -137,10 +137,10 @@ def test_what_changes_a_mask_is_named(learned_family, tmp_path, change, named):
     own = shutil.copytree(learned_family, tmp_path / "own")
     content = recipe(own)
     change(own, content)
-    planned, data, _ = checked_merge(read_recipe(content), MergeOptions())
+    planned, inputs, _ = checked_merge(read_recipe(content), MergeOptions())
     found = provenance.differences(
         MaskSet.open(own / "mask").provenance,
-        provenance.learning_fingerprint(planned, data),
+        provenance.learning_fingerprint(planned, inputs.data, inputs.given),
         [str(model) for model in planned.models],
     )
     assert named.format(folder=own) in ", ".join(found)
@@ -316,7 +316,7 @@ def test_a_file_that_changes_while_it_is_hashed_is_not_remembered(cache, weights
 def test_digests_of_all_weight_files_count(tmp_path, family):
     from mergekit.common import ModelReference
 
-    from somf_mergekit.prepass.task_vectors import content_fingerprint
+    from somf_mergekit.prepass.weight_files import content_fingerprint
 
     found = set()
     for place in ("model.layers.0.mlp.up_proj.weight", "lm_head.weight", None):

@@ -15,11 +15,12 @@ from mergekit.merge_methods.base import (
     TensorMetadata,
 )
 from mergekit.merge_methods.easy_define import merge_method
+from setups import shared
 
 from somf_mergekit import MaskSet, RecipeError
 from somf_mergekit.common import chunks as pieces
 from somf_mergekit.fusion import fuse as fusions
-from somf_mergekit.fusion import fusion_methods, merges
+from somf_mergekit.fusion import fusion_methods, masked_fusion, merges
 from somf_mergekit.fusion.shards import Shard
 from somf_mergekit.mask.granularity import Storage, mask_layout
 
@@ -130,7 +131,7 @@ def test_registered_fusions_are_all_tested():
 
 def written(weight, factor):
     found = torch.full((12, 16), torch.nan)
-    weight.write(found, factor)
+    weight.write(found, [[factor]])
     return found
 
 
@@ -138,7 +139,7 @@ def written(weight, factor):
 @pytest.mark.parametrize("granularity", ["weight", "row"])
 def test_learning_sees_the_fusions_weights_and_gradients(fusion, models, granularity):
     group, base, changed = group_of(models)
-    weight = merges.merge_of(group, values_of(fusion, models))
+    weight = masked_fusion.merge_of(group, values_of(fusion, models))
     layout = mask_layout(granularity, "w", (12, 16), Storage(4))
     draw = torch.Generator().manual_seed(5)
     factor = 0.5 + torch.rand(layout.shape, generator=draw)
@@ -149,7 +150,7 @@ def test_learning_sees_the_fusions_weights_and_gradients(fusion, models, granula
     torch.testing.assert_close(
         written(weight, layout.expand(factor)), expected.detach(), rtol=1e-5, atol=1e-6
     )
-    found = weight.factor_gradient(gradient, factor, layout, Shard((12, 16)))
+    (found,) = weight.factor_gradients(gradient, [factor], layout, Shard((12, 16)))
     torch.testing.assert_close(found, expected_gradient, rtol=1e-4, atol=1e-5)
 
 
@@ -176,11 +177,11 @@ def test_the_closed_form_is_used_where_the_fusion_is_linear(fusion, changes, lin
     group, _, _ = group_of()
     values = values_of(fusion, **changes)
     assert fusions.is_linear(values) is linear
-    weight = merges.merge_of(group, values)
+    weight = masked_fusion.merge_of(group, values)
     assert isinstance(weight, merges.LinearMerge) is linear
     draw = torch.Generator().manual_seed(3)
     for factor in (torch.ones(()), torch.rand(12, 16, generator=draw), torch.zeros(12, 16)):
-        expected = fusions.fused(fusions.masked_group(group, factor), values)
+        expected = fusions.fused(fusions.masked_group(group, shared(group, factor)), values)
         torch.testing.assert_close(written(weight, factor), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -199,19 +200,19 @@ def test_sums_are_what_mergekit_gives_however_they_are_cut(fusion, models, chang
     values = values_of(fusion, models, **changes)
     factor = torch.rand(12, 16, generator=torch.Generator().manual_seed(3))
     for mask in (factor, factor[:, :1], factor[:1], torch.ones(())):
-        expected = fusions.fused(fusions.masked_group(group, mask), values)
+        expected = fusions.fused(fusions.masked_group(group, shared(group, mask)), values)
         monkeypatch.setattr(pieces, "PIECE", 1 << 20)
-        whole = merges.fused_masked(group, mask, values)
+        whole = masked_fusion.fused_masked(group, shared(group, mask), values)
         torch.testing.assert_close(whole, expected, rtol=1e-6, atol=1e-6)
         monkeypatch.setattr(pieces, "PIECE", 5 * 16)
-        assert torch.equal(merges.fused_masked(group, mask, values), whole)
+        assert torch.equal(masked_fusion.fused_masked(group, shared(group, mask), values), whole)
 
 
 def test_models_that_are_averaged_keep_the_base_itself():
     group, base, _ = group_of(3)
     values = values_of("linear", 3, weight=0.1, normalize=True)
-    assert merges.merge_of(group, values).start is base
-    halved = merges.merge_of(group, values_of("linear", 3, weight=0.2, normalize=False))
+    assert masked_fusion.merge_of(group, values).start is base
+    halved = masked_fusion.merge_of(group, values_of("linear", 3, weight=0.2, normalize=False))
     torch.testing.assert_close(halved.start, 0.6 * base)
 
 
@@ -241,7 +242,7 @@ def test_fusing_leaves_its_inputs_as_they_were(fusion):
     before = [tensor.clone() for tensor in (base, *changed)]
     values = values_of(fusion, models, scale=None)
     factor = torch.rand(12, 16, generator=torch.Generator().manual_seed(3))
-    result = merges.fused_masked(group, factor, values)
+    result = masked_fusion.fused_masked(group, shared(group, factor), values)
     assert all(map(torch.equal, before, (base, *changed)))
     if fusion == "passthrough":
         torch.testing.assert_close(result, base + (changed[0] - base) * factor)

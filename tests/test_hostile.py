@@ -24,7 +24,8 @@ from somf_mergekit.data.pairs import (
     prompts_alone,
 )
 from somf_mergekit.fusion.groups import are_equal, is_finite
-from somf_mergekit.mask.artifact import MASKS_FILE
+from somf_mergekit.mask.artifact_files import MASKS_FILE
+from somf_mergekit.mask.granularity import Layout
 from somf_mergekit.mask.writing import write_masks, write_packed_masks
 
 # A test's folder is used again by each of its examples.
@@ -260,7 +261,7 @@ def artifacts(tmp_path_factory):
         aliases={"head": "layers.0.weight"},
         provenance={"seed": 1, "models": {"a": "0" * 64}},
         history=[{"step": 1}],
-        repeats={"layers.1.weight": (0, 3)},
+        layouts={"layers.1.weight": Layout((2, 1), 0, 3)},
     )
     found = []
     for opened in (masks, write_packed_masks(root / "packed", masks)):

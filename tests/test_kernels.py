@@ -46,14 +46,14 @@ def test_kernels_compute_the_formulas(kernels, name, rescale, dtype, monkeypatch
     shape = (37, 97)
     generator = torch.Generator().manual_seed(0)
     start, delta, gradient, logits = torch.randn(4, *shape, generator=generator)
-    merge, shard = LinearMerge(start.to(dtype), delta.to(dtype)), Shard(shape)
+    merge, shard = LinearMerge(start.to(dtype), (delta.to(dtype),)), Shard(shape)
     logits_before = logits.clone()
     sampler = SAMPLERS[name](logits.view(-1), noise.noise_key(seed=0, step=3, name="w"))
     mask = sampler.whole().view(shape)
     torch.testing.assert_close(kernels.whole_mask(sampler).view(shape), mask)
     weight = torch.full(shape, torch.nan, dtype=dtype)
     kernels.write_sampled(merge, weight, sampler, rescale, shard)
-    expected = merge.start.float() + merge.delta.float() * masking.mask_factor(mask, rescale)
+    expected = merge.start.float() + merge.deltas[0].float() * masking.mask_factor(mask, rescale)
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {}
     torch.testing.assert_close(weight, expected.to(dtype), **tolerance)
     if name == "untrained":
@@ -61,11 +61,11 @@ def test_kernels_compute_the_formulas(kernels, name, rescale, dtype, monkeypatch
     stored = gradient.to(dtype)
     # Rows of tokens that no pair has.
     stored[::3] = 0
-    own_product = stored.float() * merge.delta.float()
+    own_product = stored.float() * merge.deltas[0].float()
     formula, own = logit_gradient(own_product, mask, sampler.temperature, rescale)
     expected = signsgd(logits, formula, own, 0.25, 1.0).float()
     given = stored.clone()
-    of_factor = optimizer.FactorGradient(stored, merge.delta, sampler, rescale, shard, weight)
+    of_factor = optimizer.FactorGradient(stored, merge.deltas[0], sampler, rescale, shard, weight)
     found = kernels.update_logits(of_factor, 0.25)
     assert float(found) == pytest.approx(float(formula.square().sum()), rel=1e-4)
     assert torch.equal(stored, given)

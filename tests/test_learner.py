@@ -20,8 +20,9 @@ from somf_mergekit.data.logprobs import (
 from somf_mergekit.fusion.merges import LinearMerge
 from somf_mergekit.fusion.shards import Shard
 from somf_mergekit.learner import engine, loop, optimizer, passes
+from somf_mergekit.learner.parts import Content, Parts, State
 from somf_mergekit.learner.stopping import LearningDiverged
-from somf_mergekit.learner.tensors import Content, FixedTensor, Parts, State
+from somf_mergekit.learner.tensors import FixedTensor
 from somf_mergekit.mask import masking, noise
 from somf_mergekit.recipe.settings import Settings
 
@@ -37,27 +38,39 @@ def answer_sum(model, weights, prompt, answer):
     return token_log_probs(model, weights, prompt, answer).sum()
 
 
-def plain_weight(tensor, mask, mean=None):
-    """The merged weight under a mask, differentiable: the fusion of masked models."""
-    mean = mask.mean() if mean is None else mean
-    factor = mask / mean if tensor.rescale == "mean" else mask
-    if tensor.layout.repeat > 1:
-        factor = torch.cat(
-            [
-                part.expand(
-                    *tensor.layout.shape[: tensor.layout.axis],
-                    tensor.layout.repeat,
-                    *tensor.layout.shape[tensor.layout.axis + 1 :],
-                )
-                for part in factor.split(1, dim=tensor.layout.axis)
-            ],
-            dim=tensor.layout.axis,
-        )
+def plain_factor(tensor, mask, mean=None):
+    """What a task vector is multiplied by: each factor of a mask over its own mean."""
+    found, start = torch.ones(()), 0
+    for layout in tensor.layout.factors or (tensor.layout,):
+        count = math.prod(layout.shape)
+        own = mask.flatten()[start : start + count]
+        over = (own.mean() if mean is None else mean[start]) if tensor.rescale == "mean" else 1.0
+        factor = (own / over).view(layout.shape)
+        if layout.repeat > 1:
+            parts = factor.split(1, dim=layout.axis)
+            parts = [part for part in parts for _ in range(layout.repeat)]
+            factor = torch.cat(parts, dim=layout.axis)
+        found, start = found * factor, start + count
+    return found
+
+
+def own_means(tensor, mask):
+    """The mean of an entry's factor of a mask, for each entry, fixed."""
+    counts = [math.prod(layout.shape) for layout in tensor.layout.factors or (tensor.layout,)]
+    parts = mask.detach().flatten().split(counts)
+    return torch.cat([part.mean().expand(len(part)) for part in parts])
+
+
+def plain_weight(tensor, masks, means=None):
+    """The merged weight under masks, differentiable: the fusion of masked models."""
     base, merge = tensor.parts.base, tensor.parts.merge
+    means = means or [None] * len(masks)
+    factors = [plain_factor(tensor, m, n) for m, n in zip(masks, means, strict=True)]
     if isinstance(merge, LinearMerge):
-        return base + merge.delta * factor
+        return base + sum(d * f for d, f in zip(merge.deltas, factors, strict=True))
     models = [e.tensor for e in merge.group.non_base]
-    masked = [base + (model - base) * factor for model in models]
+    factors = factors * len(models) if len(factors) == 1 else factors
+    masked = [base + (m - base) * f for m, f in zip(models, factors, strict=True)]
     own = {"weight": 0.5, "density": 0.6}
     return merge_tensors([base, *masked], "ties", parameters=own, base_index=0)
 
@@ -86,22 +99,26 @@ def reference_trajectory(setup):
     model = tiny.tiny_llama(0, VOCABULARY)
     weights_of = {t.name: t for t in setup.tensors}
     logits = {
-        n: torch.full(t.layout.shape, settings.init_logit).requires_grad_()
+        n: [torch.full(t.layout.shape, settings.init_logit).requires_grad_() for _ in t.models]
         for n, t in weights_of.items()
     }
+    all_logits = [x for own in logits.values() for x in own]
 
     def merged(masks, means=None):
         return {n: plain_weight(weights_of[n], m, means and means[n]) for n, m in masks.items()}
 
+    def soft(start):
+        return {n: [torch.sigmoid(x) for x in own] for n, own in start.items()}
+
     def sampled(step, start, prefix=""):
+        if settings.mask_noise == "none":
+            return soft(start)
         masks = {}
-        for name, x in start.items():
-            if settings.mask_noise == "none":
-                masks[name] = torch.sigmoid(x)
-                continue
+        for name, own in start.items():
             key = noise.noise_key(seed=settings.seed, step=step, name=prefix + name)
-            u = noise.uniform_noise(key, x.numel()).view(x.shape)
-            masks[name] = torch.sigmoid((x + torch.log(u / (1 - u))) / settings.temperature)
+            u = noise.uniform_noise(key, own[0].numel()).view(own[0].shape)
+            drawn = torch.log(u / (1 - u))
+            masks[name] = [torch.sigmoid((x + drawn) / settings.temperature) for x in own]
         return masks
 
     def answers(weights, pair):
@@ -109,15 +126,16 @@ def reference_trajectory(setup):
             token_log_probs(model, weights, pair.prompt, a) for a in (pair.chosen, pair.rejected)
         ]
 
-    untrained = {n: x.detach().clone() for n, x in logits.items()}
+    untrained = {n: [x.detach().clone() for x in own] for n, own in logits.items()}
     with torch.no_grad():
         fixed = {n: t.parts.base for n, t in weights_of.items()}
         if settings.reference == "merged":
-            fixed = merged({n: torch.sigmoid(x) for n, x in untrained.items()})
-        unmasked = merged({n: torch.ones_like(x) for n, x in untrained.items()})
+            fixed = merged(soft(untrained))
+        ones = {n: [torch.ones_like(x) for x in own] for n, own in untrained.items()}
+        unmasked = merged(ones)
         plain = [token_log_probs(model, unmasked, e.prompt, e.chosen) for e in setup.utility]
     losses, divergences, norms = [], [], []
-    adamw = torch.optim.AdamW(list(logits.values()), weight_decay=0.0)
+    adamw = torch.optim.AdamW(all_logits, weight_decay=0.0)
     for step in range(settings.max_steps):
         if settings.reference == "redrawn":
             fixed = merged(sampled(step, untrained, "untrained/"))
@@ -143,26 +161,37 @@ def reference_trajectory(setup):
             loss = loss + settings.utility_weight * divergence
         of_weights = torch.autograd.grad(loss, list(weights.values()), retain_graph=True)
         # An entry's own gradient is what there is where the mean doesn't follow the mask.
-        fixed_mean = merged(masks, {n: m.mean().detach() for n, m in masks.items()})
+        means = {n: [own_means(weights_of[n], m) for m in own] for n, own in masks.items()}
+        fixed_mean = merged(masks, means)
         steps, warmup = settings.max_steps, max(1, round(settings.warmup * settings.max_steps))
         progress = (step - warmup + 1) / (steps - warmup + 1)
         rate = (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * progress))
-        for (name, x), of_weight in zip(logits.items(), of_weights, strict=True):
+        of_logits = [
+            (name, x, of_weight)
+            for (name, own), of_weight in zip(logits.items(), of_weights, strict=True)
+            for x in own
+        ]
+        for name, x, of_weight in of_logits:
             both = [
                 torch.autograd.grad(w[name], x, of_weight, retain_graph=True)[0].double()
                 for w in (weights, fixed_mean)
             ]
             if settings.optimizer == "signsgd":
-                x.data = signsgd(x.data, *both, settings.learning_rate * rate, 1e-5).float()
+                factors = weights_of[name].layout.factors
+                counts = [math.prod(layout.shape) for layout in factors] or [x.numel()]
+                rate_now = settings.learning_rate * rate
+                pieces_of = [t.flatten().split(counts) for t in (x.data, *both)]
+                moved = [signsgd(*of, rate_now, 1e-5) for of in zip(*pieces_of, strict=True)]
+                x.data = torch.cat(moved).view(x.shape).float()
             else:
                 x.grad = both[0].float()
         if settings.optimizer == "adamw":
-            norms.append(float(torch.nn.utils.clip_grad_norm_(list(logits.values()), 1.0)))
+            norms.append(float(torch.nn.utils.clip_grad_norm_(all_logits, 1.0)))
             adamw.param_groups[0]["lr"] = settings.learning_rate * rate
             adamw.step()
     if norms:
         assert (max(norms) > 1) == (settings.beta > 1), norms
-    return losses, divergences, [x.detach() for x in logits.values()]
+    return losses, divergences, [x.detach() for x in all_logits]
 
 
 @pytest.mark.parametrize("name", TRAJECTORIES)
@@ -178,7 +207,7 @@ def test_whole_trajectory_is_that_of_plain_autograd(name):
     if setup.utility:
         assert [r.utility for r in reports] == pytest.approx(expected_divergences, abs=1e-5)
         assert max(expected_divergences) > 1e-3
-    found = [t.logits for t in setup.tensors]
+    found = [own for t in setup.tensors for _, own in t.wholes()]
     difference = torch.cat([(a - b).flatten() for a, b in zip(found, expected, strict=True)])
     moved = torch.cat([(a - changes.get("init_logit", 0)).flatten() for a in found])
     assert moved.abs().max() > 0.05
@@ -208,7 +237,7 @@ def test_weights_merged_without_a_mask_are_the_bases_only_while_it_is_the_refere
     first, *masked = setup.tensors
     base = first.parts.base
     other = base + 1.0
-    parts = Parts(base, LinearMerge(other, torch.zeros_like(other)))
+    parts = Parts(base, LinearMerge(other, (torch.zeros_like(other),)))
     fixed = FixedTensor(first.parameter, first.slice, first.shard, parts)
     seen = []
     real = engine.answer_token_log_probs
@@ -254,15 +283,15 @@ def test_gradients_are_those_of_the_formula_in_bfloat16_too(rescale):
     sampler = masking.MaskSampler(logits.view(-1), 0.5, key)
     sample = sampler.whole().view(70, 9)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
-        merge = LinearMerge(start, delta.to(dtype))
+        merge = LinearMerge(start, (delta.to(dtype),))
         weight = torch.full((70, 9), torch.nan, dtype=dtype)
         shard = Shard((70, 9))
-        merge.write_sampled(weight, sampler, rescale, shard)
+        merge.write_sampled(weight, [sampler], rescale, shard)
         expected = start + delta * masking.mask_factor(sample, rescale)
         torch.testing.assert_close(weight.float(), expected, rtol=tolerance, atol=tolerance)
         given = gradient.to(dtype, copy=True)
         found = optimizer.logit_gradient(
-            optimizer.FactorGradient(given, merge.delta, sampler, rescale, shard, weight)
+            optimizer.FactorGradient(given, *merge.deltas, sampler, rescale, shard, weight)
         )
         ((_, *both),) = found.parts()
         formulas = logit_gradient(gradient * delta, sample, 0.5, rescale)
@@ -312,7 +341,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update():
     with pytest.raises(StopIteration):
         loop.learn_logits(good, lambda r: stop_after(next(steps), 1), lambda done, total: None)
     for one, other in zip(setup.tensors, good.tensors, strict=True):
-        assert torch.equal(one.logits, other.logits)
+        assert torch.equal(one.whole(), other.whole())
 
 
 def stop_after(step, last):

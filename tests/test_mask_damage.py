@@ -12,8 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from somf_mergekit import MaskSet, RecipeError
-from somf_mergekit.mask.artifact import MASKS_FILE
+from somf_mergekit.mask.artifact_files import MASKS_FILE
 from somf_mergekit.mask.format import json_with_digest
+from somf_mergekit.mask.granularity import Layout
 from somf_mergekit.mask.writing import write_masks, write_packed_masks
 
 TENSORS = {"a": torch.rand(5, 3), "b": torch.full((2, 1), 0.5), "s": torch.tensor(0.75)}
@@ -26,7 +27,7 @@ def written(folder, probabilities=TENSORS, **provenance):
         aliases={"c": "a"},
         provenance={"seed": 4, **provenance},
         history=[{"step": 1}],
-        repeats={"b": (0, 4)},
+        layouts={"b": Layout((2, 1), 0, 4)},
     )
 
 
@@ -74,7 +75,13 @@ def refusal(folder):
         ({"repeats": {"b": [0, True]}}, "repeats.b.1: Input should be a valid integer"),
         ({"repeats": {"b": [0]}}, "repeats.b: List should have at least 2 items"),
         ({"repeats": {"x": [0, 2]}}, "repeats: there is no tensor 'x' in the file"),
-        ({"packed": {"a": [10**6, 10**6]}}, "packed: expected a shape for each tensor"),
+        ({"packed": {"a": [10**6, 10**6]}}, "a has (5, 3) bytes for the shape"),
+        ({"packed": {"x": [1]}}, "packed: there is no tensor 'x' in the file"),
+        ({"products": {"s": [[2, 1], [1, 2]]}}, "products: s of the shape"),
+        ({"products": {"s": []}}, "products: s of the shape"),
+        ({"products": {"s": [[2, 3], [4, 1]]}}, "products: s of the shape"),
+        ({"products": {"x": [[1, 1], [1, 1]]}}, "products: there is no tensor 'x' in the file"),
+        ({"models": ["m"]}, "models: 'a' is of none of the 1 models"),
         ({"packed": {"a": [-5, -3]}}, "packed.a.0: Input should be greater than or equal to 0"),
         ({"packed": {"a": [1] * 99, "b": [1], "s": [1]}}, "expected one entry or more on 8 axes"),
         ({"packed": {"a": [9], "b": [1], "s": [1]}}, "a has (5, 3) bytes for the shape (9,)"),
@@ -93,7 +100,7 @@ def test_headers_that_say_what_can_not_be(folder, tmp_path, change, said):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('{"format": NaN}', "isn't a mask of format somf-mask/2 (found None)"),
+        ('{"format": NaN}', "isn't a mask of format somf-mask/3 (found None)"),
         ("[" * 100_000, "recursion depth"),
         ('{"format": ' + "9" * 5000 + "}", "integer string conversion"),
         ('{"format": "somf-mask/2"', "Expecting ',' delimiter"),

@@ -5,8 +5,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from somf_mergekit import MaskSet, RecipeError
-from somf_mergekit.mask.artifact import MASKS_FILE
+from somf_mergekit.mask.artifact_files import MASKS_FILE
 from somf_mergekit.mask.format import decoded_probability, encoded_probability, json_with_digest
+from somf_mergekit.mask.granularity import Layout
 from somf_mergekit.mask.writing import write_masks, write_packed_masks
 
 
@@ -59,14 +60,14 @@ def test_artifact_round_trip(artifact):
 @pytest.mark.parametrize("shape", [(5, 3), (8,), (1, 1), (3, 4, 5)])
 def test_packed_masks_are_the_binary_ones_in_a_bit_an_entry(tmp_path, shape):
     probabilities = {"a": torch.rand(shape), "b": torch.full((2, 1), 0.5)}
-    repeats = {"b": (0, 4)}
+    layouts = {"b": Layout((2, 1), 0, 4)}
     masks = write_masks(
         tmp_path / "soft",
         probabilities,
         aliases={"c": "a"},
         provenance={"seed": 4},
         history=[{"step": 1}],
-        repeats=repeats,
+        layouts=layouts,
     )
     packed = write_packed_masks(tmp_path / "packed", masks)
     assert packed.provenance == masks.provenance

@@ -143,7 +143,9 @@ def test_another_seed_learns_anew_and_keeps_the_old_mask(learned, tmp_path, fami
     given = family_recipe(safety_dataset=None, mask=str(tmp_path / "out/somf.before"))
     file = tiny.write_recipe(tmp_path / "given.yml", given)
     refused = tiny.invoke("mergekit-yaml", file, tmp_path / "out")
-    assert "would be put aside: move it to another folder" in " ".join(refused.output.split())
+    assert "which is put aside or replaced by the masks of this merge: move it" in " ".join(
+        refused.output.split()
+    )
     assert (tmp_path / "out/somf.before/masks.safetensors").read_bytes() == old
 
 

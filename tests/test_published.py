@@ -110,7 +110,9 @@ def test_a_published_mask_merges_as_its_folder_does(hub, learned, family, family
         assert loopback_hub.TOKEN not in result.stdout + result.stderr
         assert files_of(out) == expected
         recorded = json.loads((out / "somf/somf.json").read_text())
-        assert (recorded["mask"], recorded["mask_pinned"]) == (mask, pinned)
+        for model in ("math", "code"):
+            given = recorded["masks"][str(family / model)]
+            assert (given["source"], given["pinned"]) == (mask, pinned)
         assert json.loads((out / "somf/report.json").read_text())["mask"]["pinned"] == pinned
         for text in (out / "README.md", out / "somf/report.md"):
             assert f"published as {pinned}" in text.read_text()
@@ -187,7 +189,8 @@ def test_what_is_pushed_merges_and_tells_nothing_of_the_machine(
     assert loopback_hub.TOKEN not in result.stdout + result.stderr
     written = tiny.tensors_of(tmp_path / "out")
     assert all(torch.equal(written[name], expected[name]) for name in expected)
-    assert json.loads((tmp_path / "out/somf/somf.json").read_text())["mask_pinned"] == pinned
+    recorded = json.loads((tmp_path / "out/somf/somf.json").read_text())["masks"]
+    assert {given["pinned"] for given in recorded.values()} == {pinned}
 
 
 @pytest.mark.slow
@@ -421,5 +424,10 @@ def test_a_recipe_that_learned_becomes_one_that_uses_the_mask():
     learned_only = {"safety_dataset", "max_steps", "granularity", "learning_rate", "skill_eval"}
     used = {k: v for k, v in content["parameters"].items() if k not in learned_only}
     assert len(used) == 5
-    expected = content | {"parameters": {"mask": "org/mask", **used}}
+    item = {"model": "org/math", "parameters": {"weight": 0.5, "mask": "org/mask"}}
+    expected = content | {"models": [item], "parameters": used}
     assert yaml.safe_load(used_recipe(recipe, "org/mask")) == expected
+    # That of several models stands for all.
+    several = content | {"models": [*content["models"], {"model": "org/code"}]}
+    found = yaml.safe_load(used_recipe(yaml.safe_dump(several), "org/mask"))
+    assert found == several | {"parameters": {"mask": "org/mask", **used}}

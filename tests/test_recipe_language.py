@@ -275,7 +275,8 @@ def test_a_mask_is_transferred_to_models_it_was_not_learned_on(family, family_re
     first = family_recipe()
     first["models"] = first["models"][:1]
     tiny.merged(first, tmp_path / "first")
-    second = family_recipe(safety_dataset=None, mask=str(tmp_path / "first"))
+    given = {"mask": str(tmp_path / "first"), "mask_transfer": True}
+    second = family_recipe(safety_dataset=None, **given)
     second["models"] = second["models"][1:]
     found = tiny.merged(second, tmp_path / "second")
     masks = MaskSet.open(tmp_path / "second")
@@ -283,8 +284,8 @@ def test_a_mask_is_transferred_to_models_it_was_not_learned_on(family, family_re
         assert torch.equal(masks.entries(name), MaskSet.open(tmp_path / "first").entries(name))
         close(found[name], masked_sum(family, masks, name, {"code": 0.5}))
     reported = json.loads((tmp_path / "second/somf/somf.json").read_text())
-    assert reported["models"] == [str(family / "base"), str(family / "code")]
-    assert reported["mask"] == str(tmp_path / "first")
+    assert {*reported["models"]} == {str(family / "base"), str(family / "code")}
+    assert reported["masks"][str(family / "code")]["source"] == str(tmp_path / "first")
     assert set(reported["origin"]["models"]) == {str(family / "base"), str(family / "math")}
     assert reported["origin"] == MaskSet.open(tmp_path / "first").provenance
 

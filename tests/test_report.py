@@ -15,7 +15,7 @@ from mergekit.merge_methods import TensorEntry, TensorGroup, TensorMetadata, mer
 from PIL import Image
 
 from somf_mergekit import MaskSet
-from somf_mergekit.fusion.merges import show_task_vectors
+from somf_mergekit.fusion.masked_fusion import show_task_vectors
 from somf_mergekit.mask.census import Collapse, MaskCensus, kind_of, layer_of
 from somf_mergekit.mask.writing import write_masks, write_packed_masks
 from somf_mergekit.report.card import with_section
@@ -536,7 +536,7 @@ def group_of(name, base, **models):
 def observed(*groups):
     vectors = TaskVectors()
     for group in groups:
-        show_task_vectors(group, torch.ones(()), vectors.watch(group, None))
+        show_task_vectors(group, {}, vectors.watch(group, {}))
     assert vectors.failure is None
     return vectors
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from mergekit.merge_methods.base import TensorEntry, TensorGroup, TensorMetadata
 
-from somf_mergekit.fusion.merges import LinearMerge, fused_masked
+from somf_mergekit.fusion.masked_fusion import fused_masked
+from somf_mergekit.fusion.merges import LinearMerge
 from somf_mergekit.fusion.shards import Shard
 from somf_mergekit.mask import masking, noise
 
@@ -15,21 +16,21 @@ SHAPE = (64, 64)
 
 def by_sum(weight, merge, sampler, rescale):
     """As a merge does: D is the difference of two models here."""
-    base, tuned = merge.start, merge.start + merge.delta
+    base, tuned = merge.start, merge.start + merge.deltas[0]
     group = TensorGroup(
         (TensorEntry("base", base, True), TensorEntry("tuned", tuned)), TensorMetadata(name="w")
     )
     factor = masking.mask_factor(sampler.whole().view(SHAPE), rescale)
     values = {"fusion": "task_arithmetic", "weight": {"tuned": 1.0}, "seed": 0}
-    weight.copy_(fused_masked(group, factor, values))
+    weight.copy_(fused_masked(group, {"tuned": (factor,)}, values))
 
 
 def by_factor(weight, merge, sampler, rescale):
-    merge.write(weight, masking.mask_factor(sampler.whole().view(SHAPE), rescale))
+    merge.write(weight, [[masking.mask_factor(sampler.whole().view(SHAPE), rescale)]])
 
 
 def by_entry(weight, merge, sampler, rescale):
-    merge.write_sampled(weight, sampler, rescale, Shard(SHAPE))
+    merge.write_sampled(weight, [sampler], rescale, Shard(SHAPE))
 
 
 def by_kernel(weight, merge, sampler, rescale):
@@ -48,7 +49,7 @@ def test_a_weight_is_rounded_once(write, rescale, kind, dtype):
     generator = torch.Generator().manual_seed(0)
     # Sums of multiples of 1/8 and of 1/16 below 8 are exact in both types: D is what it says.
     start, delta = (torch.randint(-16, 17, SHAPE, generator=generator).to(dtype) for _ in range(2))
-    merge = LinearMerge(start / 8, delta / 16)
+    merge = LinearMerge(start / 8, (delta / 16,))
     logits = torch.randn(SHAPE, generator=generator).view(-1)
     key = None if kind == "soft" else noise.noise_key(seed=0, step=3, name="w")
     of_merge = "sampled" if kind == "merged sample" else None
@@ -56,7 +57,7 @@ def test_a_weight_is_rounded_once(write, rescale, kind, dtype):
     weight = torch.full(SHAPE, torch.nan, dtype=dtype)
     write(weight, merge, sampler, rescale)
     factor = masking.mask_factor(sampler.whole().view(SHAPE), rescale)
-    exact = merge.start.float() + merge.delta.float() * factor
+    exact = merge.start.float() + merge.deltas[0].float() * factor
     if write is by_kernel:
         if dtype == torch.bfloat16:
             # Triton's interpreter cuts digits off, where a GPU rounds.

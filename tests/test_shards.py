@@ -47,17 +47,17 @@ def test_what_is_one_for_all_rows_is_stored_by_all():
 
 def test_a_process_keeps_its_rows_alone_unless_the_fusion_needs_all():
     base, change = torch.ones(9, 4), torch.full((9, 4), 0.5)
-    linear = LinearMerge(base, change)
+    linear = LinearMerge(base, (change,))
     placement = Placement("cpu", torch.bfloat16, shard_group=Processes(2, 3))
-    loaded = LoadedTensor("w", (9, 4), base, linear, True, {}, None)
+    loaded = LoadedTensor("w", (9, 4), base, linear, (("m",),), True, {}, None)
     stored = placement.placed(loaded)
     assert stored.base is stored.merge.start
-    assert stored.merge.delta.dtype == torch.bfloat16
-    for tensor, size in ((stored.base, 4), (stored.merge.delta, 2)):
+    assert stored.merge.deltas[0].dtype == torch.bfloat16
+    for tensor, size in ((stored.base, 4), (stored.merge.deltas[0], 2)):
         assert tensor.shape == (3, 4)
         assert tensor.untyped_storage().nbytes() == 12 * size
-    fused = AutogradMerge(group=None, values={})
-    assert placement.shard(LoadedTensor("w", (9, 4), base, fused, True, {}, None)).is_whole
+    fused = AutogradMerge(group=None, values={}, learned=())
+    assert placement.shard(LoadedTensor("w", (9, 4), base, fused, (), True, {}, None)).is_whole
 
 
 class Two(Processes):

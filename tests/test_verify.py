@@ -304,7 +304,7 @@ def test_every_kind_of_merge_can_be_checked(merge, family, family_recipe, tmp_pa
 
 
 def test_a_given_mask_of_other_models_is_no_fault(merge, family, family_recipe, tmp_path):
-    content = family_recipe(safety_dataset=None, mask=str(merge))
+    content = family_recipe(safety_dataset=None, mask=str(merge), mask_transfer=True)
     content["models"][0]["model"] = str(family / "safety-tuned")
     tiny.merged(content, tmp_path / "out")
     reported = verified(tmp_path / "out")

@@ -2,7 +2,8 @@
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,18 +15,15 @@ from torch import Tensor
 from ..common.errors import RecipeError
 from .fusion_methods import own_arguments, takes_base
 
-# Fusions that are Fuse(base; task vectors * c) = start + D * c for every c >= 0 that the models
-# share: sums, and also sign elections, which a shared positive factor can't turn.
+# Of each model, tensors that broadcast to the weight, whose product is its mask's factor. One that
+# is not there has no mask; those that share one have the same object.
+Factors = Mapping[Hashable, tuple[Tensor, ...]]
+
+# Fusions that are Fuse(base; task vectors * c) = start + D * c for every c >= 0: sums.
 SUMS = ("task_arithmetic", "linear", "passthrough")
-_LINEAR_WHEN_DENSE = (
-    "ties",
-    "dare_linear",
-    "dare_ties",
-    "breadcrumbs",
-    "breadcrumbs_ties",
-    "della",
-    "della_linear",
-)
+_SUMS_WHEN_DENSE = ("dare_linear", "breadcrumbs", "della_linear")
+# Sign elections, which a positive factor can't turn where the models share it.
+_LINEAR_WHEN_DENSE = (*_SUMS_WHEN_DENSE, "ties", "dare_ties", "breadcrumbs_ties", "della")
 _RANDOMLY_DROPPED = ("dare_linear", "dare_ties")
 
 
@@ -58,18 +56,30 @@ def fused(group: TensorGroup, values: Mapping[str, Any]) -> Tensor:
     return result
 
 
-def masked_group(group: TensorGroup, factor: Tensor) -> TensorGroup:
+def masked_group(group: TensorGroup, factors: Factors) -> TensorGroup:
     """Return the group, in float32, with each fine-tuned model as base + masked task vector.
 
     Args:
         group: with a base; tensors in the weight's shape.
-        factor: see ``masking.mask_factor``; broadcasts to the weight.
+        factors: see ``masking.mask_factor``.
     """
     base = group.base.tensor.float()
-    return with_tensors(
-        group,
-        lambda entry: base if entry.is_base else base + (entry.tensor.float() - base) * factor,
-    )
+
+    def masked(entry: TensorEntry) -> Tensor:
+        if entry.is_base:
+            return base
+        factor = factors.get(entry.id, ())
+        if not factor:
+            return entry.tensor.float()
+        return base + (entry.tensor.float() - base) * product(factor)
+
+    return with_tensors(group, masked)
+
+
+def product(factor: Sequence[Tensor]) -> Tensor:
+    """Return the product of tensors, of which there is one or more."""
+    first, *others = factor
+    return math.prod(others, start=first)
 
 
 def with_tensors(group: TensorGroup, tensor_of: Callable[[TensorEntry], Tensor]) -> TensorGroup:
@@ -78,12 +88,29 @@ def with_tensors(group: TensorGroup, tensor_of: Callable[[TensorEntry], Tensor])
     return TensorGroup(tuple(entries), group.metadata)
 
 
-def is_linear(values: Mapping[str, Any]) -> bool:
-    """Return whether the fusion of these parameters is start + D * c in a shared factor c >= 0."""
+def in_order(group: TensorGroup, values: Mapping[str, Any]) -> TensorGroup:
+    """Return the group with its models in the order of their names, where the fusion has no other.
+
+    So that a merge of models with masks of their own doesn't hang on their order in the recipe,
+    which decides the order of sums, and what is drawn for which model.
+    """
+    if values["fusion"] not in (*SUMS, *_LINEAR_WHEN_DENSE):
+        return group
+    entries = sorted(group.entries, key=lambda entry: (not entry.is_base, str(entry.id)))
+    return TensorGroup(tuple(entries), group.metadata)
+
+
+def is_linear(values: Mapping[str, Any], is_shared: bool = True) -> bool:
+    """Return whether the fusion of these parameters is start + the sum of each D * c.
+
+    Args:
+        values: parameters of the somf method.
+        is_shared: whether all models share one factor c >= 0; else each has its own.
+    """
     fusion = values["fusion"]
     if fusion in SUMS:
         return True
-    if fusion not in _LINEAR_WHEN_DENSE:
+    if fusion not in (_LINEAR_WHEN_DENSE if is_shared else _SUMS_WHEN_DENSE):
         return False
     densities = [d for d in (values.get("density") or {}).values() if d is not None]
     if all(density >= 1 for density in densities):

@@ -114,8 +114,8 @@ def read_checkpoint(path: str, fingerprint: Any, tensors: Sequence[MaskedTensor]
             raise ValueError(f"its format is {header['format']}, not {FORMAT}")
         if header["fingerprint"] != fingerprint:
             raise ValueError("it is of another recipe")
-        shapes = [tuple(file.get_slice(f"logits/{t.name}").get_shape()) for t in tensors]
-        if shapes != [t.layout.shape for t in tensors]:
+        stored = {f"{name}/{t.name}": t.layout.shape for t in tensors for name in t.state}
+        if any(tuple(file.get_slice(n).get_shape()) != shape for n, shape in stored.items()):
             raise ValueError("its masks have other shapes")
         values = {name: file.get_tensor(name) for name in _COMPARED}
         for value in values.values():
@@ -129,7 +129,7 @@ def read_checkpoint(path: str, fingerprint: Any, tensors: Sequence[MaskedTensor]
             raise ValueError("it is damaged (its checksum is another)")
     lengths = values[_LENGTHS].tolist()
     tokens = values[_UNMASKED].clone().split(lengths) if lengths else ()
-    device = tensors[0].logits.device
+    device = tensors[0].device
     pairs = zip(values[_PAIRS].tolist(), values[_RATIOS].tolist(), strict=True)
     utility = zip(values[_TOKENS].tolist(), tokens, strict=True)
     return Progress(

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tensors import FixedTensor, Parts
+from .parts import Parts
+from .tensors import FixedTensor
 
 # Where to, and where from.
 Copies = list[tuple[Tensor, Tensor]]

@@ -12,8 +12,9 @@ from torch import Tensor
 from ..common.process_group import ALONE, Processes
 from ..data.logprobs import TokenBatch, answer_token_log_probs, output_head
 from .optimizer import LogitGradient, clip_factor
+from .parts import Content, Parts, State
 from .stopping import LearningDiverged
-from .tensors import Content, FixedTensor, MaskedTensor, Parts, State
+from .tensors import FixedTensor, MaskedTensor
 
 # Log-probabilities of the tokens of a batch's answers, and which sequence each belongs to.
 TokenLogProbs = tuple[Tensor, Tensor]
@@ -77,7 +78,7 @@ class Updates:
     def __init__(self, tensors: Sequence[MaskedTensor], process_group: Processes):
         """Take over tensors, whose weights get gradients from now on."""
         self._tensors, self._process_group = tensors, process_group
-        self._waiting: list[tuple[MaskedTensor, LogitGradient]] = []
+        self._waiting: list[tuple[MaskedTensor, list[LogitGradient]]] = []
         self._are_last = False
         self._of_parameter: dict[Tensor, list[MaskedTensor]] = {}
         for tensor in tensors:
@@ -151,10 +152,10 @@ class Updates:
 
     def _update(self, tensor: MaskedTensor, gradient: Tensor) -> None:
         with self._parts_of(tensor) as parts:
-            if parts.moments is None:
+            if parts.masks[0].moments is None:
                 tensor.update(gradient, self._step, self._multiplier, parts)
             else:
-                found = tensor.logit_gradient(gradient, self._step, parts)
+                found = tensor.logit_gradients(gradient, self._step, parts)
                 if self._clip is None:
                     self._waiting.append((tensor, found))
                 else:
@@ -226,7 +227,7 @@ class ResidentEngine:
 
 def needs_norm(tensors: Sequence[MaskedTensor]) -> bool:
     """Return whether the optimiser needs the norm of the whole gradient before it steps."""
-    return any(tensor.parts.moments is not None for tensor in tensors)
+    return any(mask.moments is not None for tensor in tensors for mask in tensor.parts.masks)
 
 
 def clip_of(

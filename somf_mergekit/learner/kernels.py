@@ -21,8 +21,9 @@ _WORDS = 256
 def write_sampled(
     merge: LinearMerge, weight: Tensor, sampler: MaskSampler, rescale: str, shard: Shard
 ) -> None:
-    """Do what ``LinearMerge.write_sampled`` does."""
-    flat, delta, start = weight.view(-1), merge.delta.view(-1), merge.start.reshape(-1)
+    """Do what ``LinearMerge.write_sampled`` does with one mask."""
+    (own,) = merge.deltas
+    flat, delta, start = weight.view(-1), own.view(-1), merge.start.reshape(-1)
     totals = _totals(sampler, rescale, shard)
     values = flat, start, delta, totals, float(shard.entries)
     _write_kernel[_grid(sampler)](*values, *_mask(sampler), **_constants(sampler, rescale))

@@ -15,8 +15,9 @@ from ..fusion.merges import AutogradMerge, LinearMerge, LoadedTensor
 from ..fusion.shards import Shard
 from ..mask.granularity import Storage, mask_layout, weight_storage
 from ..recipe.settings import Settings
+from .parts import Learned, Parts
 from .stores import PinnedMemory, Store
-from .tensors import FixedTensor, MaskedTensor, Parts
+from .tensors import FixedTensor, MaskedTensor
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class Placement:
             return self.store.copy(own) if self.store else own.to(self.device)
 
         if isinstance(merge, LinearMerge):
-            merge = LinearMerge(merge.start, merge.delta.to(self.autocast or torch.float32))
+            dtype = self.autocast or torch.float32
+            merge = LinearMerge(merge.start, tuple(delta.to(dtype) for delta in merge.deltas))
         parts = Parts(tensor.base, merge).moved(moved)
         return replace(tensor, base=parts.base, merge=parts.merge)
 
@@ -131,7 +133,7 @@ def learning_model(
             aliases[tensor.name] = masked[key].name
         elif key in fixed:
             continue
-        elif tensor.merge is None or not tensor.changed or tensor.name not in masked_names:
+        elif not tensor.learned or not tensor.changed or tensor.name not in masked_names:
             parts = Parts(tensor.base, tensor.merge)
             fixed[key] = FixedTensor(parameter, place, placement.shard(tensor), parts)
         else:
@@ -159,16 +161,24 @@ def _masked_tensor(
     storage: Storage,
 ) -> MaskedTensor:
     values, shard = tensor.parameters, placement.shard(tensor)
-    layout = mask_layout(values["granularity"], tensor.name, tensor.shape, storage)
-    own_shape = shard.own_shape if layout.shape == tensor.shape else layout.shape
-    parts = Parts(
-        tensor.base,
-        tensor.merge,
-        placement.empty(own_shape),
-        placement.empty((2, *own_shape)) if settings.optimizer == "adamw" else None,
+    layout = mask_layout(
+        values["granularity"],
+        tensor.name,
+        tensor.shape,
+        storage,
+        tensor.vocabulary_axis is not None,
     )
+    own_shape = shard.own_shape if layout.shape == tensor.shape else layout.shape
+
+    def learned() -> Learned:
+        has_moments = settings.optimizer == "adamw"
+        moments = placement.empty((2, *own_shape)) if has_moments else None
+        return Learned(placement.empty(own_shape), moments)
+
+    parts = Parts(tensor.base, tensor.merge, tuple(learned() for _ in tensor.learned))
     masked = MaskedTensor(
         name=tensor.name,
+        models=tensor.learned,
         parameter=parameter,
         slice=place,
         shard=shard,
@@ -181,6 +191,7 @@ def _masked_tensor(
         learning_rate=values["learning_rate"],
         is_noisy=settings.mask_noise == "concrete",
         kind=values["mask_kind"],
+        given=tensor.starts,
     )
     masked.restart()
     return masked

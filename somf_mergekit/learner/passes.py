@@ -12,8 +12,8 @@ from ..data.logprobs import answer_sums, pair_log_probs
 from .checkpoint_file import Progress
 from .engine import Part, gradient_squares
 from .objectives import PER_TOKEN, PREFERENCES, divergences, preference_losses, sft_losses
+from .parts import Content, State
 from .stopping import LearningDiverged
-from .tensors import Content, State
 from .training_setup import TrainingSetup
 
 

@@ -13,7 +13,8 @@ from ..data.logprobs import TokenBatch
 from .conveyor import Conveyor
 from .engine import Part, TokenLogProbs, Updates, agreed, clip_of, needs_norm
 from .layered import Call, LayeredModel, layer_of_weights, layers_of
-from .tensors import Content, FixedTensor, MaskedTensor, Parts, State
+from .parts import Content, Parts, State
+from .tensors import FixedTensor, MaskedTensor
 
 # Tokens that go through a layer before the next one is brought.
 GROUP_TOKENS = 1 << 15

@@ -8,7 +8,8 @@ from ..data.encoding import EncodedPair
 from ..data.logprobs import TokenBatch, pair_batch, pair_length, pair_log_probs
 from ..recipe.settings import Settings
 from .engine import Engine, TokenLogProbs
-from .tensors import Content, MaskedTensor, State
+from .parts import Content, State
+from .tensors import MaskedTensor
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def largest_error(kernels: Any, device: torch.device) -> float:
     """Return how far the kernels are from what torch computes, on a small tensor."""
     values = uniform_noise(1, 4 * _ENTRIES, device=device).view(4, _ENTRIES).sub(0.5)
     start, delta, gradient, logits = values
-    merge, shard, room = LinearMerge(start, delta), Shard((_ENTRIES,)), torch.empty_like(start)
+    merge, shard, room = LinearMerge(start, (delta,)), Shard((_ENTRIES,)), torch.empty_like(start)
     key = noise_key(seed=0, step=0, name="")
     samplers = [MaskSampler(logits.clone(), 0.5, key) for _ in range(3)]
     expected, of_weight, of_factor = samplers
@@ -62,7 +62,7 @@ def largest_error(kernels: Any, device: torch.device) -> float:
     given = FactorGradient(gradient * delta, None, of_factor, "mean", shard, room)
     kernels.update_logits(given, _RATE)
     written, weight = torch.empty_like(start), torch.empty_like(start)
-    merge.write_sampled(written, expected, "mean", shard)
+    merge.write_sampled(written, [expected], "mean", shard)
     kernels.write_sampled(merge, weight, of_weight, "mean", shard)
     apart = [weight - written, kernels.whole_mask(of_weight) - expected.whole()]
     square = kernels.update_logits(

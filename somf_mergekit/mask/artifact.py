@@ -5,50 +5,50 @@ the checksums of the other files, and training.jsonl, a row a step. Nothing in i
 and no name in it becomes a path.
 """
 
-import json
+import copy
+import math
 import os
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..common.digests import file_digest, json_digest
 from ..common.errors import RecipeError
+from .artifact_files import (
+    HISTORY_FILE,
+    MASKS_FILE,
+    PROVENANCE_FILE,
+    checksums_beside,
+    history_digest,
+    masks_path,
+)
 from .format import (
-    DIGEST_KEY,
     HEADER_KEY,
     LEVELS,
     checked_header,
-    checked_json,
     damaged,
     decoded_probability,
+    stored_name,
     tensor_digest,
     unpacked_bits,
 )
 from .granularity import Layout
 from .masking import mask_factor, mask_from_probabilities
-from .published import published_folder
-
-MASKS_FILE = "masks.safetensors"
-PROVENANCE_FILE = "somf.json"
-HISTORY_FILE = "training.jsonl"
-CARD_FILE = "README.md"
-# In somf.json: the checksums of the other files.
-CHECKSUMS_KEY = "checksums"
-# What is of the file itself there, not recorded with the mask.
-RECORD_KEYS = (CHECKSUMS_KEY, DIGEST_KEY)
 
 
 class MaskSet:
-    """The learned masks of one model, read tensor by tensor from an artifact.
+    """Learned masks, read tensor by tensor from an artifact.
 
-    Names are those of the tensors in the merged checkpoint. Open one with ``MaskSet.open``.
+    One mask is of all models, or each has its own: then methods that read a mask are those of the
+    masks of one, which ``of`` returns. Names are those of the tensors in the merged checkpoint.
+    Open one with ``MaskSet.open``.
 
     Attributes:
         path: of the masks file.
         header: of that file.
         provenance: where the masks are from.
+        models: those that have masks of their own; none where one mask is of all.
     """
 
     def __init__(self, path: str):
@@ -66,10 +66,11 @@ class MaskSet:
                 "move it away and learn the mask again."
             ) from error
         self.header = checked_header(stored, shapes, types, path)
-        self.provenance = self.header.provenance
+        self.provenance, self.models = self.header.provenance, tuple(self.header.models)
+        self._model: int | None = None  # The number of the model whose masks these are.
         self._packed = {name: tuple(shape) for name, shape in self.header.packed.items()}
         self._shapes = shapes | self._packed
-        checksums = self._checksums_beside()
+        checksums = checksums_beside(self.path)
         if checksums is not None and checksums.get(MASKS_FILE) != self.header.digest:
             raise RecipeError(
                 f"mask {path} and the {PROVENANCE_FILE} beside it are not of one artifact: "
@@ -89,39 +90,75 @@ class MaskSet:
         """
         return cls(masks_path(os.fspath(source), cache_dir))
 
+    def of(self, model: str | None) -> "MaskSet":
+        """Return the masks of one model: these where one mask is of all models.
+
+        Args:
+            model: one of ``models``; None for these.
+
+        Raises:
+            RecipeError: it has no mask here.
+        """
+        if model is None or not self.models:
+            return self
+        if model not in self.models:
+            raise RecipeError(
+                f"mask {self.path} has masks for {', '.join(self.models)}, none for {model}"
+            )
+        found = copy.copy(self)
+        found._model = self.models.index(model)
+        return found
+
+    @property
+    def model(self) -> str | None:
+        """Whose masks these are, where each model has its own; None for those of all."""
+        return None if self._model is None else self.models[self._model]
+
+    def each(self) -> Iterator[tuple[str | None, "MaskSet"]]:
+        """Yield each model with its masks; None with these where one mask is of all models."""
+        yield from ((model, self.of(model)) for model in self.models or (None,))
+
     def names(self) -> list[str]:
         """Return the names of all tensors that have a mask, sorted."""
-        return sorted(set(self._shapes) | set(self.header.aliases))
+        stored = self._own_names()
+        return sorted({name.partition(":")[2] if self.models else name for name in stored})
 
     def stored_names(self) -> list[str]:
-        """Return the names of the tensors whose masks are stored; others are aliases of these."""
+        """Return the names under which masks are stored in the file, those of all models."""
         return sorted(self._shapes)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._shapes or name in self.header.aliases
+        if self.models and self._model is None:
+            return any(name in own for _, own in self.each())
+        stored = stored_name(str(name), self._model)
+        return stored in self._shapes or stored in self.header.aliases
 
     def layout(self, name: str) -> Layout:
         """Return how the entries of ``name`` lie on its weight, without reading them."""
-        stored = self._stored_name(name)
-        return Layout(self._shapes[stored], *self.header.repeats.get(stored, ()))
+        return self._layout(self.stored_as(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape in which ``probabilities`` gives the mask of ``name``."""
         return self.layout(name).expanded_shape
 
     def entries(self, name: str) -> Tensor:
-        """Return the probability of each entry, float32, in the shape in which it was learned.
+        """Return the probability of each entry, float32, as it was learned.
 
         Raises:
             KeyError: ``name`` has no mask.
             RecipeError: the file is damaged.
         """
-        codes = self._codes(self._stored_name(name))
-        return codes.float() if self._packed else decoded_probability(codes)
+        return self.stored_entries(self.stored_as(name))
+
+    def stored_entries(self, stored: str) -> Tensor:
+        """Return the probabilities stored under one of ``stored_names``; see ``entries``."""
+        codes = self._codes(stored)
+        return codes.float() if stored in self._packed else decoded_probability(codes)
 
     def levels(self) -> Tensor:
         """Return the probabilities that entries can have, (levels,), float64, ascending."""
-        if self._packed:
+        aliases = self.header.aliases
+        if all(aliases.get(name, name) in self._packed for name in self._own_names()):
             return torch.tensor([0.0, 1.0], dtype=torch.float64)
         return (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS
 
@@ -130,16 +167,23 @@ class MaskSet:
 
         Errors are those of ``entries``.
         """
-        codes = self._codes(self._stored_name(name))
+        codes = self._codes(self.stored_as(name))
         # Counted as the bytes they are: much faster than as floats.
         return torch.bincount(codes.flatten(), minlength=len(self.levels()))
 
-    def probabilities(self, name: str) -> Tensor:
+    def probabilities(self, name: str, model: str | None = None) -> Tensor:
         """Return the probabilities, float32, in a shape that broadcasts to the weight.
 
-        Errors are those of ``entries``.
+        Of a product of masks, it is that of the probabilities.
+
+        Args:
+            name: of the tensor.
+            model: whose mask it is, where each model has its own.
+
+        Errors are those of ``entries`` and ``of``.
         """
-        return self.layout(name).expand(self.entries(name))
+        own = self.of(model)
+        return own.layout(name).expand(own.entries(name))
 
     def mask(
         self, name: str, kind: str = "soft", *, temperature: float = 0.5, seed: int = 0
@@ -152,21 +196,26 @@ class MaskSet:
             KeyError: ``name`` has no mask.
             ValueError: ``kind`` is unknown.
         """
-        return self.factor(name, kind, "none", temperature=temperature, seed=seed)
+        first, *others = self.factors(name, kind, "none", temperature=temperature, seed=seed)
+        return math.prod(others, start=first)
 
-    def factor(
+    def factors(
         self, name: str, kind: str, rescale: str, *, temperature: float = 0.5, seed: int = 0
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         """Return what a merge multiplies task vectors with, see ``masking.mask_factor``.
 
-        Shape, arguments and errors are those of ``mask``.
+        They are tensors that broadcast to the weight, several where the mask is a product.
+        Arguments and errors are those of ``mask``.
         """
-        # Weights that are tied share what is drawn.
-        stored = self._stored_name(name)
+        # Weights that are tied share what is drawn; so do models, whose masks may be one.
+        stored = self.stored_as(name)
+        layout, drawn_as = self._layout(stored), stored
+        if self._model is not None:
+            drawn_as = stored.split(":", 1)[1]
         drawn = mask_from_probabilities(
-            self.entries(stored), kind, temperature=temperature, seed=seed, name=stored
+            self.stored_entries(stored), kind, temperature=temperature, seed=seed, name=drawn_as
         )
-        return self.layout(stored).expand(mask_factor(drawn, rescale, out=drawn))
+        return layout.spread(mask_factor(drawn, rescale, layout, out=drawn))
 
     def problems(self) -> list[str]:
         """Return what is damaged of the artifact, a sentence each, after reading all of it."""
@@ -180,7 +229,7 @@ class MaskSet:
             return found
         folder = os.path.dirname(self.path)
         history = os.path.join(folder, HISTORY_FILE)
-        checksums = self._checksums_beside()
+        checksums = checksums_beside(self.path)
         if checksums is None:
             found.append(f"{os.path.join(folder, PROVENANCE_FILE)} is missing")
         elif HISTORY_FILE in checksums and not os.path.exists(history):
@@ -191,6 +240,11 @@ class MaskSet:
 
     def _codes(self, stored: str) -> Tensor:
         """Return the stored number of each entry, uint8: a code, or a bit of a packed mask."""
+        codes = self.stored(stored)
+        return unpacked_bits(codes, self._packed[stored]) if stored in self._packed else codes
+
+    def stored(self, stored: str) -> Tensor:
+        """Return what is stored under one of ``stored_names``: codes, or packed bits."""
         what = f"mask {self.path}: its tensor {stored}"
         try:
             codes = self._file.get_tensor(stored)
@@ -198,83 +252,31 @@ class MaskSet:
             raise damaged(what, str(error)) from error
         if tensor_digest(codes) != self.header.digests[stored]:
             raise damaged(what, "its checksum differs from the one recorded")
-        return unpacked_bits(codes, self._packed[stored]) if self._packed else codes
+        return codes
 
-    def _checksums_beside(self) -> dict[str, Any] | None:
-        """Return the checksums that ``somf.json`` records, by file; None where there is none.
+    def _own_names(self) -> set[str]:
+        """Return the names under which these masks are stored, those of aliases too."""
+        prefix = "" if self._model is None else stored_name("", self._model)
+        names = {*self._shapes, *self.header.aliases}
+        return {name for name in names if name.startswith(prefix)}
+
+    def _layout(self, stored: str) -> Layout:
+        factors = self.header.products.get(stored)
+        if factors:
+            return Layout.product(*(Layout(tuple(shape)) for shape in factors))
+        return Layout(self._shapes[stored], *self.header.repeats.get(stored, ()))
+
+    def stored_as(self, name: str) -> str:
+        """Return the name under which the mask of ``name`` is stored in the file.
 
         Raises:
-            RecipeError: it can't be read, or is damaged.
+            KeyError: it has no mask.
+            ValueError: each model has masks of its own, and these are not of one.
         """
-        record = self.record_beside()
-        checksums = (record or {}).get(CHECKSUMS_KEY, {})
-        if record is None:
-            return None
-        return checksums if isinstance(checksums, dict) else {}
-
-    def record_beside(self) -> dict[str, Any] | None:
-        """Return all that ``somf.json`` records; None where there is none. Errors: as above."""
-        if os.path.basename(self.path) != MASKS_FILE:
-            return None
-        path = os.path.join(os.path.dirname(self.path), PROVENANCE_FILE)
-        what = f"{path}, which records where a mask is from,"
-        try:
-            with open(path, "rb") as file:
-                return checked_json(file.read(), what)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise RecipeError(f"{what} can't be read: {error}") from error
-
-    def _stored_name(self, name: str) -> str:
-        stored = self.header.aliases.get(name, name)
+        if self.models and self._model is None:
+            raise ValueError(f"each of {', '.join(self.models)} has its own mask: say of which")
+        own = stored_name(name, self._model)
+        stored = self.header.aliases.get(own, own)
         if stored not in self._shapes:
             raise KeyError(f"no mask for {name} in {self.path}")
         return stored
-
-
-def masks_path(source: str, cache_dir: str | None = None) -> str:
-    """Return the masks file that ``source`` (file, artifact or merge folder) means.
-
-    What isn't there may be the id of a published mask, ORGANISATION/NAME or with @REVISION behind
-    it, which is fetched into the hub's cache: ``cache_dir``, or its client's own.
-
-    Raises:
-        RecipeError: there is none.
-    """
-    place = os.path.expanduser(source)
-    for inside in ((), (MASKS_FILE,), ("somf", MASKS_FILE)):
-        path = os.path.join(place, *inside)
-        if os.path.isfile(path):
-            return path
-    if not os.path.exists(place):
-        files = (MASKS_FILE, PROVENANCE_FILE, HISTORY_FILE, CARD_FILE)
-        folder = published_folder(source, files, cache_dir)
-        if folder:
-            return os.path.join(folder, MASKS_FILE)
-    raise RecipeError(
-        f"mask {source}: no such mask; expected a file or a folder with {MASKS_FILE}, as "
-        "`mergekit-somf learn` and somf merges write, or the id of one on the hub"
-    )
-
-
-def training_history(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Return the rows that learning wrote into a mask's folder, none where it wrote none."""
-    path = os.path.join(folder, HISTORY_FILE)
-    if not os.path.exists(path):
-        return []
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
-def history_digest(path: str) -> str:
-    """Return the SHA-256 of the recorded steps of learning, without their times.
-
-    A mask that is learned once more, or in two parts, has the same. For a damaged file it is that
-    of its bytes.
-    """
-    try:
-        rows = training_history(os.path.dirname(path))
-        return json_digest([{k: v for k, v in row.items() if k != "seconds"} for row in rows])
-    except (ValueError, AttributeError, RecursionError):
-        return file_digest(path)

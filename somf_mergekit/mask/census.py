@@ -71,8 +71,26 @@ class MaskCensus:
                 that have a mask where not given.
         """
         names = mask_names or {name: name for name in masks.names()}
-        self.counts = {name: masks.histogram(stored) for name, stored in names.items()}
         self.levels = masks.levels()
+        self.counts = {name: masks.histogram(stored) for name, stored in names.items()}
+
+    @classmethod
+    def combined(cls, censuses: Sequence["MaskCensus"]) -> "MaskCensus":
+        """Return the counts of the masks of several models together."""
+        if len(censuses) == 1:
+            return censuses[0]
+        found = cls.__new__(cls)
+        found.levels = max((one.levels for one in censuses), key=len)
+        found.counts = {}
+        for one in censuses:
+            for name, own in one.counts.items():
+                # Packed masks have the lowest level and the highest.
+                places = slice(None, None, max(1, (len(found.levels) - 1) // (len(own) - 1)))
+                counts = found.counts.setdefault(
+                    name, torch.zeros(len(found.levels), dtype=own.dtype)
+                )
+                counts[places] += own
+        return found
 
     def summary(self, label: str, names: Sequence[str]) -> MaskSummary:
         """Return the summary of all entries of the tensors ``names``."""

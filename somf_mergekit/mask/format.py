@@ -25,7 +25,9 @@ from ..common.errors import RecipeError, first_line
 
 # The key of the header in the metadata of the safetensors file.
 HEADER_KEY = "somf"
-FORMAT = "somf-mask/2"
+FORMAT = "somf-mask/3"
+# Those before lack what has a default in ``MaskHeader``.
+_READ = (FORMAT, "somf-mask/2")
 LEVELS = 256
 DIGEST_KEY = "digest"
 # More than any weight has.
@@ -39,9 +41,13 @@ class MaskHeader(BaseModel):
     Attributes:
         format: FORMAT.
         provenance: where the masks are from.
+        models: those that have masks of their own, see ``stored_name``; none where one mask is of
+            all models.
         aliases: further names of stored tensors.
         repeats: for tensors whose entries cover several places of an axis: the axis, and how many.
-        packed: shapes of packed masks; of all tensors or of none.
+        products: for tensors whose masks are products: the shapes of the factors, whose entries are
+            stored one after the other.
+        packed: shapes of packed masks.
         digests: checksum of each stored tensor, see ``tensor_digest``.
         digest: checksum of the header without this key, see ``json_with_digest``.
     """
@@ -50,11 +56,23 @@ class MaskHeader(BaseModel):
 
     format: str
     provenance: dict[str, Any]
+    models: list[str] = []
     aliases: dict[str, str]
     repeats: dict[str, Annotated[list[NonNegativeInt], Field(min_length=2, max_length=2)]] = {}
+    products: dict[str, list[list[NonNegativeInt]]] = {}
     packed: dict[str, list[NonNegativeInt]] = {}
     digests: dict[str, str]
     digest: str
+
+
+def stored_name(name: str, model: int | None) -> str:
+    """Return the name under which the mask of a tensor is stored.
+
+    Args:
+        name: of the tensor.
+        model: the number of the model whose mask it is; None where one mask is of all models.
+    """
+    return name if model is None else f"{model}:{name}"
 
 
 def encoded_probability(probability: Tensor) -> Tensor:
@@ -159,7 +177,7 @@ def checked_header(
     """
     text, what = text or "{}", f"mask {path}: its header"
     found = parsed_json(text, what).get("format", "none")
-    if found != FORMAT:
+    if found not in _READ:
         raise RecipeError(
             f"{path} isn't a mask of format {FORMAT} (found {found!r:.40}); give the folder that "
             "`mergekit-somf learn` or a somf merge wrote"
@@ -190,27 +208,48 @@ def _problems(
     if set(header.digests) != names:
         differing = sorted(set(header.digests) ^ names)
         yield f"checksums and stored tensors differ in {', '.join(differing[:3])}"
-    if header.packed and set(header.packed) != names:
-        yield "packed: expected a shape for each tensor in the file"
     for name, stored in shapes.items():
+        is_packed = name in header.packed
         shape = tuple(header.packed.get(name, stored))
         entries = math.prod(shape)
         if types[name] != "U8":
             yield f"{name} is stored as {types[name]}, expected U8, a byte an entry"
         if len(shape) > _MOST_AXES or not entries:
             yield f"{name} has the shape {shape}, expected one entry or more on {_MOST_AXES} axes"
-        if header.packed and stored != (math.ceil(entries / 8),):
+        if is_packed and stored != (math.ceil(entries / 8),):
             yield f"packed: {name} has {stored} bytes for the shape {shape}"
         axis, repeat = header.repeats.get(name, (0, 1))
         if name in header.repeats and axis >= len(shape):
             yield f"repeats: {name} of the shape {shape} has no axis {axis}"
         if repeat != 1 and not 0 < repeat * entries <= _MOST_REPEATED:
             yield f"repeats: {name} of the shape {shape} can't be repeated {repeat} times"
-    for name in set(header.repeats) - names:
-        yield f"repeats: there is no tensor {name!r:.80} in the file"
+        factors = header.products.get(name)
+        if factors is not None and not _is_product(factors, shape):
+            yield f"products: {name} of the shape {shape} has no factors of the shapes {factors}"
+        if header.models and not _is_of_model(name, len(header.models)):
+            yield f"models: {name!r:.80} is of none of the {len(header.models)} models"
+    for what in ("repeats", "products", "packed"):
+        for name in set(getattr(header, what)) - names:
+            yield f"{what}: there is no tensor {name!r:.80} in the file"
     for alias, name in header.aliases.items():
         if alias in names or name not in names:
             yield f"aliases: {alias!r:.80} isn't a further name of {name!r:.80} in the file"
+
+
+def _is_product(factors: Sequence[Sequence[int]], shape: tuple[int, ...]) -> bool:
+    """Return whether factors of these shapes have a product, and entries of this shape together."""
+    if not factors or any(not 0 < len(factor) <= _MOST_AXES for factor in factors):
+        return False
+    try:
+        torch.broadcast_shapes(*map(tuple, factors))
+    except RuntimeError:
+        return False
+    return shape == (sum(map(math.prod, factors)),)
+
+
+def _is_of_model(name: str, count: int) -> bool:
+    number, separator, _ = name.partition(":")
+    return bool(separator) and number.isdecimal() and int(number) < count
 
 
 def damaged(what: str, why: str) -> RecipeError:

@@ -1,13 +1,15 @@
 """What one entry of a mask covers: one weight, a row, a column, an attention head, a tensor."""
 
+import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-GRANULARITIES = ("weight", "row", "column", "head", "tensor")
+GRANULARITIES = ("weight", "row", "column", "row_column", "head", "tensor")
 # Where attention tensors have their heads: along outputs or inputs, and how many head widths in a
 # row belong to one head. GPT-NeoX has a head's query, key and value side by side; other tensors
 # that hold all three have them apart or in groups, so that each gets an entry of its own.
@@ -38,31 +40,61 @@ class Layout:
         shape: of the entries; broadcasts to the weight once ``axis`` is repeated.
         axis: the axis along which one entry covers several places.
         repeat: how many.
+        factors: layouts of the masks whose product this one is; their entries come one after the
+            other, so that ``shape`` has one axis. None where it is no product.
     """
 
     shape: tuple[int, ...]
     axis: int = 0
     repeat: int = 1
+    factors: tuple["Layout", ...] = ()
+
+    @classmethod
+    def product(cls, *factors: "Layout") -> "Layout":
+        """Return the layout of a mask that is the product of masks of these layouts."""
+        return cls((sum(math.prod(factor.shape) for factor in factors),), factors=factors)
 
     @property
     def expanded_shape(self) -> tuple[int, ...]:
         """The shape that broadcasts to the weight."""
+        if self.factors:
+            return tuple(torch.broadcast_shapes(*(one.expanded_shape for one in self.factors)))
         return tuple(
             size * (self.repeat if axis == self.axis else 1) for axis, size in enumerate(self.shape)
         )
 
+    def parts(self) -> Iterator[tuple[slice, "Layout"]]:
+        """Yield the layout of each factor, with its place among the flattened entries."""
+        start = 0
+        for factor in self.factors or (self,):
+            end = start + math.prod(factor.shape)
+            yield slice(start, end), factor
+            start = end
+
+    def spread(self, entries: Tensor) -> tuple[Tensor, ...]:
+        """Return one value per entry as tensors that broadcast to the weight, one a factor."""
+        flat = entries.reshape(-1)
+        return tuple(part._repeated(flat[at].view(part.shape)) for at, part in self.parts())
+
     def expand(self, entries: Tensor) -> Tensor:
         """Return one value per entry in a shape that broadcasts to the weight."""
-        if self.repeat == 1:
-            return entries
-        return entries.repeat_interleave(self.repeat, dim=self.axis)
+        first, *others = self.spread(entries)
+        return math.prod(others, start=first)
 
     def reduce(self, values: Tensor) -> Tensor:
-        """Return the sum, for each entry, of the values in the weight's shape that it covers."""
+        """Return the sum, for each entry, of the values in the weight's shape that it covers.
+
+        Of a layout without factors.
+        """
         summed = values.sum_to_size(self.expanded_shape)
         if self.repeat == 1:
             return summed
         return summed.unflatten(self.axis, (-1, self.repeat)).sum(self.axis + 1)
+
+    def _repeated(self, entries: Tensor) -> Tensor:
+        if self.repeat == 1:
+            return entries
+        return entries.repeat_interleave(self.repeat, dim=self.axis)
 
 
 @dataclass(frozen=True)
@@ -99,19 +131,28 @@ def weight_storage(config: Any) -> Storage:
     return Storage(width, inputs_first, getattr(text, "hidden_size", 0))
 
 
-def mask_layout(granularity: str, name: str, shape: tuple[int, ...], storage: Storage) -> Layout:
+def mask_layout(
+    granularity: str,
+    name: str,
+    shape: tuple[int, ...],
+    storage: Storage,
+    has_vocabulary: bool = False,
+) -> Layout:
     """Return how a mask of ``granularity`` lies on the weight ``name``.
 
     A vector is a column of rows with one entry each. A stack of matrices, such as a mixture's
     experts, has rows and columns of each matrix; so have the biases of experts. A convolution's
     rows are its output channels, its columns the input channels; a depthwise one has one entry a
-    channel for both. With ``head``, tensors in which no heads are found get rows.
+    channel for both. With ``head``, tensors in which no heads are found get rows; so do vectors
+    and tensors with a vocabulary with ``row_column``, which has an entry for each row and one for
+    each column of other tensors.
 
     Args:
         granularity: one of GRANULARITIES.
         name: of the weight in the checkpoint.
         shape: of the weight.
         storage: how the model stores its weights.
+        has_vocabulary: whether one of its axes are the tokens.
     """
     if granularity == "weight" or not shape:
         return Layout(tuple(shape))
@@ -131,7 +172,10 @@ def mask_layout(granularity: str, name: str, shape: tuple[int, ...], storage: St
             axis, size = axes[along], widths * storage.head_width
             if axis is not None and size and shape[axis] % size == 0 and re.search(pattern, name):
                 return layout(axis, size)
-    return layout(axes["inputs" if granularity == "column" else "outputs"])
+    rows, columns = layout(axes["outputs"]), layout(axes["inputs"])
+    if granularity == "row_column" and axes["inputs"] is not None and not has_vocabulary:
+        return Layout.product(rows, columns) if axes["inputs"] != axes["outputs"] else rows
+    return columns if granularity == "column" else rows
 
 
 def _axes(name: str, shape: tuple[int, ...], storage: Storage) -> tuple[dict[str, int | None], int]:

@@ -1,6 +1,7 @@
 """The mathematics of masks: pure functions on tensors.
 
-A mask has the weight's shape or a coarser one that broadcasts to it. The formulas are those of
+A mask has the weight's shape or a coarser one that broadcasts to it, or is a product of such. The
+formulas are those of
 arXiv 2405.09055 (subspace-oriented model fusion) and arXiv 2312.06173 (concrete masks).
 """
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..common.chunks import pieces
 from .format import stored_probability
+from .granularity import Layout
 from .noise import noise_key, uniform_noise
 
 MASK_KINDS = ("soft", "binary", "sampled", "bernoulli")
@@ -18,7 +20,7 @@ RESCALES = ("mean", "none")
 # The draw of a mask at merge time; optimiser steps count from 0.
 MERGE_STEP = -1
 # Makes the logit of a probability finite (within +-13.8).
-_PROBABILITY_EDGE = 1e-6
+PROBABILITY_EDGE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def _merged_part(
         return (probability > 0.5).float()
     if kind not in MASK_KINDS:
         raise ValueError(f"unknown mask kind {kind!r}: expected one of {', '.join(MASK_KINDS)}")
-    logits = torch.logit(probability, eps=_PROBABILITY_EDGE)
+    logits = torch.logit(probability, eps=PROBABILITY_EDGE)
     drawn = _concrete_part(logits, key, start, temperature)
     return drawn if kind == "sampled" else (drawn > 0.5).float()
 
@@ -126,12 +128,22 @@ def mask_scale(mean: Tensor, rescale: str) -> Tensor:
     return torch.where(mean > 0, 1.0 / mean, 0.0)
 
 
-def mask_factor(mask: Tensor, rescale: str, *, out: Tensor | None = None) -> Tensor:
+def mask_factor(
+    mask: Tensor, rescale: str, layout: Layout | None = None, *, out: Tensor | None = None
+) -> Tensor:
     """Return c = m / mean(m), or m for ``rescale`` none: what a task vector is multiplied by.
+
+    Of a product of masks, each factor is divided by its own mean: (r / mean r) (c / mean c).
 
     Args:
         mask: m, one value per mask entry, float32.
         rescale: see ``mask_scale``.
+        layout: of the entries; needed where the mask is a product.
         out: where c goes, ``mask`` itself or a tensor like it; a new one where not given.
     """
-    return torch.mul(mask, mask_scale(mask.mean(dtype=torch.float32), rescale), out=out)
+    out = torch.empty_like(mask) if out is None else out
+    flat, entries = out.view(-1), mask.reshape(-1)
+    for part, _ in (layout or Layout(tuple(mask.shape))).parts():
+        own = entries[part]
+        torch.mul(own, mask_scale(own.mean(dtype=torch.float32), rescale), out=flat[part])
+    return out

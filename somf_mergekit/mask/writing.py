@@ -1,4 +1,4 @@
-"""Writing mask artifacts: a learned one, a packed one, and one that was learned elsewhere."""
+"""Writing mask artifacts: learned ones, packed ones, and such as were learned elsewhere."""
 
 import contextlib
 import json
@@ -14,15 +14,17 @@ from torch import Tensor
 
 from ..common.errors import RecipeError, first_line
 from ..common.files import sync
-from .artifact import (
+from .artifact import MaskSet
+from .artifact_files import (
     CHECKSUMS_KEY,
     HISTORY_FILE,
     MASKS_FILE,
     PROVENANCE_FILE,
     RECORD_KEYS,
-    MaskSet,
     history_digest,
+    record_beside,
 )
+from .file_content import Content, provenance_of
 from .format import (
     FORMAT,
     HEADER_KEY,
@@ -31,6 +33,7 @@ from .format import (
     packed_bits,
     tensor_digest,
 )
+from .granularity import Layout
 
 
 def write_masks(
@@ -40,7 +43,8 @@ def write_masks(
     aliases: Mapping[str, str],
     provenance: Mapping[str, Any],
     history: list[dict[str, Any]],
-    repeats: Mapping[str, tuple[int, int]] | None = None,
+    layouts: Mapping[str, Layout] | None = None,
+    content: Content | None = None,
 ) -> MaskSet:
     """Write an artifact and return it opened.
 
@@ -49,23 +53,26 @@ def write_masks(
 
     Args:
         folder: has no other files.
-        probabilities: float32 in [0, 1] per tensor name; as pairs, one is needed at a time.
-        aliases: further names of stored tensors (tied weights).
+        probabilities: float32 in [0, 1] by the name under which they are stored, the tensor's or
+            ``format.stored_name`` where models have masks of their own; as pairs, one is needed at
+            a time.
+        aliases: further names of stored tensors (tied weights, models with the same mask).
         provenance: JSON-able; stored in ``somf.json`` and in the header of the masks.
         history: one JSON-able row per optimiser step.
-        repeats: for tensors whose entries cover several places of an axis: axis and how many.
+        layouts: of those that do not lie on the weight as they are.
+        content: what else the file has, and which models.
 
     Raises:
         RecipeError: it can't be written; nothing is left of the attempt.
     """
-    header = {
-        "provenance": provenance,
-        "aliases": dict(aliases),
-        "repeats": {name: list(repeat) for name, repeat in (repeats or {}).items()},
-    }
+    content = content or Content()
     pairs = probabilities.items() if isinstance(probabilities, Mapping) else probabilities
     with _new_artifact(folder, provenance) as work:
-        _save(work, {name: encoded_probability(value) for name, value in pairs}, header)
+        for name, value in pairs:
+            layout = (layouts or {}).get(name, Layout(tuple(value.shape)))
+            content.add(name, encoded_probability(value), layout)
+        content.header["aliases"] |= aliases
+        _save(work, content, provenance)
         with open(os.path.join(work, HISTORY_FILE), "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in history)
     return MaskSet.open(folder)
@@ -81,16 +88,36 @@ def write_packed_masks(folder: str | os.PathLike[str], masks: MaskSet) -> MaskSe
     Raises:
         RecipeError: these are damaged, or can't be written.
     """
-    stored, packed = {}, {}
+    kept = masks.header.model_dump(include={"aliases", "repeats", "products"})
+    content = Content(masks.models, header={**kept, "packed": {}})
     for name in masks.stored_names():
-        entries = masks.entries(name)
-        packed[name] = list(entries.shape)
-        stored[name] = packed_bits(entries)
-    header = masks.header.model_dump(include={"provenance", "aliases", "repeats"})
-    with _new_artifact(folder, masks.provenance) as work:
-        _save(work, stored, {**header, "packed": packed})
-        _copy_history(masks, work)
-    return MaskSet.open(folder)
+        entries = masks.stored_entries(name)
+        content.header["packed"][name] = list(entries.shape)
+        content.tensors[name] = packed_bits(entries)
+    return _written(folder, content, masks.provenance, masks)
+
+
+def write_split_masks(folder: str | os.PathLike[str], masks: MaskSet) -> dict[str, MaskSet]:
+    """Write the masks of each model as an artifact of its own, and return them by model.
+
+    Args:
+        folder: must not exist, or be empty; gets a folder for each model, named after it.
+        masks: with a mask for each model.
+
+    Raises:
+        RecipeError: one mask is of all models, or they are damaged, or can't be written.
+    """
+    if not masks.models:
+        raise RecipeError(f"mask {masks.path} is one mask of all models: there is nothing to split")
+    found: dict[str, MaskSet] = {}
+    for model, own in masks.each():
+        content, record = Content(), provenance_of(masks, str(model))
+        content.copy(own, None)
+        name = os.path.basename(os.path.normpath(str(model)))
+        if os.path.exists(os.path.join(folder, name)):
+            name = f"{name}-{len(found) + 1}"
+        found[str(model)] = _written(os.path.join(folder, name), content, record, masks)
+    return found
 
 
 def write_with_record(
@@ -101,15 +128,17 @@ def write_with_record(
     Args:
         folder: must not exist, or be empty.
         masks: those of the artifact.
-        change: makes the other record of one, in ``somf.json`` and in the header of the masks.
+        change: makes the other record of one, in ``somf.json`` and in the header of the masks, and
+            another name of a model's.
 
     Raises:
         RecipeError: the artifact is damaged, or can't be written.
     """
-    header = masks.header.model_dump(include={"aliases", "repeats", "packed"})
-    record = {k: v for k, v in (masks.record_beside() or {}).items() if k not in RECORD_KEYS}
+    kept = masks.header.model_dump(include={"aliases", "repeats", "products", "packed"})
+    content = Content(change(masks.models), load_file(masks.path), kept)
+    record = {k: v for k, v in (record_beside(masks.path) or {}).items() if k not in RECORD_KEYS}
     with _new_artifact(folder, change(record)) as work:
-        _save(work, load_file(masks.path), {**header, "provenance": change(masks.provenance)})
+        _save(work, content, change(masks.provenance))
         _copy_history(masks, work)
     return MaskSet.open(folder)
 
@@ -157,20 +186,31 @@ def without_mask(wanted: str) -> str:
     return name
 
 
+def _written(
+    folder: str | os.PathLike[str], content: Content, provenance: Mapping[str, Any], source: MaskSet
+) -> MaskSet:
+    """Write an artifact with the training history of another, and return it opened."""
+    with _new_artifact(folder, provenance) as work:
+        _save(work, content, provenance)
+        _copy_history(source, work)
+    return MaskSet.open(folder)
+
+
 def _copy_history(masks: MaskSet, folder: str) -> None:
     history = os.path.join(os.path.dirname(masks.path), HISTORY_FILE)
     if os.path.exists(history):
         shutil.copyfile(history, os.path.join(folder, HISTORY_FILE))
 
 
-def _save(folder: str, tensors: dict[str, Tensor], header: Mapping[str, Any]) -> None:
-    digests = {name: tensor_digest(stored) for name, stored in tensors.items()}
-    content = json_with_digest({**header, "format": FORMAT, "digests": digests})
+def _save(folder: str, content: Content, provenance: Mapping[str, Any]) -> None:
+    digests = {name: tensor_digest(stored) for name, stored in content.tensors.items()}
+    header = {**content.header, "provenance": provenance, "format": FORMAT, "digests": digests}
+    header["models"] = list(content.models)
     save_file(
-        tensors,
+        content.tensors,
         os.path.join(folder, MASKS_FILE),
         # One key: safetensors writes several in an order that differs from run to run.
-        metadata={HEADER_KEY: json.dumps(content, sort_keys=True)},
+        metadata={HEADER_KEY: json.dumps(json_with_digest(header), sort_keys=True)},
     )
 
 

@@ -20,7 +20,7 @@ from ..common.process_group import is_first, started
 from ..common.timing import Timer
 from ..evaluate.evaluation_sets import EvaluationSets
 from ..evaluate.for_recipe import checked_sets
-from ..prepass.learning_data import MergeInputs, merge_inputs
+from ..prepass.learning_data import MaskInputs, merge_inputs
 from ..prepass.places import place_problems
 from ..prepass.plan import MergedTokenizer, PlannedMerge
 from ..prepass.plan_check import plan_problems, unread_problems, unused_filters
@@ -44,12 +44,12 @@ class CheckedMerge(NamedTuple):
 
     Attributes:
         planned: its plan.
-        inputs: what its masks are learned from or were given as; None where its method has none.
+        inputs: what its masks are learned from or were given as; None where its method takes none.
         sets: what it is to be measured on; None for nothing.
     """
 
     planned: PlannedMerge
-    inputs: MergeInputs
+    inputs: MaskInputs | None
     sets: EvaluationSets | None
 
 

@@ -1,7 +1,7 @@
-"""The merge method: mask every task vector with one learned mask, then let mergekit fuse them."""
+"""The merge method: mask every task vector with a learned mask, then let mergekit fuse them."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -18,11 +18,12 @@ from mergekit.merge_methods.base import (
 from torch import Tensor
 
 from ..common.errors import RecipeError
-from ..fusion.fuse import fused
+from ..fusion.fuse import Factors
 from ..fusion.fusion_methods import OwnMethod, fusion_specs
-from ..fusion.groups import as_type, is_finite, is_shared_buffer, not_finite
-from ..fusion.merges import fused_masked, show_task_vectors
-from ..mask.artifact import MaskSet, masks_path
+from ..fusion.groups import is_finite, is_shared_buffer, not_finite
+from ..fusion.masked_fusion import fused_masked
+from ..mask.artifact import MaskSet
+from ..mask.artifact_files import masks_path
 from ..mask.granularity import mask_shape_problem
 from ..recipe import settings as recipe
 
@@ -49,30 +50,24 @@ class SomfMethod(OwnMethod):
             RecipeError: no mask is given, it does not fit the tensor, or the result is not finite.
         """
         name = group.metadata.name
-        mask_source = parameters["mask"]
-        if not mask_source:
+        is_planned = parameters[recipe.MASK_TENSOR] is not None
+        if group.non_base and not is_planned and not any(parameters["mask"].values()):
             raise RecipeError(
                 "somf has no mask to merge with. Learn one first (`mergekit-somf learn recipe.yml "
                 "DIR`) and give its folder as the parameter `mask`."
             )
-        masks = _opened(str(mask_source))
         if name is None:
             raise RecipeError("somf finds masks by tensor name: merge_tensors needs `name`")
         base = group.base.tensor
         if not base.is_floating_point() and is_shared_buffer(group):
             return base
-        factor = _factor(group, masks, parameters)
+        factors = _factors(group, parameters)
         watch, observer = None, parameters[recipe.OBSERVER]
         # A slice may be of the base alone.
         if observer is not None and group.non_base:
-            mask_name = None if factor is None else str(parameters[recipe.MASK_TENSOR] or name)
-            watch = observer.watch(group, mask_name)
-        if factor is None:
-            if watch is not None:
-                show_task_vectors(group, torch.ones((), device=base.device), watch)
-            result = as_type(fused(group, parameters), base.dtype)
-        else:
-            result = fused_masked(group, factor, parameters, watch)
+            masked = {str(model): _mask_name(group, parameters) for model in factors}
+            watch = observer.watch(group, masked)
+        result = fused_masked(group, factors, parameters, watch)
         if not is_finite(result):
             if is_shared_buffer(group):
                 return base
@@ -80,40 +75,74 @@ class SomfMethod(OwnMethod):
         return result
 
 
+def _factors(group: TensorGroup, parameters: Mapping[str, Any]) -> Factors:
+    """Return what the task vectors of models are multiplied by; those without a mask are not there.
+
+    Raises:
+        RecipeError: a mask doesn't fit the tensor, or has none for a model.
+    """
+    if not recipe.may_get_mask(
+        str(group.metadata.name), parameters["include"], parameters["exclude"]
+    ):
+        return {}
+    found: dict[Hashable, tuple[Tensor, ...]] = {}
+    # Models with one mask share one factor, which fusions make use of.
+    known: dict[tuple[str, str], tuple[Tensor, ...]] = {}
+    for entry in group.non_base:
+        source = parameters["mask"][entry.id]
+        if not source:
+            continue
+        masks = _opened(str(source)).of(parameters[recipe.MASK_MODEL][entry.id] or str(entry.id))
+        name = _mask_name(group, parameters)
+        if name in masks:
+            key = masks.path, masks.stored_as(name)
+            if key not in known:
+                known[key] = _factor(group, masks, name, parameters)
+            found[entry.id] = known[key]
+    return found
+
+
+def _mask_name(group: TensorGroup, parameters: Mapping[str, Any]) -> str:
+    return str(parameters[recipe.MASK_TENSOR] or group.metadata.name)
+
+
 def _factor(
-    group: TensorGroup, masks: MaskSet, parameters: Mapping[str, Any]
-) -> torch.Tensor | None:
-    """Return what the task vectors are multiplied by, None where they have no mask."""
-    name = str(group.metadata.name)
-    mask_name = parameters[recipe.MASK_TENSOR] or name
-    if mask_name not in masks:
-        return None
-    if not recipe.may_get_mask(name, parameters["include"], parameters["exclude"]):
-        return None
+    group: TensorGroup, masks: MaskSet, name: str, parameters: Mapping[str, Any]
+) -> tuple[Tensor, ...]:
     base = group.base.tensor
-    problem = mask_shape_problem(name, masks.shape(mask_name), tuple(base.shape), masks.path)
+    problem = mask_shape_problem(
+        str(group.metadata.name), masks.shape(name), tuple(base.shape), masks.path
+    )
     if problem:
         raise RecipeError(problem)
-    factor = masks.factor(
-        mask_name,
+    factors = masks.factors(
+        name,
         parameters["mask_kind"],
         parameters["mask_rescale"],
         temperature=parameters["temperature"],
         seed=parameters["seed"],
     )
-    return factor.to(base.device)
+    return tuple(factor.to(base.device) for factor in factors)
 
 
 @lru_cache(maxsize=4)
 def _spec(theirs: tuple[ParameterSpec, ...]) -> MergeMethodSpec:
+    shared, of_model = ParameterScope.SHARED, ParameterScope.NON_BASE
     own = tuple(
-        ParameterSpec(p.name, p.value_type, ParameterScope.SHARED, p.default, p.help)
+        ParameterSpec(
+            p.name,
+            p.value_type,
+            of_model if p.per_model or p.for_models else shared,
+            p.default,
+            p.help,
+        )
         for p in recipe.parameters()
         if p.merge
     )
     internal = (
-        ParameterSpec(recipe.MASK_TENSOR, str | None, ParameterScope.SHARED, None),
-        ParameterSpec(recipe.OBSERVER, Any, ParameterScope.SHARED, None),
+        ParameterSpec(recipe.MASK_TENSOR, str | None, shared, None),
+        ParameterSpec(recipe.MASK_MODEL, str | None, of_model, None),
+        ParameterSpec(recipe.OBSERVER, Any, shared, None),
     )
     return MergeMethodSpec(
         name=recipe.METHOD_NAME,

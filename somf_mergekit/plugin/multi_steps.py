@@ -14,6 +14,7 @@ from ..common.merge_options import SomfOptions
 from ..data.dataset_reading import dataset_rows
 from ..mask.artifact import MaskSet
 from ..prepass.places import place_problems
+from ..recipe.blocks import parameter_blocks
 from ..recipe.recipe_keys import key_problems
 from ..recipe.settings import METHOD_NAME, recipe_settings
 from ..recipe.validate import WRONG_RECIPE, check_recipe
@@ -93,9 +94,10 @@ def _check_step(
     check_recipe(config, options, problems, awaited)
     if config.merge_method == METHOD_NAME:
         settings, unread = recipe_settings(config), list[str]()
-        with noted(unread):
-            if settings.mask and not any(settings.mask.startswith(step) for step in awaited):
-                MaskSet.open(settings.mask, options.transformers_cache)
+        for mask in {block["mask"] for _, block, _ in parameter_blocks(config) if "mask" in block}:
+            with noted(unread):
+                if not any(str(mask).startswith(step) for step in awaited):
+                    MaskSet.open(mask, options.transformers_cache)
         for source, split, part in (
             (settings.safety_dataset, settings.safety_split, settings.safety_config),
             (settings.utility_dataset, settings.utility_split, settings.utility_config),

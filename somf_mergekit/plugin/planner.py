@@ -24,12 +24,13 @@ from ..common.timing import Timer
 from ..data.held_out import warn
 from ..evaluate.for_recipe import asks_to_be_measured
 from ..mask.artifact import MaskSet
+from ..mask.writing import copy_masks
 from ..prepass.forecast import merge_bytes
 from ..prepass.headers import aligned_vocabulary
 from ..prepass.places import File, check_room, weight_bytes
 from ..prepass.plan import PlannedMerge, with_masks
 from ..prepass.prepass import mask_for
-from ..prepass.provenance import recorded_settings
+from ..prepass.provenance import provenance_of_use, recorded_settings
 from ..prepass.ties import as_written, copy_ties
 from ..recipe import settings as recipe
 from ..recipe.blocks import recipe_text
@@ -56,10 +57,7 @@ _OF_PROCESSOR = (
 
 
 class ReadyRecipe(MergeConfiguration):
-    """A recipe that was checked and planned: mergekit's planner takes its tasks from it.
-
-    mergekit hands the recipe that ``run_merge`` gets on to its planner.
-    """
+    """A recipe that was planned: mergekit hands it on to its planner, which takes its tasks."""
 
     _planned: PlannedMerge = PrivateAttr()
 
@@ -173,7 +171,9 @@ def write_merge(
         RecipeError: it can't be made.
     """
     if is_masked:
-        masks = mask_for(planned, masks, os.path.join(os.path.abspath(out), ARTIFACT_FOLDER))
+        folder = os.path.join(os.path.abspath(out), ARTIFACT_FOLDER)
+        record = {**provenance_of_use(planned, {}), "origin": masks.provenance}
+        masks = copy_masks(folder, masks, record)
     ready = with_masks(planned, masks, is_masked=is_masked)
     with _writing_to(out):
         run_merge = mergekit.merge.run_merge.__wrapped__
@@ -242,11 +242,13 @@ def plan_and_mask(
 ) -> tuple[PlannedMerge, MaskSet]:
     """Return the plan of a recipe and its mask; see ``learn``."""
     config, problems = recipe_and_problems(source)
-    if (config.parameters or {}).get("mask"):
+    if (config.parameters or {}).get("mask") and "safety_dataset" not in config.parameters:
         raise RecipeError("parameters.mask is given: there is nothing to learn")
     folder = os.path.abspath(out_dir)
     planned, inputs, _ = checked_merge(config, options, problems, folder=folder)
     assert inputs is not None  # somf always has some
+    if inputs.data is None:
+        raise RecipeError("each model's mask is given: there is nothing to learn")
     return planned, mask_for(planned, inputs, folder)
 
 

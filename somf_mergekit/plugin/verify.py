@@ -20,9 +20,10 @@ from ..common.merge_options import SomfOptions
 from ..fusion.groups import are_equal
 from ..mask.artifact import MaskSet
 from ..prepass.plan import with_mask
-from ..prepass.task_vectors import content_fingerprint
 from ..prepass.tensor_sets import tensor_set_problems
+from ..prepass.weight_files import content_fingerprint
 from ..recipe import settings as recipe
+from ..recipe.blocks import parameter_blocks
 from ..recipe.model_check import check_models
 from ..recipe.validate import read_recipe
 from .merge_check import OWN_METHODS, unchecked_plan
@@ -104,7 +105,7 @@ def _models(config: MergeConfiguration, masks: MaskSet, machine: MachineOptions)
         (found if digest in known else other).append(str(model))
     if other:
         what = f"the mask was learned with other models than {', '.join(other)}"
-        if (config.parameters or {}).get("mask"):
+        if any("mask" in block for _, block, _ in parameter_blocks(config)):
             # A recipe may apply a mask to models that it was not learned with.
             return Check("models", UNCHECKED, f"{what}, and is given by the recipe")
         return Check("models", WRONG, what)
@@ -202,7 +203,7 @@ def _compared(
     except Exception as error:  # whatever a damaged file makes of its reader
         return Check(weight.name, WRONG, f"{place} can't be read: {first_line(error)}")
     if masks:
-        task = with_mask(task, masks.path)
+        task = with_mask(task, masks)
     try:
         executor = Executor([task], math_device=options.device, storage_device="cpu")
         ((_, expected),) = executor.run(quiet=True)

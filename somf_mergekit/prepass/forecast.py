@@ -97,9 +97,14 @@ def forecast(planned: PlannedMerge, data: SafetyData, group: Processes = ALONE) 
     tensors = {n: t for n, t in planned_tensors(planned).items() if n in of_text}
     storage = weight_storage(planned.out_config)
     entries = {
-        name: math.prod(mask_layout(tensor.granularity, name, tensor.shape, storage).shape)
+        name: tensor.masks
+        * math.prod(
+            mask_layout(
+                tensor.granularity, name, tensor.shape, storage, tensor.has_vocabulary
+            ).shape
+        )
         for name, tensor in tensors.items()
-        if tensor.may_get_mask
+        if tensor.may_get_mask and tensor.masks
     }
     computed = autocast.itemsize if autocast else 4
     needs = _engine_needs(planned, tensors, entries, computed, group.count, on_cpu)
@@ -195,10 +200,10 @@ def _engine_needs(
         # Embeddings stay float32 under autocast.
         in_model = size * (4 if tensor.has_vocabulary else computed)
         held = size * tensor.itemsize
-        linear = tensor.delta_tensors == 1
+        linear = tensor.delta_tensors == tensor.masks
         if name in entries:
             in_model *= 2  # with the gradient
-            held += size * (computed if linear else tensor.delta_tensors * tensor.itemsize)
+            held += size * tensor.delta_tensors * (computed if linear else tensor.itemsize)
             held += _LOGIT_BYTES * entries[name] * (3 if has_moments else 1)
             if has_moments and not linear:
                 # The gradient and slope of each entry, until the norm of the whole is known.

@@ -90,6 +90,7 @@ class PlannedTensor:
         shape: as merged, with the vocabulary that mergekit aligns all models to.
         has_vocabulary: whether one of its axes are the tokens.
         granularity: of a mask that would be learned.
+        masks: how many are learned.
         delta_tensors: how many tensors of this shape learning holds for the task vectors.
         itemsize: bytes of a number in the type that the models are merged in.
     """
@@ -99,6 +100,7 @@ class PlannedTensor:
     shape: tuple[int, ...]
     has_vocabulary: bool
     granularity: str
+    masks: int
     delta_tensors: int
     itemsize: int
 
@@ -106,6 +108,14 @@ class PlannedTensor:
 def planned_tensors(planned: PlannedMerge) -> dict[str, PlannedTensor]:
     """Return the tensors of a somf merge by name, whose shapes file headers say."""
     shapes = tensor_shapes(planned)
+
+    def of_task(task: Any) -> tuple[int, int]:
+        """Return how many masks are learned, and tensors of task vectors held for them."""
+        models = [model for model in task.model_order if model != task.base_model]
+        learned = planned.learned(models)
+        is_linear_in_them = is_linear(task_parameters(task), learned == (tuple(models),))
+        return len(learned), len(learned) if is_linear_in_them else len(task.model_order)
+
     return {
         weight.name: PlannedTensor(
             may_get_mask=planned.may_get_mask(weight.name),
@@ -113,7 +123,8 @@ def planned_tensors(planned: PlannedMerge) -> dict[str, PlannedTensor]:
             mask_name=mask_name(task),
             shape=shapes[weight.name],
             granularity=str(task.parameters["granularity"]),
-            delta_tensors=1 if is_linear(task_parameters(task)) else len(task.model_order),
+            masks=of_task(task)[0],
+            delta_tensors=of_task(task)[1],
             itemsize=_itemsize(planned, weight, task),
         )
         for weight, task in planned.tensors

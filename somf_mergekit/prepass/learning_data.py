@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 from datetime import date as day
 from typing import Any
 
+from mergekit.common import ModelReference
+
 from ..common.errors import noted, raise_together
 from ..data.chat import AS_GIVEN, Message
 from ..data.conversations import known_rows
@@ -21,11 +23,10 @@ from ..data.pairs import (
 )
 from ..data.rendering import Rendering, writes_date
 from ..data.rows import Examples
-from ..mask.artifact import MaskSet
-from ..mask.granularity import mask_layout, mask_shape_problem, weight_storage
 from ..recipe.settings import METHOD_NAME, Settings
 from .data_fit import cut_counts, cut_line, fit_problems, template_notes
-from .headers import checkpoint_problems, planned_tensors
+from .given_masks import Given, GivenMask, given_masks
+from .headers import checkpoint_problems
 from .plan import PlannedMerge
 from .plan_check import learning_problem
 from .task_vectors import unchanged_models
@@ -69,14 +70,25 @@ class SafetyData:
         return "; ".join(name + line for name, line in parts if line)
 
 
-# What a merge's masks are learned from, or were given as; None where its method takes none.
-MergeInputs = SafetyData | MaskSet | None
+@dataclass(frozen=True)
+class MaskInputs:
+    """What a merge's masks are learned from, and those that it was given.
+
+    Attributes:
+        data: None where nothing is learned.
+        given: by model.
+    """
+
+    data: SafetyData | None
+    given: Given
 
 
 def merge_inputs(
     planned: PlannedMerge, problems: Sequence[str] = (), date: str | None = None
-) -> MergeInputs:
+) -> MaskInputs | None:
     """Return what a merge needs beside its plan, after checking it and the models together.
+
+    None where its method takes no masks.
 
     Args:
         planned: the merge.
@@ -89,9 +101,13 @@ def merge_inputs(
     if planned.config.merge_method != METHOD_NAME:
         raise_together([*problems, *_model_problems(planned)], CANT_BE_MADE)
         return None
-    if planned.settings.mask:
-        return given_mask(planned, planned.settings.mask, problems)
-    return checked_data(planned, problems, date)
+    found, given = list(problems), dict[ModelReference, GivenMask]()
+    with noted(found):
+        given = given_masks(planned, found)
+    if planned.learners:
+        return MaskInputs(checked_data(planned, found, date), given)
+    raise_together([*found, *_model_problems(planned)], CANT_BE_MADE)
+    return MaskInputs(None, given)
 
 
 def checked_data(
@@ -128,21 +144,6 @@ def checked_data(
     return replace(data, utility=utility, date=date, notes=data.notes + notes)
 
 
-def given_mask(planned: PlannedMerge, source: str, problems: Sequence[str] = ()) -> MaskSet:
-    """Return the learned mask that a recipe names, after checking it against the models.
-
-    Raises:
-        RecipeError: ``problems`` and everything that does not fit, together.
-    """
-    found = list(problems)
-    found += _model_problems(planned)
-    with noted(found):
-        masks = MaskSet.open(source, planned.options.transformers_cache)
-        found += _misfits(planned, masks, source)
-    raise_together(found, CANT_BE_MADE)
-    return masks
-
-
 def _model_problems(planned: PlannedMerge) -> list[str]:
     """Return what is wrong with the models of a merge beside each other, a sentence each."""
     problems: list[str] = []
@@ -155,37 +156,6 @@ def _model_problems(planned: PlannedMerge) -> list[str]:
             + ("Was the adapter trained, and on this base?" if model.lora else "Leave it out.")
             for model in unchanged_models(planned)
         ]
-    return problems
-
-
-def _misfits(planned: PlannedMerge, masks: MaskSet, source: str) -> list[str]:
-    """Return what of a learned mask does not fit the models, a sentence each."""
-    problems = []
-    planned_for = {
-        name: tensor for name, tensor in planned_tensors(planned).items() if tensor.may_get_mask
-    }
-    if not any(mask.mask_name in masks for mask in planned_for.values()):
-        problems.append(
-            f"mask {source}: none of its {len(masks.names())} tensors is in this merge (it has "
-            f"{', '.join(masks.names()[:2])} ...): the mask is of another model"
-        )
-    storage = weight_storage(planned.out_config)
-    asks = "granularity" in (planned.config.parameters or {})
-    for name, mask in planned_for.items():
-        if mask.mask_name not in masks:
-            continue
-        problem = mask_shape_problem(name, masks.shape(mask.mask_name), mask.shape, source)
-        if problem:
-            problems.append(problem)
-            continue
-        layout = masks.layout(mask.mask_name)
-        if asks and layout.shape != mask_layout(mask.granularity, name, mask.shape, storage).shape:
-            problems.append(
-                f"parameters.granularity: {mask.granularity} does not fit the mask {source}, "
-                f"whose entries for {name} have the shape {layout.shape}: leave granularity out, "
-                "or learn a mask anew"
-            )
-            break
     return problems
 
 

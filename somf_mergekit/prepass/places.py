@@ -9,7 +9,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from ..common.errors import RecipeError, noted
-from ..mask.artifact import MASKS_FILE
+from ..mask.artifact_files import MASKS_FILE
 from ..mask.writing import folder_problem
 from ..recipe.adapters import cached_folder
 

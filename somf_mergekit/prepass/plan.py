@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -20,7 +21,15 @@ from ..common.merge_options import SomfOptions
 from ..common.model_classes import model_class
 from ..data.chat import check_words
 from ..mask.artifact import MaskSet
-from ..recipe.settings import MASK_TENSOR, OBSERVER, Settings, may_get_mask, recipe_settings
+from ..recipe.settings import (
+    MASK_MODEL,
+    MASK_TENSOR,
+    OBSERVER,
+    Settings,
+    may_get_mask,
+    parameters,
+    recipe_settings,
+)
 
 TaskT = TypeVar("TaskT", bound=Task)
 
@@ -179,6 +188,47 @@ class PlannedMerge:
             if own.is_text(weight.name) or not own.loads(weight.name)
         )
 
+    @cached_property
+    def of_models(self) -> dict[ModelReference, dict[str, Any]]:
+        """What the recipe says of each fine-tuned model's mask, by parameter.
+
+        Raises:
+            RecipeError: parts of the recipe say it differently.
+        """
+        names = [p.name for p in parameters() if p.merge and (p.per_model or p.for_models)]
+        found: dict[ModelReference, dict[str, Any]] = {}
+        for _, task in self.tensors:
+            for model, values in task.input_parameters.items():
+                own = {name: values[name] for name in names if name in values}
+                if own and found.setdefault(model, own) != own:
+                    raise RecipeError(
+                        f"{model}: its {', '.join(names)} must be the same wherever the recipe "
+                        "names it"
+                    )
+        return {model: found[model] for model in self.models if model in found}
+
+    @property
+    def given(self) -> dict[ModelReference, str]:
+        """The masks that the recipe gives, by model."""
+        return {model: own["mask"] for model, own in self.of_models.items() if own["mask"]}
+
+    @cached_property
+    def learners(self) -> list[ModelReference]:
+        """The models whose masks are learned."""
+        has_data = self.settings.safety_dataset is not None
+        return [
+            model
+            for model, own in self.of_models.items()
+            if (has_data and not own["mask"] if own["learn"] is None else own["learn"])
+        ]
+
+    def learned(self, models: Sequence[ModelReference]) -> tuple[tuple[ModelReference, ...], ...]:
+        """Return of some models those of each mask that is learned."""
+        own = tuple(model for model in models if model in self.learners)
+        if self.settings.mask_sharing == "shared":
+            return (own,) if own else ()
+        return tuple((model,) for model in own)
+
     def may_get_mask(self, name: str) -> bool:
         """Whether the recipe's patterns let this tensor have a mask."""
         return may_get_mask(name, self.settings.include, self.settings.exclude)
@@ -219,18 +269,24 @@ def with_masks(
     ``observer`` is what the merge method shows task vectors to, see ``report.vectors``.
     """
     further = {OBSERVER: observer, **({} if is_masked else {"exclude": "*"})}
-    tensors = ((weight, with_mask(task, masks.path, **further)) for weight, task in planned.tensors)
+    tensors = ((weight, with_mask(task, masks, **further)) for weight, task in planned.tensors)
     return replace(planned, tensors=tuple(tensors))
 
 
-def with_mask(task: ExecuteMergeMethodTask, mask: str, **further: Any) -> ExecuteMergeMethodTask:
-    """Return mergekit's task of a tensor with the artifact that it takes its mask from.
+def with_mask(
+    task: ExecuteMergeMethodTask, masks: MaskSet, **further: Any
+) -> ExecuteMergeMethodTask:
+    """Return mergekit's task of a tensor with the artifact that it takes its masks from.
 
     Args:
         task: of a somf recipe.
-        mask: the artifact.
+        masks: the artifact: one mask of all models, or masks of those that have one.
         further: parameters that are to be others than the recipe says.
     """
-    parameters = dict(task.parameters.items())
-    own = {"mask": mask, MASK_TENSOR: mask_name(task), **further}
-    return with_fields(task, parameters=parameters | own)
+    shared = dict(task.parameters.items()) | {MASK_TENSOR: mask_name(task), **further}
+    of_models = {}
+    for model, values in task.input_parameters.items():
+        has_mask = not masks.models or str(model) in masks.models
+        own = {"mask": masks.path if has_mask else None, MASK_MODEL: str(model)}
+        of_models[model] = {**values, **own} if model != task.base_model else values
+    return with_fields(task, parameters=shared, input_parameters=of_models)

@@ -119,8 +119,8 @@ def _refused(planned: PlannedMerge, values: dict[str, Any], task: Any) -> Iterat
         )
     models = [model for model in task.model_order if model != task.base_model]
     if models:
-        learning = not planned.settings.mask and planned.settings.max_steps != 0
-        problem = fusing_problem(values, models, learning)
+        learned = planned.learned(models) if planned.settings.max_steps != 0 else ()
+        problem = fusing_problem(values, models, learned)
         if problem:
             yield f"parameters.fusion: {problem}"
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 import torch
+from torch import Tensor
 
 from ..common.errors import RecipeError, raise_together
 from ..common.machine import memory_for
@@ -23,10 +24,15 @@ from ..learner.checkpoints import (
 from ..learner.learning_model import LearningModel
 from ..learner.loop import step_count
 from ..learner.stopping import LearningDiverged
-from ..mask.artifact import MASKS_FILE, MaskSet
+from ..mask.artifact import MaskSet
+from ..mask.artifact_files import MASKS_FILE
+from ..mask.file_content import Content
+from ..mask.format import stored_name
+from ..mask.granularity import Layout
 from ..mask.writing import copy_masks, without_mask, write_masks
 from .forecast import forecast
-from .learning_data import SafetyData
+from .given_masks import Given, is_one_for_all
+from .learning_data import MaskInputs
 from .places import File, check_room
 from .plan import PlannedMerge
 from .provenance import (
@@ -43,7 +49,7 @@ CHECKING = "checking models and data"
 
 def mask_for(
     planned: PlannedMerge,
-    inputs: SafetyData | MaskSet,
+    inputs: MaskInputs,
     folder: str,
     files: Sequence[File] = (),
     timer: Timer | None = None,
@@ -52,7 +58,7 @@ def mask_for(
 
     Args:
         planned: the merge.
-        inputs: the mask that it was given, or what it is learned from; see ``merge_inputs``.
+        inputs: the masks that it was given, and what others are learned from.
         folder: of the mask.
         files: what is written afterwards, for which there must be room too.
         timer: gets the seconds of each phase.
@@ -61,13 +67,14 @@ def mask_for(
         RecipeError: what keeps the mask from being learned or written.
     """
     group = processes(own_device(planned.options.device))
-    if isinstance(inputs, MaskSet):
-        needed = [*files, ("the mask", folder, os.path.getsize(inputs.path))]
+    if inputs.data is None:
+        paths = {own.masks.path for own in inputs.given.values()}
+        needed = [*files, ("the mask", folder, sum(map(os.path.getsize, paths)))]
         group.first_does(lambda: check_room(needed))
-        return MaskSet.open(group.first_does(lambda: _stored(planned, inputs, folder)))
+        return MaskSet.open(group.first_does(lambda: _stored(planned, inputs.given, folder)))
     timer = Timer() if timer is None else timer
     with timer.phase(CHECKING):
-        fingerprint = learning_fingerprint(planned, inputs)
+        fingerprint = learning_fingerprint(planned, inputs.data, inputs.given)
         _check_agreement(planned, fingerprint, group)
     # The first process decides for all: another may see an older state of a network's disk.
     if group.first_does(lambda: _is_known(planned, folder, fingerprint)):
@@ -127,29 +134,54 @@ def _is_known(planned: PlannedMerge, folder: str, fingerprint: dict[str, Any]) -
     return not differing
 
 
-def _stored(planned: PlannedMerge, masks: MaskSet, folder: str) -> str:
+def _stored(planned: PlannedMerge, given: Given, folder: str) -> str:
     """Store given masks in a folder, unless they are those in it; return their place."""
     place = os.path.join(folder, MASKS_FILE)
-    if os.path.exists(place) and os.path.samefile(place, masks.path):
-        return masks.path
     aside = os.path.realpath(f"{folder}.before")
-    if os.path.exists(place) and os.path.realpath(masks.path).startswith(aside + os.sep):
+    for own in given.values():
+        path = own.masks.path
+        if os.path.exists(place) and os.path.samefile(place, path):
+            if is_one_for_all(planned, given):
+                return path
+            put_aside = folder
+        elif os.path.exists(place) and os.path.realpath(path).startswith(aside + os.sep):
+            put_aside = aside
+        else:
+            continue
         raise RecipeError(
-            f"mask {masks.path} is where the mask in {folder} would be put aside: move it to "
-            "another folder first"
+            f"mask {path} is in {put_aside}, which is put aside or replaced by the masks of this "
+            "merge: move it to another place, and name it there"
         )
-    return copy_masks(folder, masks, provenance_of_use(planned, masks)).path
+    record = provenance_of_use(planned, given)
+    if is_one_for_all(planned, given):
+        masks = next(iter(given.values())).masks
+        return copy_masks(folder, masks, {**record, "origin": masks.provenance}).path
+    content = _content_of(planned, given)
+    written = write_masks(folder, (), aliases={}, provenance=record, history=[], content=content)
+    return written.path
+
+
+def _content_of(planned: PlannedMerge, given: Given) -> Content:
+    """Return the masks of models that have one, as they were given, to be stored together."""
+    models = [m for m in planned.models if m in given or m in planned.learners]
+    content = Content(sorted(map(str, models)))
+    for model, own in given.items():
+        if not own.is_start:
+            content.copy(own.masks, content.models.index(str(model)))
+    return content
 
 
 def _learned_mask(
     planned: PlannedMerge,
     folder: str,
-    data: SafetyData,
+    inputs: MaskInputs,
     fingerprint: dict[str, Any],
     group: Processes,
     files: Sequence[File],
     timer: Timer,
 ) -> MaskSet:
+    data, given = inputs.data, inputs.given
+    assert data is not None
     with learning_folder(folder, group) as place, ExitStack() as ending:
         for note in filter(None, [*data.notes, data.cut_text(planned.settings.max_length)]):
             _say(planned, f"somf: {note}")
@@ -158,7 +190,7 @@ def _learned_mask(
             needed = [*files, *expected.files(folder)]
             group.first_does(lambda: check_room(needed))
             _say(planned, f"somf: {expected.line}")
-            learning, setup, ways = training_setup(planned, folder, data, expected, group, ending)
+            learning, setup, ways = training_setup(planned, folder, inputs, expected, group, ending)
         minutes = planned.options.machine.checkpoint_minutes
         checkpoints = Checkpoints(place, fingerprint, learning.masked, group, seconds=60 * minutes)
         progress = checkpoints.latest()
@@ -167,9 +199,14 @@ def _learned_mask(
 
         def artifact(named: str, compared: HeldOut | str, **further: Any) -> MaskSet:
             history = progress.history
-            record = provenance(planned, data, fingerprint, history, learning.masked, compared)
+            record = provenance(
+                planned, data, fingerprint, history, learning.masked, compared, given
+            )
             record |= {"learned_with": ways, **further}
-            return _written(named, learning, group, record, history)
+            content = None
+            if given or len(planned.learned(planned.models)) > 1:
+                content = _content_of(planned, given)
+            return _written(named, learning, group, record, history, content)
 
         quiet = planned.options.quiet or not group.is_first
         try:
@@ -201,23 +238,45 @@ def _written(
     group: Processes,
     record: dict[str, Any],
     history: list[dict[str, Any]],
+    content: Content | None,
 ) -> MaskSet:
-    """Return the learned mask, which the first process writes into ``folder``."""
-    tensors = learning.masked
-    # All processes take part where each has a share of a mask.
-    probabilities = ((t.name, torch.sigmoid(t.whole())) for t in tensors)
+    """Return the learned mask, which the first process writes into ``folder``.
+
+    Where models have masks of their own, ``content`` has those that were not learned.
+    """
+    aliases: dict[str, str] = {}
+    layouts: dict[str, Layout] = {}
+
+    def stored(name: str, models: Sequence[Any]) -> str:
+        """Return under which name a mask is stored, and let its further names be aliases."""
+        numbers = [content.models.index(str(m)) for m in models] if content else [None]
+        for alias in (name, *(a for a, of in learning.aliases.items() if of == name)):
+            for number in numbers:
+                own = stored_name(alias, number)
+                if own != stored_name(name, numbers[0]):
+                    aliases[own] = stored_name(name, numbers[0])
+        return stored_name(name, numbers[0])
+
+    def probabilities() -> Iterator[tuple[str, Tensor]]:
+        for tensor in learning.masked:
+            # All processes take part where each has a share of a mask.
+            for models, logits in tensor.wholes():
+                name = stored(tensor.name, models)
+                layouts[name] = tensor.layout
+                yield name, torch.sigmoid(logits)
+
     if group.is_first:
-        layouts = {t.name: t.layout for t in tensors}
         write_masks(
             folder,
-            probabilities,
-            aliases=learning.aliases,
-            repeats={n: (at.axis, at.repeat) for n, at in layouts.items() if at.repeat > 1},
+            probabilities(),
+            aliases=aliases,
+            layouts=layouts,
             provenance=record,
             history=history,
+            content=content,
         )
     else:
-        collections.deque(probabilities, maxlen=0)
+        collections.deque(probabilities(), maxlen=0)
     group.wait()
     return MaskSet.open(folder)
 

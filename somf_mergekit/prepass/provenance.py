@@ -13,21 +13,22 @@ from ..common.digests import file_digest, json_digest
 from ..common.requirements import versions
 from ..data.held_out import KEY, HeldOut
 from ..learner.tensors import MaskedTensor
-from ..mask.artifact import MaskSet
 from ..mask.published import pinned_id
 from ..recipe.blocks import plain
-from ..recipe.settings import MASK_TENSOR, OBSERVER
+from ..recipe.settings import INTERNAL
 from .data_fit import cut_counts
+from .given_masks import Given
 from .learning_data import SafetyData
 from .plan import PlannedMerge, gather_task
-from .task_vectors import content_fingerprint
+from .weight_files import content_fingerprint
 
 # Settings that choose how a learned mask is used, not which mask is learned.
 _USE_ONLY = (
     "mask",
+    "learn",
+    "mask_transfer",
     "mask_kind",
-    MASK_TENSOR,
-    OBSERVER,
+    *INTERNAL,
     *(f"{what}_eval" for what in ("safety", "harmless", "pairs", "skill")),
 )
 # Settings that only say where the data is, or stand for others: what decides a mask is what is read
@@ -46,10 +47,15 @@ _CURVE_STEPS = 10
 _CURVES = ("loss", "accuracy", "margin", "utility")
 
 
-def learning_fingerprint(planned: PlannedMerge, data: SafetyData) -> dict[str, Any]:
+def learning_fingerprint(planned: PlannedMerge, data: SafetyData, given: Given) -> dict[str, Any]:
     """Return everything that decides a learned mask, as JSON.
 
     Names and places of models are not in it: what counts is what is in their files.
+
+    Args:
+        planned: the merge.
+        data: what the mask is learned from.
+        given: masks that are not learned, or that learning starts from.
 
     Raises:
         RecipeError: a model's files or tokenizer can't be read.
@@ -63,6 +69,11 @@ def learning_fingerprint(planned: PlannedMerge, data: SafetyData) -> dict[str, A
         "chat template": json_digest(planned.tokenizer.chat_template),
         "data": json_digest([[p.prompt, p.chosen, p.rejected] for p in data.pairs]),
         "held-out data": json_digest([[p.prompt, p.chosen, p.rejected] for p in data.held_out]),
+        "learned models": [planned.models.index(model) for model in planned.learners],
+        "given masks": [
+            [planned.models.index(m), own.masks.header.digest, own.masks.model, own.is_start]
+            for m, own in given.items()
+        ],
         "utility data": json_digest([[e.prompt, e.chosen] for e in data.utility]),
         "settings": {k: v for k, v in settings.items() if k not in _STAND_INS},
         "parameters of the tensors": json_digest([_resolved(planned, *t) for t in planned.tensors]),
@@ -88,14 +99,19 @@ def recorded_date(fingerprint: Any) -> str | None:
 def resolved_learning(planned: PlannedMerge) -> list[Any]:
     """Return what of a recipe decides its mask, as JSON, as far as the recipe itself says."""
     settings = planned.settings.model_dump(exclude={*_USE_ONLY, "preset"})
-    return [settings, [_resolved(planned, *tensor) for tensor in planned.tensors]]
+    of_models = {str(model): own for model, own in planned.of_models.items()}
+    return [settings, of_models, [_resolved(planned, *tensor) for tensor in planned.tensors]]
 
 
 def _resolved(planned: PlannedMerge, weight: Any, task: Any) -> list[Any]:
     """Return how mergekit makes a tensor: from which tensors, in which way."""
     shared = {k: v for k, v in task.parameters.items() if k not in _USE_ONLY and v is not None}
     per_model = [
-        sorted((k, v) for k, v in task.input_parameters.get(model, {}).items() if v is not None)
+        sorted(
+            (k, v)
+            for k, v in task.input_parameters.get(model, {}).items()
+            if k not in _USE_ONLY and v is not None
+        )
         for model in task.model_order
     ]
     numbers = [planned.models.index(model) for model in task.model_order]
@@ -138,6 +154,7 @@ def provenance(
     history: Sequence[dict[str, Any]],
     tensors: Sequence[MaskedTensor],
     compared: HeldOut | str,
+    given: Given,
 ) -> dict[str, Any]:
     """Return what is recorded with a mask, as JSON: no text of the data is in it.
 
@@ -148,6 +165,7 @@ def provenance(
         history: a row per step of learning.
         tensors: that have a mask.
         compared: what the held-out pairs say, or why they say nothing.
+        given: masks that are not learned, or that learning started from.
     """
     settings = planned.settings
     return {
@@ -174,7 +192,9 @@ def provenance(
         "seed": settings.seed,
         "steps": len(history),
         "tensors": len(tensors),
-        "entries": sum(math.prod(tensor.layout.shape) for tensor in tensors),
+        "entries": sum(len(t.models) * math.prod(t.layout.shape) for t in tensors),
+        "learned": [str(model) for model in planned.learners],
+        "masks": _recorded(given),
         "training": {
             "first_steps": _curve_mean(history[:_CURVE_STEPS]),
             "last_steps": _curve_mean(history[-_CURVE_STEPS:]),
@@ -185,21 +205,33 @@ def provenance(
     }
 
 
-def provenance_of_use(planned: PlannedMerge, masks: MaskSet) -> dict[str, Any]:
-    """Return what is recorded with a mask that another recipe learned, as JSON.
-
-    Of a published one, ``mask_pinned`` names the commit that was taken, ORGANISATION/NAME@COMMIT.
-    """
-    settings = planned.settings
+def provenance_of_use(planned: PlannedMerge, given: Given) -> dict[str, Any]:
+    """Return what is recorded with masks that other recipes learned, as JSON."""
+    cache_dir = planned.options.machine.cache_dir
     return {
         "recipe": planned.recipe,
         "base_model": str(planned.base_model),
-        "models": [str(model) for model in planned.models],
+        "models": {str(m): content_fingerprint(m, cache_dir) for m in planned.models},
         "settings": recorded_settings(planned),
-        "mask": settings.mask,
-        "mask_pinned": pinned_id(masks.path),
-        "origin": masks.provenance,
+        "masks": _recorded(given),
         "versions": versions(),
+    }
+
+
+def _recorded(given: Given) -> dict[str, Any]:
+    """Return where the masks that a recipe gives are from, by model.
+
+    Of a published one, ``pinned`` names the commit that was taken, ORGANISATION/NAME@COMMIT.
+    """
+    return {
+        str(model): {
+            "source": own.source,
+            "pinned": pinned_id(own.masks.path),
+            "digest": own.masks.header.digest,
+            "is_start": own.is_start,
+            "provenance": own.provenance,
+        }
+        for model, own in given.items()
     }
 
 

@@ -1,24 +1,26 @@
 """The checkpoints of a planned merge, read through mergekit's own loaders."""
 
-import hashlib
-import os
 from collections.abc import Iterator
 
 from mergekit.common import ModelReference
 from mergekit.graph import Executor
-from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods import TensorEntry, TensorGroup, TensorMetadata
 from torch import Tensor
 
-from ..common.digests import file_digests
 from ..common.errors import RecipeError
 from ..fusion.groups import are_equal, is_shared_buffer, not_finite
-from ..fusion.merges import LinearMerge, LoadedTensor, merge_of
-from .plan import PlannedMerge, gather_task, task_parameters
+from ..fusion.masked_fusion import merge_of
+from ..fusion.merges import LinearMerge, LoadedTensor
+from .given_masks import Given
+from .plan import PlannedMerge, gather_task, mask_name, task_parameters
 
 
-def loaded_tensors(planned: PlannedMerge) -> Iterator[LoadedTensor]:
+def loaded_tensors(planned: PlannedMerge, given: Given) -> Iterator[LoadedTensor]:
     """Yield every tensor of the merge that takes part in a text.
+
+    Args:
+        planned: the merge.
+        given: masks that are not learned, or that learning starts from.
 
     Raises:
         RecipeError: a weight is NaN or infinite.
@@ -50,7 +52,13 @@ def loaded_tensors(planned: PlannedMerge) -> Iterator[LoadedTensor]:
         parameters = task_parameters(task)
         changed = any(not are_equal(entry.tensor, base) for entry in group.non_base)
         is_number = base.is_floating_point() and not shared
-        merge = merge_of(group, parameters) if is_number else None
+        learned = planned.learned([entry.id for entry in group.non_base])
+        own = given if planned.may_get_mask(weight.name) else {}
+        merge = None
+        if is_number:
+            factors = {m: mask.factors(mask_name(task), parameters) for m, mask in own.items()}
+            fixed = {model: factor for model, factor in factors.items() if factor}
+            merge = merge_of(group, parameters, learned, fixed)
         if not changed and isinstance(merge, LinearMerge) and merge.start is base:
             merge = None
         yield LoadedTensor(
@@ -58,31 +66,16 @@ def loaded_tensors(planned: PlannedMerge) -> Iterator[LoadedTensor]:
             shape=tuple(base.shape),
             base=base,
             merge=merge,
+            learned=learned if merge else (),
+            starts=tuple(
+                own[models[0]].start(mask_name(task)) if models[0] in own else None
+                for models in learned
+            ),
             changed=changed,
             parameters=parameters,
             vocabulary_axis=weight.vocabulary_axis,
             aliases=tuple(aliases.get(weight.name, ())),
         )
-
-
-def content_fingerprint(model: ModelReference, cache_dir: str | None = None) -> str:
-    """Return a SHA-256 over the contents of a model's weight files.
-
-    Args:
-        model: its loader must be set up.
-        cache_dir: see ``file_digests``.
-
-    Raises:
-        RecipeError: one can't be read.
-    """
-    index = LoaderCache().get(model).index
-    files = sorted(set(index.tensor_paths.values()))
-    try:
-        paths = [os.path.join(index.base_path, file) for file in files]
-        digests = file_digests(paths, cache_dir)
-    except OSError as error:
-        raise RecipeError(f"model {model}: a file of its weights can't be read: {error}") from error
-    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
 def unchanged_models(planned: PlannedMerge) -> list[ModelReference]:

@@ -18,15 +18,15 @@ from ..learner.engine import ResidentEngine
 from ..learner.layered import StreamingImpossible
 from ..learner.learning_model import LearningModel, Placement, learning_model
 from ..learner.loop import StepReport, learn_logits
+from ..learner.parts import Content
 from ..learner.stopping import LearningDiverged, LearningInterrupted, stop_requests
 from ..learner.stores import MappedFiles, PinnedMemory, Store
 from ..learner.streaming import StreamingEngine
-from ..learner.tensors import Content
 from ..learner.training_setup import TrainingSetup, held_out_margins
 from ..mask.artifact import MaskSet
 from ..mask.census import MaskCensus
 from .forecast import Forecast
-from .learning_data import SafetyData
+from .learning_data import MaskInputs
 from .plan import PlannedMerge
 from .provenance import recorded_settings
 from .task_vectors import loaded_tensors
@@ -38,7 +38,7 @@ _NAMED = 5
 def training_setup(
     planned: PlannedMerge,
     folder: str,
-    data: SafetyData,
+    inputs: MaskInputs,
     expected: Forecast,
     group: Processes,
     ending: ExitStack,
@@ -50,7 +50,7 @@ def training_setup(
     Args:
         planned: the recipe.
         folder: where the mask will be put.
-        data: its data.
+        inputs: its data, and the masks that it was given.
         expected: its forecast, with the engine.
         group: this process among those that learn.
         ending: gives back, when learning ends, what must be given back.
@@ -58,7 +58,8 @@ def training_setup(
     Raises:
         RecipeError: the engine can't run the merge, or something is wrong with the models.
     """
-    options, chosen = planned.options, expected.engine
+    options, chosen, data = planned.options, expected.engine, inputs.data
+    assert data is not None
     device = own_device(options.device)
     store = weight_store(device, folder) if chosen == machine.STREAMING else None
     if isinstance(store, PinnedMemory):
@@ -71,7 +72,7 @@ def training_setup(
     )
     learning = learning_model(
         planned.out_config,
-        loaded_tensors(planned),
+        loaded_tensors(planned, inputs.given),
         planned.settings,
         {weight.name for weight, _ in planned.text_tensors if planned.may_get_mask(weight.name)},
         placement,
@@ -189,14 +190,16 @@ def learned_line(masks: MaskSet, compared: HeldOut | str) -> str:
     steps = masks.provenance["steps"]
     parts = [f"learned in {steps:,} steps"]
     parts += [f"no held-out pairs: {compared}" if isinstance(compared, str) else compared.line]
-    collapses = MaskCensus(masks).collapses()
-    tensors = {name for collapse in collapses for name in collapse.tensors}
-    if steps and tensors:
-        ways = ", ".join(f"{c.what} {len(c.tensors):,}" for c in collapses)
-        parts += [
-            f"the masks of {len(tensors):,} of {len(masks.names()):,} tensors have collapsed "
-            f"({ways})"
-        ]
+    for model, own in masks.each():
+        collapses = MaskCensus(own).collapses()
+        tensors = {name for collapse in collapses for name in collapse.tensors}
+        if steps and tensors:
+            ways = ", ".join(f"{c.what} {len(c.tensors):,}" for c in collapses)
+            whose = f"{model}: " if model else ""
+            parts += [
+                f"{whose}the masks of {len(tensors):,} of {len(own.names()):,} tensors have "
+                f"collapsed ({ways})"
+            ]
     return "; ".join(parts)
 
 

@@ -15,6 +15,7 @@ from mergekit.merge_methods.base import (
 from ..common.errors import RecipeError
 from ..fusion.fuse import fused, masked_group
 from ..fusion.fusion_methods import known_fusions, takes_base
+from ..fusion.merges import Learned
 from .settings import parameters
 
 # The value of a parameter without a default where only the kind of a fusion is asked for.
@@ -43,7 +44,9 @@ def name_problem(fusion: str) -> str | None:
     return f"{fusion} has parameters that somf has too ({', '.join(shared)}): it can't be used here"
 
 
-def fusing_problem(values: Mapping[str, Any], models: Sequence[Any], learning: bool) -> str | None:
+def fusing_problem(
+    values: Mapping[str, Any], models: Sequence[Any], learned: Learned
+) -> str | None:
     """Return a sentence where the fusion refuses these parameters, or can't be learned through.
 
     It is tried on small random tensors: nothing is loaded.
@@ -51,14 +54,19 @@ def fusing_problem(values: Mapping[str, Any], models: Sequence[Any], learning: b
     Args:
         values: parameters as for ``fused``.
         models: ids of the fine-tuned models.
-        learning: whether a mask is to be learned through the fusion.
+        learned: the models of each mask that is to be learned through the fusion.
     """
     try:
-        differentiable = _is_differentiable(values, models)
+        differentiable = _is_differentiable(values, models, learned or (tuple(models),))
     except RecipeError as error:
         return error.message.removeprefix("(trial): ")
-    if differentiable or not learning:
+    if differentiable or not learned:
         return None
+    if len(learned) > 1 and _is_differentiable(values, models, (tuple(models),)):
+        return (
+            f"the fusion {values['fusion']} can't tell these models apart, so no mask can be "
+            "learned for each; set `mask_sharing: shared`"
+        )
     return (
         f"the fusion {values['fusion']} can't be differentiated, so no mask can be learned through "
         f"it. Learn with one of {', '.join(_differentiable(len(models)))}; a learned mask can be "
@@ -91,19 +99,22 @@ def weights_problem(values: Mapping[str, Any], models: Sequence[Any]) -> str | N
     )
 
 
-def _is_differentiable(values: Mapping[str, Any], models: Sequence[Any]) -> bool:
+def _is_differentiable(values: Mapping[str, Any], models: Sequence[Any], learned: Learned) -> bool:
     draw = torch.Generator().manual_seed(0)
     group = _trial_group(models, draw)
-    factor = (0.5 + torch.rand(6, 8, generator=draw)).requires_grad_()
+    factors = [(0.5 + torch.rand(6, 8, generator=draw)).requires_grad_() for _ in learned]
+    of_models = {
+        model: (factor,) for own, factor in zip(learned, factors, strict=True) for model in own
+    }
     with torch.enable_grad():
-        result = fused(masked_group(group, factor), values)
+        result = fused(masked_group(group, of_models), values)
         if not result.requires_grad:
             return False
         try:
-            (gradient,) = torch.autograd.grad(result.square().sum(), factor, allow_unused=True)
+            found = torch.autograd.grad(result.square().sum(), factors, allow_unused=True)
         except RuntimeError:
             return False
-    return gradient is not None and bool(torch.isfinite(gradient).all())
+    return all(own is not None and bool(torch.isfinite(own).all()) for own in found)
 
 
 def _trial_group(models: Sequence[Any], draw: torch.Generator) -> TensorGroup:
@@ -126,6 +137,6 @@ def _differentiable(models: int) -> list[str]:
         if count_problem(name, models) or name_problem(name):
             continue
         with contextlib.suppress(RecipeError):
-            if _is_differentiable(values, range(models)):
+            if _is_differentiable(values, range(models), (tuple(range(models)),)):
                 found.append(name)
     return found

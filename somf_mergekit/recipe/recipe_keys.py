@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from .blocks import plain
 from .schema import nearest
-from .settings import MASK_TENSOR, OBSERVER, parameters
+from .settings import INTERNAL, parameters
 
 _MERGE_KEY = "tag:yaml.org,2002:merge"
 
@@ -104,7 +104,7 @@ def _parameter_names() -> set[str]:
     """Return the names of all parameters that a recipe of a registered method may have."""
     methods = registry.registered_methods()
     registered = {spec.name for method in methods for spec in method.spec.parameters}
-    return ({parameter.name for parameter in parameters()} | registered) - {MASK_TENSOR, OBSERVER}
+    return ({parameter.name for parameter in parameters()} | registered) - {*INTERNAL}
 
 
 def _choices(kind: Any) -> list[Any]:

@@ -17,7 +17,8 @@ class Parameter:
 
     Marks in the field's ``json_schema_extra``: ``merge``, what the merge method itself needs;
     ``per_tensor``, what may differ between tensors (filters, gradients over layers);
-    ``per_model``, what is said of one model.
+    ``per_model``, what is said of one model; ``for_models``, what is said of one model, or at the
+    top for all that do not say it.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Parameter:
     merge: bool
     per_tensor: bool
     per_model: bool
+    for_models: bool = False
 
     @property
     def is_pattern(self) -> bool:
@@ -37,6 +39,11 @@ class Parameter:
     def is_whole(self) -> bool:
         """Whether the value is a whole number."""
         return TypeAdapter(self.value_type).json_schema().get("type") == "integer"
+
+    @property
+    def is_truth(self) -> bool:
+        """Whether the value is true or false."""
+        return self.value_type in (bool, bool | None)
 
     @property
     def type_text(self) -> str:
@@ -70,6 +77,7 @@ def parameters_of(settings: type[BaseModel]) -> list[Parameter]:
                 merge=bool(marks.get("merge")),
                 per_tensor=bool(marks.get("per_tensor")),
                 per_model=bool(marks.get("per_model")),
+                for_models=bool(marks.get("for_models")),
             )
         )
     return found
@@ -127,7 +135,10 @@ def pattern_text(value: Any) -> Any:
 def _schema_text(schema: Mapping[str, Any]) -> str:
     if "enum" in schema or "const" in schema:
         return " or ".join(f"`{c}`" for c in schema.get("enum", [schema.get("const")]))
-    name = {"integer": "a whole number", "number": "a number", "string": "text"}[schema["type"]]
+    names = {"integer": "a whole number", "number": "a number", "string": "text"}
+    if schema["type"] == "boolean":
+        return "true or false"
+    name = names[schema["type"]]
     bounds = [
         f"{sign} {_number_text(schema[key])}"
         for key, sign in (
@@ -164,7 +175,8 @@ def value_problems(
     if parameter.per_model and not per_model:
         yield f"{where}: is said of one model; move it to the `parameters:` of that model"
         return
-    if not (varies or parameter.per_model or at_top):
+    may_be_inside = varies or parameter.per_model or (parameter.for_models and per_model)
+    if not (may_be_inside or at_top):
         yield f"{where}: belongs to the recipe as a whole; move it to the top `parameters:`"
         return
     if not varies and not isinstance(value, (bool, int, float, str)):
@@ -180,8 +192,8 @@ def value_problems(
     for leaf in leaves(value):
         try:
             # pydantic takes true for 1; 1e-3, which YAML reads as text, is a number all the same.
-            if isinstance(leaf, bool):
-                raise ValueError("a truth value")
+            if isinstance(leaf, bool) != parameter.is_truth:
+                raise ValueError("a truth value, or none")
             adapter.validate_python(leaf)
         except (ValidationError, ValueError):
             yield f"{where}: {leaf!r} is not {parameter.type_text}"

@@ -19,12 +19,14 @@ GROUPS = {
     "safety_eval": "What the report measures",
 }
 # No keys of a recipe: the planner's own for a tensor, with the name of its mask (that of the base's
-# tensor, also where layers are stacked in another order), and what observes it for the report.
-MASK_TENSOR, OBSERVER = "mask_tensor", "observer"
+# tensor), which of an artifact's models a mask is of, and what observes it for the report.
+MASK_TENSOR, MASK_MODEL, OBSERVER = "mask_tensor", "mask_model", "observer"
+INTERNAL = (MASK_TENSOR, MASK_MODEL, OBSERVER)
 
 # Marks of a parameter, see ``declared.Parameter``.
 _MERGE: dict[str, Any] = {"merge": True}
 _PER_TENSOR: dict[str, Any] = {"merge": True, "per_tensor": True}
+_FOR_MODELS: dict[str, Any] = {"merge": True, "for_models": True}
 # Of objectives that take sums over an answer's tokens, where ``dpo_norm`` has means: as published
 # (arXiv 2405.09055).
 _BETA_OF_SUMS = 0.1
@@ -56,9 +58,27 @@ class Settings(BaseModel):
     mask: str | None = Field(
         None,
         min_length=1,
-        json_schema_extra=_MERGE,
-        description="A learned mask: its folder or file, or the hub id of a published one, "
-        "`org/name` or `org/name@revision`. Nothing is learned.",
+        json_schema_extra=_FOR_MODELS,
+        description="A learned mask, used as it is: folder, file, or hub id of a published one, "
+        "`org/name` or `org/name@revision`. Of one model, or at the top of all without their own.",
+    )
+    learn: bool | None = Field(
+        None,
+        json_schema_extra={"merge": True, "per_model": True},
+        description="Whether a model's mask is learned, from where its `mask` is if it has one; "
+        "where not given, those without one are learned if there is a `safety_dataset`. A model "
+        "with neither is merged without a mask.",
+    )
+    mask_transfer: bool = Field(
+        False,
+        json_schema_extra=_FOR_MODELS,
+        description="Allow a `mask` that was learned for other models, or on another base: it is "
+        "not known to do any good.",
+    )
+    mask_sharing: Literal["shared", "per_model"] = Field(
+        "shared",
+        description="`shared`: one mask is learned for all models; `per_model`: one for each, all "
+        "together.",
     )
     preset: Literal["paper"] | None = Field(
         None,
@@ -71,11 +91,12 @@ class Settings(BaseModel):
         description="The mergekit method that fuses the masked models, any that is registered; its "
         "own parameters keep their meaning.",
     )
-    granularity: Literal["weight", "row", "column", "head", "tensor"] = Field(
+    granularity: Literal["weight", "row", "column", "row_column", "head", "tensor"] = Field(
         "row",
         json_schema_extra=_PER_TENSOR,
         description="What one entry of the mask covers: one weight, a row (output), a column "
-        "(input), an attention head (rows in other tensors), or the whole tensor.",
+        "(input), an attention head (rows in other tensors), or the whole tensor; `row_column`: "
+        "the product of an entry for the row and one for the column (rows in embeddings).",
     )
     mask_kind: Literal["soft", "binary", "sampled", "bernoulli"] = Field(
         "soft",

@@ -21,6 +21,7 @@ from ..common.requirements import check_versions
 from ..fusion.fusion_methods import known_fusions, takes_base
 from .blocks import model_blocks, parameter_blocks
 from .fusion_check import count_problem, name_problem
+from .mask_check import mask_problems
 from .model_check import check_models
 from .recipe_keys import key_problems
 from .schema import leaves, nearest, value_problems
@@ -220,16 +221,7 @@ def recipe_problems(config: Any) -> list[str]:
                     f"{where}: unknown parameter{nearest(key, [*own, *theirs])}; neither somf nor "
                     f"{fusion} has it"
                 )
-    if "mask" in top and "safety_dataset" in top:
-        problems.append(
-            "parameters.mask and parameters.safety_dataset are both given: a mask is already "
-            "learned, so remove one of them"
-        )
-    if "mask" not in top and "safety_dataset" not in top:
-        problems.append(
-            "parameters.safety_dataset is missing: name preference pairs to learn the mask on, or "
-            "a learned mask with parameters.mask"
-        )
+    problems += mask_problems(config)
     return problems
 
 

@@ -10,7 +10,7 @@ from mergekit.config import MergeConfiguration
 from ..common.files import write_whole
 from ..evaluate.evaluation_table import value_table
 from .content import Report
-from .report_text import held_out_verdict, learned_from, mask_line, opening
+from .report_text import given_lines, held_out_verdict, learned_from, mask_line, opening
 
 CARD, TEXT_FILE = "README.md", "report.md"
 _BEGIN, _END = "<!-- somf: begin -->", "<!-- somf: end -->"
@@ -84,6 +84,7 @@ def _mask(report: Report) -> list[str]:
     learned = learned_from(report.recorded)
     if learned:
         lines.append(f"learned in {learned}")
+    lines += given_lines(report)
     collapses = report.census.collapses() if report.census else []
     return [*lines, *(f"{len(c.tensors):,} tensors: {c.what} ({c.meaning})" for c in collapses)]
 

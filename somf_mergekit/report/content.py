@@ -43,7 +43,8 @@ class Report:
         seconds: of each phase.
         evaluation: of the merge beside the plain fusion and the base.
         history: a row per step of learning.
-        census: of the masks of the tensors that were merged; None where none had one.
+        censuses: of the masks of the tensors that were merged, by model, or under None where one
+            mask is of all; none where no tensor had one.
         has_figure: whether there are plots.
         peak_memory: bytes, ``process`` and, on a GPU, ``device``.
         failures: what could not be made and why.
@@ -57,11 +58,16 @@ class Report:
     seconds: dict[str, float]
     evaluation: Evaluation | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
-    census: MaskCensus | None = None
+    censuses: dict[str | None, MaskCensus] = field(default_factory=dict)
     has_figure: bool = False
     peak_memory: dict[str, int] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     pinned: str | None = None
+
+    @property
+    def census(self) -> MaskCensus | None:
+        """Of all masks together; None where no tensor had one."""
+        return MaskCensus.combined([*self.censuses.values()]) if self.censuses else None
 
     @property
     def unmasked(self) -> int:
@@ -136,11 +142,12 @@ def report_json(report: Report) -> dict[str, Any]:
         },
         "mask": {
             "origin": report.origin,
-            "given": settings.mask,
+            "given": {str(model): source for model, source in report.planned.given.items()},
             "pinned": report.pinned,
             "tensors": len(vectors.masked()),
             "tensors_without": report.unmasked,
             **(_mask_json(report.census) if report.census else {}),
+            "models": {m: _mask_json(own) for m, own in report.censuses.items() if m},
         },
         "task_vectors": {
             "groups": [_vectors_json(group, vectors.models) for group in vectors.kinds()],

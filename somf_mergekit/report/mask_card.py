@@ -9,7 +9,8 @@ from pydantic import BaseModel, ValidationError
 from ..common.console import aligned_table
 from ..common.errors import RecipeError, printable
 from ..data.held_out import recorded_held_out, verdict, why_none
-from ..mask.artifact import MASKS_FILE, MaskSet
+from ..mask.artifact import MaskSet
+from ..mask.artifact_files import MASKS_FILE
 from ..mask.census import MaskCensus
 from ..recipe.settings import METHOD_NAME, parameters
 from .report_text import held_out_table, learned_from, summary_table
@@ -19,6 +20,7 @@ _TAGS = ("mergekit", METHOD_NAME, "safety", "mask")
 _OF_LEARNING = (
     "fusion",
     "granularity",
+    "mask_sharing",
     "mask_noise",
     "temperature",
     "mask_rescale",
@@ -37,7 +39,7 @@ _OF_LEARNING = (
     "exclude",
 )
 # Of the parameters of a merge, those that a learned mask has settled.
-_SETTLED = ("mask", "granularity", "init_logit", "learning_rate")
+_SETTLED = ("mask", "learn", "granularity", "init_logit", "learning_rate")
 
 
 class _Dataset(BaseModel):
@@ -106,9 +108,11 @@ def mask_card(masks: MaskSet, name: str, hub_models: Sequence[str]) -> str:
     parts += ["## How it was learned", *_learning(masks.provenance, found)]
     parts += ["## What was measured", *_measured(masks.provenance, found)]
     parts += ["## How to use it", *_usage(found, name)]
-    census = MaskCensus(masks)
     parts += ["## What it keeps"]
-    parts += [summary_table([*census.groups("kind"), census.total()], "kind")]
+    for model, own in masks.each():
+        census = MaskCensus(own)
+        parts += [f"The mask of {model}:"] if model else []
+        parts += [summary_table([*census.groups("kind"), census.total()], "kind")]
     return printable("\n\n".join(parts) + "\n")
 
 
@@ -131,8 +135,8 @@ def _models(found: Recorded) -> Iterator[str]:
         rows.append([model, role, f"`{found.models[model]}`"])
     yield aligned_table(rows, labels=3)
     yield (
-        "It fits every model of the same tensors, and has been learned on these alone. A name "
-        "without an organisation was a folder."
+        "It has been learned for these models, and is refused for others, going by their files. A "
+        "name without an organisation was a folder."
     )
 
 
@@ -166,14 +170,16 @@ def _measured(recorded: Mapping[str, Any], found: Recorded) -> Iterator[str]:
 
 def _usage(found: Recorded, name: str) -> Iterator[str]:
     yield (
-        "A recipe for `mergekit-yaml`. Behind the mask's name, `@COMMIT` pins a version; other "
-        "fine-tuned models of the same base may stand in the place of these."
+        "A recipe for `mergekit-yaml`. Behind the mask's name, `@COMMIT` pins a version. Further "
+        "fine-tuned models of the same base may stand beside, each with a mask of its own or none."
     )
     yield f"```yaml\n{used_recipe(found.recipe, name)}```"
 
 
 def used_recipe(recipe: str, mask: str) -> str:
     """Return the recipe that a mask was learned with as one that uses it, YAML.
+
+    The mask of one model stands under it, so that others can be added.
 
     Args:
         recipe: the YAML text.
@@ -187,5 +193,10 @@ def used_recipe(recipe: str, mask: str) -> str:
         for key, value in (content.get("parameters") or {}).items()
         if ours.get(key, True) and key not in _SETTLED
     }
-    content["parameters"] = {"mask": mask, **kept}
+    models = content.get("models") or []
+    if len(models) == 1 and isinstance(models[0], dict):
+        models[0]["parameters"] = {**(models[0].get("parameters") or {}), "mask": mask}
+        content["parameters"] = kept
+    else:
+        content["parameters"] = {"mask": mask, **kept}
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

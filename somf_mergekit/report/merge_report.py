@@ -18,7 +18,8 @@ from ..common.timing import LEARNING, Timer
 from ..data.held_out import warn
 from ..evaluate.evaluation_sets import EvaluationSets
 from ..evaluate.for_recipe import measured
-from ..mask.artifact import MaskSet, masks_path, training_history
+from ..mask.artifact import MaskSet
+from ..mask.artifact_files import masks_path, training_history
 from ..mask.census import MaskCensus
 from ..mask.published import pinned_id
 from ..prepass.plan import PlannedMerge
@@ -85,9 +86,9 @@ def merge_with_report(
     """
     vectors, options = TaskVectors(), planned.options
     is_reported = options.machine.report != NO_REPORT
-    given, source = planned.settings.mask, masks.path
-    if given:
-        source = masks_path(given, options.transformers_cache)
+    # Masks that were put together have no curve, and are of several places.
+    given = () if masks.models else {*planned.given.values()}
+    source = next((masks_path(one, options.transformers_cache) for one in given), masks.path)
     with timer.phase("merging"):
         result = write(out, options, is_masked=True, observer=vectors if is_reported else None)
     if is_reported:
@@ -105,7 +106,7 @@ def merge_with_report(
 
 def _origin(planned: PlannedMerge, timer: Timer) -> str:
     """Return where a mask is from: ``given``, ``learned`` in this merge, or ``reused``."""
-    if planned.settings.mask:
+    if not planned.learners:
         return "given"
     return "learned" if LEARNING in timer else "reused"
 
@@ -131,9 +132,11 @@ def _write(
     with timer.phase("report"):
         with attempts.at("training curve"):
             report.history = training_history(os.path.dirname(source))
-        masked = report.vectors.masked()
         with attempts.at("distribution of the mask"):
-            report.census = MaskCensus(masks, masked) if masked else None
+            for model, own in masks.each():
+                masked = report.vectors.masked(model)
+                if masked:
+                    report.censuses[model] = MaskCensus(own, masked)
         with attempts.at("plots"):
             # An earlier merge into the same folder has left its own.
             (folder / FIGURE_FILE).unlink(missing_ok=True)

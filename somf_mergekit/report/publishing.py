@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from ..common.errors import noted, raise_together
-from ..mask.artifact import CARD_FILE, HISTORY_FILE, MASKS_FILE, PROVENANCE_FILE, MaskSet
+from ..mask.artifact import MaskSet
+from ..mask.artifact_files import CARD_FILE, HISTORY_FILE, MASKS_FILE, PROVENANCE_FILE
 from ..mask.published import is_hub_id, on_hub, push_files, push_problems
 from ..mask.writing import write_with_record
 from ..recipe.model_paths import hub_id

@@ -48,16 +48,32 @@ def opening(report: Report) -> str:
     settings, count = report.planned.settings, len(report.vectors.models)
     which = "model" if count == 1 else "models"
     origin = f"published as {report.pinned}" if report.pinned else _ORIGINS[report.origin]
+    own = [model for model in report.censuses if model]
+    how = "with masks of their own" if own else "with one mask"
+    if own and len(own) < count:
+        how += f", but {count - len(own)} without any"
     return (
         f"The task vectors of {count} {which}, their changes from {report.planned.base_model}, "
-        f"were masked with one mask ({origin}; used as `{settings.mask_kind}`, "
+        f"were masked {how} ({origin}; used as `{settings.mask_kind}`, "
         f"rescale `{settings.mask_rescale}`) and fused into it by `{settings.fusion}` "
         "([SOMF](https://arxiv.org/abs/2405.09055))."
     )
 
 
+def given_lines(report: Report) -> Iterator[str]:
+    """Yield of each model's mask that was put together with others what it was learned from."""
+    for model, given in (report.recorded.get("masks") or {}).items():
+        line = learned_from(given["provenance"]) or "it is not recorded from what"
+        where = f" (published as {given['pinned']})" if given.get("pinned") else ""
+        yield f"The mask of {model}{where} was learned before: {line}."
+
+
 def learned_from(recorded: Mapping[str, Any]) -> str | None:
-    """Return in a line what a mask was learned from, None where that is not recorded."""
+    """Return in a line what a mask was learned from, None where that is not recorded.
+
+    Args:
+        recorded: its provenance.
+    """
     data, utility = recorded.get("dataset"), recorded.get("utility_dataset") or {}
     if not data:
         return None
@@ -133,6 +149,7 @@ def _learning(report: Report) -> Iterator[str]:
     line = learned_from(report.recorded)
     if line:
         yield f"{line[0].upper()}{line[1:]}."
+    yield from given_lines(report)
     rows = curve_rows(report.history)
     if rows:
         yield _curve_table(rows)
@@ -193,17 +210,22 @@ def _mask(report: Report) -> Iterator[str]:
     yield "## What the mask keeps"
     line = mask_line(report)
     yield f"{line[0].upper()}{line[1:]}."
-    if report.census is None:
+    if not report.censuses:
         return
-    yield summary_table([*report.census.groups("kind"), report.census.total()], "kind")
-    yield summary_table(report.census.groups("layer"), "layer")
+    for model, census in report.censuses.items():
+        if model:
+            yield f"### The mask of {model}"
+        yield summary_table([*census.groups("kind"), census.total()], "kind")
+        yield summary_table(census.groups("layer"), "layer")
     yield (
         "Of the probabilities of a tensor's entries: a soft mask multiplies by the probability, a "
         "binary one keeps what is above 0.5. Under `mask_rescale: mean` both are divided by their "
         "mean over the tensor: then only differences inside a tensor count."
     )
     yield "### Masks that have collapsed"
-    yield collapse_list(report.census.collapses()) or "None."
+    for model, census in report.censuses.items():
+        found = collapse_list(census.collapses()) or "None."
+        yield f"Of {model}:\n\n{found}" if model else found
 
 
 def _task_vectors(report: Report) -> Iterator[str]:

@@ -6,7 +6,7 @@ which are in the processor's cache. A few inner products of each tensor are reco
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +14,7 @@ from mergekit.merge_methods.base import TensorGroup
 from torch import Tensor
 
 from ..common.errors import first_line
-from ..fusion.merges import Watch
+from ..fusion.masked_fusion import Watch
 from ..mask.census import grouped, natural
 
 
@@ -23,13 +23,13 @@ class TensorRecord:
     """What is known of one merged tensor.
 
     Attributes:
-        mask_name: the name under which its mask is stored; None where it has none.
+        masked: the names under which its masks are stored, by model; of those that have one.
         models: the fine-tuned ones.
         products: inner products of their task vectors and of the masked ones, (2, models, models),
             float64; None before any are known, NaN where they could not be taken.
     """
 
-    mask_name: str | None
+    masked: Mapping[str, str]
     models: tuple[str, ...]
     products: Tensor | None = None
 
@@ -38,11 +38,11 @@ class TensorRecord:
 
         Args:
             vectors: task vectors, (models, rows, ...); written over.
-            factor: of these rows, see ``masking.mask_factor``.
+            factor: of these rows, see ``masking.mask_factor``; broadcasts to the vectors.
         """
         flat = vectors.view(len(vectors), -1)
         before = after = flat @ flat.T
-        if self.mask_name is not None:
+        if self.masked:
             vectors.mul_(factor)
             after = flat @ flat.T
         products = torch.stack([before, after]).double()
@@ -95,16 +95,16 @@ class TaskVectors:
     tensors: dict[str, TensorRecord] = field(default_factory=dict)
     failure: str | None = None
 
-    def watch(self, group: TensorGroup, mask_name: str | None) -> Watch:
+    def watch(self, group: TensorGroup, masked: Mapping[str, str]) -> Watch:
         """Record a group that is being merged, and return what is to be shown its task vectors.
 
         That never fails: a merge is worth more than its report.
 
         Args:
             group: base and fine-tuned models.
-            mask_name: the name under which the group's mask is stored; None without one.
+            masked: the names under which its masks are stored, by model.
         """
-        record = TensorRecord(mask_name, tuple(str(entry.id) for entry in group.non_base))
+        record = TensorRecord(masked, tuple(str(entry.id) for entry in group.non_base))
         # Executors for several GPUs merge in several threads: each writes keys of its own.
         name = str(group.metadata.name)
         self.tensors[name] = record
@@ -123,10 +123,19 @@ class TaskVectors:
         """All fine-tuned models, in the order in which they come."""
         return list(dict.fromkeys(m for record in self.tensors.values() for m in record.models))
 
-    def masked(self) -> dict[str, str]:
-        """Return the tensors that were merged under a mask, and the names of their masks."""
-        records = ((name, self.tensors[name]) for name in sorted(self.tensors, key=natural))
-        return {name: r.mask_name for name, r in records if r.mask_name is not None}
+    def masked(self, model: str | None = None) -> dict[str, str]:
+        """Return the tensors that were merged under a mask, and the names of their masks.
+
+        Args:
+            model: whose mask it was; None for any.
+        """
+        found = {}
+        for name in sorted(self.tensors, key=natural):
+            masked = self.tensors[name].masked
+            own = masked.get(model) if model else next(iter(masked.values()), None)
+            if own is not None:
+                found[name] = own
+        return found
 
     def summary(self, label: str, names: Sequence[str]) -> VectorSummary:
         """Return the inner products of the task vectors of the tensors ``names`` together.

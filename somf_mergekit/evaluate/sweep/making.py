@@ -23,7 +23,7 @@ from ...learner.stopping import LearningInterrupted
 from ...mask.artifact import MaskSet
 from ...plugin.merge_check import planned_merge
 from ...plugin.planner import write_merge
-from ...prepass.task_vectors import content_fingerprint
+from ...prepass.weight_files import content_fingerprint
 from ...recipe.blocks import plain
 from ..evaluation_sets import EvaluationSets
 from ..evaluation_settings import NamedModel

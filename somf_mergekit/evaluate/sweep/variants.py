@@ -248,7 +248,10 @@ def with_values(config: MergeConfiguration, values: Mapping[str, Any]) -> MergeC
         if name != WEIGHT:
             changed.parameters[name] = value
     if MASK in values:
-        changed.parameters.pop("safety_dataset", None)
+        # Nothing is learned.
+        for _, block, _ in parameter_blocks(changed):
+            for name in ("safety_dataset", "learn"):
+                block.pop(name, None)  # type: ignore[attr-defined]
     return changed
 
 

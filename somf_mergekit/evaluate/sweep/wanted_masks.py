@@ -9,13 +9,14 @@ from mergekit.options import MergeOptions
 from ...common.digests import json_digest
 from ...common.errors import noted
 from ...learner.loop import step_count
-from ...mask.artifact import MASKS_FILE, MaskSet, training_history
+from ...mask.artifact import MaskSet
+from ...mask.artifact_files import MASKS_FILE, training_history
 from ...plugin.merge_check import planned_merge
-from ...prepass.learning_data import SafetyData, checked_data, given_mask
+from ...prepass.learning_data import MaskInputs, merge_inputs
 from ...prepass.plan import PlannedMerge
 from ...prepass.prepass import mask_for
 from ...prepass.provenance import resolved_learning
-from .variants import RECIPE_LABEL, Variant, file_name
+from .variants import MASK, RECIPE_LABEL, Variant, file_name, with_values
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,12 @@ class WantedMask:
     Attributes:
         label: what it is learned with, or where it is given.
         place: its folder, or its file where it is given.
-        learning: what learns it, and the data; None for a mask that is given.
+        learning: what learns it, or puts it together, and from what; None for a mask that is there.
     """
 
     label: str
     place: str
-    learning: tuple[PlannedMerge, SafetyData] | None = None
+    learning: tuple[PlannedMerge, MaskInputs] | None = None
 
     def masks(self) -> MaskSet:
         """Return the mask, learned now where it has to be."""
@@ -65,15 +66,19 @@ def wanted_masks(
             continue
         found[label] = WantedMask(label, "")
         with noted(problems, f"{label}: "):
-            planned = planned_merge(variant.learns or variant.recipes[0], options)
+            given = variant.learns or with_values(variant.recipes[0], {MASK: label})
+            planned = planned_merge(given, options)
             if variant.learns is None:
-                found[label] = WantedMask(label, given_mask(planned, label).path)
+                inputs = merge_inputs(planned)
+                assert inputs is not None  # somf always has some
+                (path,) = {own.masks.path for own in inputs.given.values()}
+                found[label] = WantedMask(label, path)
                 continue
             key = json_digest([list(map(str, planned.models)), resolved_learning(planned)])
             if key not in same:
-                same[key] = WantedMask(
-                    label, str(_folder(out, label)), (planned, checked_data(planned))
-                )
+                inputs = merge_inputs(planned)
+                assert inputs is not None
+                same[key] = WantedMask(label, str(_folder(out, label)), (planned, inputs))
             found[label] = same[key]
     return found, problems
 
@@ -87,9 +92,9 @@ def relearning_problem(wanted: Iterable[WantedMask], asked: str, out: Path) -> s
         out: the sweep's folder.
     """
     missing = {
-        mask.place: step_count(mask.learning[0].settings, len(mask.learning[1].pairs))
+        mask.place: step_count(mask.learning[0].settings, len(mask.learning[1].data.pairs))
         for mask in wanted
-        if mask.learning and not (Path(mask.place) / MASKS_FILE).exists()
+        if mask.learning and mask.learning[1].data and not (Path(mask.place) / MASKS_FILE).exists()
     }
     if set(missing) <= {str(_folder(out, RECIPE_LABEL))}:
         return None
