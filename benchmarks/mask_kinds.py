@@ -16,7 +16,7 @@ import yaml
 def main(folder: Path) -> None:
     """Merge the demo's specialists in FOLDER by each kind of mask, and print the table."""
     from somf_mergekit.demo.demo_data import demo_data, texts
-    from somf_mergekit.demo.demo_folder import run_mergekit_yaml, write_recipe
+    from somf_mergekit.demo.demo_folder import run_command, write_recipe
     from somf_mergekit.demo.demo_models import DemoSettings, loaded_model, word_tokenizer
     from somf_mergekit.demo.demo_table import markdown_table, measured_scores
     from somf_mergekit.mask.masking import MASK_KINDS
@@ -32,7 +32,7 @@ def main(folder: Path) -> None:
         recipe["parameters"] = {"mask": "somf/somf", "mask_kind": kind, "seed": seed}
         name = f"kind-{kind}"
         write_recipe(recipe, f"The demo's mask, used as `{kind}`.", folder / f"{name}.yml")
-        run_mergekit_yaml(f"{name}.yml", name, folder)
+        run_command(f"mergekit-yaml {name}.yml {name}", folder)
         rows.append(measured_scores(kind, loaded_model(folder / name), tokenizer, data, settings))
     click.echo(markdown_table(rows))
 

@@ -27,7 +27,7 @@ from somf_mergekit.demo.demo_data import DemoData, demo_data, preference_rows, t
 from somf_mergekit.demo.demo_folder import (
     PAIRS,
     demo_recipes,
-    run_mergekit_yaml,
+    run_command,
     write_pairs,
     write_recipe,
 )
@@ -115,7 +115,7 @@ def measured_rows(folder: Path, settings: DemoSettings, seed: int) -> list[dict[
     for name, recipe in recipes.items():
         click.echo(f"merging {name}")
         write_recipe(recipe, name, folder / f"{name}.yml")
-        run_mergekit_yaml(f"{name}.yml", name, folder)
+        run_command(f"mergekit-yaml {name}.yml {name}", folder)
     rows, chosen = [], {}
     for name in (BASE, NUMBERS, CODE, *recipes):
         model = loaded_model(folder / name)

@@ -14,8 +14,9 @@ from .demo_folder import (
     PAIRS,
     TABLE,
     demo_recipes,
+    mask_folder,
     prepare_folder,
-    run_mergekit_yaml,
+    run_command,
     write_pairs,
     write_recipe,
     write_results,
@@ -41,6 +42,7 @@ ROWS = {
     "task_arithmetic": "task_arithmetic",
     "somf_untrained": "somf, untrained mask",
     "somf": "somf",
+    "somf_composed": "somf, masks learned alone",
 }
 
 Say = Callable[[str], None]
@@ -61,7 +63,7 @@ def run_demo(
         settings: sizes and steps, for a run that is smaller or larger.
 
     Returns:
-        The rows of the table: base, specialists, task_arithmetic, somf untrained, somf.
+        The rows of the table: base, specialists, task_arithmetic, somf untrained, somf, composed.
 
     Raises:
         RecipeError: the folder holds something else or can't be written, or mergekit-yaml fails.
@@ -75,7 +77,7 @@ def run_demo(
         if not quiet:
             click.echo(f"[{time.monotonic() - started:4.0f} s] {text}")
 
-    prepare_folder(out_dir, list(ROWS), settings, seed)
+    prepare_folder(out_dir, [*ROWS, *map(mask_folder, (NUMBERS, CODE))], settings, seed)
     with no_model_bars():
         data = demo_data(seed, train=settings.train, held_out=settings.held_out)
         tokenizer = word_tokenizer(texts(data))
@@ -137,17 +139,20 @@ def make_models(
 def _make_merges(
     out_dir: Path, data: DemoData, settings: DemoSettings, seed: int, say: Say
 ) -> None:
-    """Write the pairs and the recipes, and merge by each recipe into a folder of its name."""
+    """Write the pairs and the recipes, and merge by each, or learn, into a folder of its name."""
     pairs = preference_rows(
         data, harmful=settings.harmful_pairs, harmless=settings.harmless_pairs, seed=seed
     )
     write_pairs(pairs, out_dir)
     for name, recipe in demo_recipes(BASE, [NUMBERS, CODE], PAIRS, settings, seed).items():
-        recipe_file = f"{name}.yml"
-        command = f"mergekit-yaml {recipe_file} {name}"
-        write_recipe(recipe, f"{MERGES[name]} In this folder: {command}", out_dir / recipe_file)
         steps = recipe.get("parameters", {}).get("max_steps")
-        say(f"{command}: learns the mask in {steps} steps, and merges" if steps else command)
-        warning = run_mergekit_yaml(recipe_file, name, out_dir)
-        if warning:
+        program = "mergekit-yaml" if name in MERGES else "mergekit-somf learn"
+        command = f"{program} {name}.yml {name}"
+        about = MERGES.get(name, "The mask of one specialist, learned without the other.")
+        write_recipe(recipe, f"{about} In this folder: {command}", out_dir / f"{name}.yml")
+        does = "learns the mask" if name in MERGES else "learns its mask"
+        merges = ", and merges" if name in MERGES else ""
+        say(f"{command}: {does} in {steps} steps{merges}" if steps else command)
+        warning = run_command(command, out_dir)
+        if warning and name in MERGES:
             say(warning)

@@ -26,6 +26,7 @@ MERGES = {
     "task_arithmetic": "The plain merge of both specialists.",
     "somf_untrained": "The control: the same merge under a random mask that learned nothing.",
     "somf": "The same merge under a mask learned on the safety pairs.",
+    "somf_composed": "The same merge under a mask for each specialist, each learned alone before.",
 }
 # Lines of a failed command's output that are worth showing.
 SHOWN_LINES = 15
@@ -100,10 +101,16 @@ def recipe(
     }
 
 
+def mask_folder(model: str) -> str:
+    """Return the folder of the mask that is learned for one specialist alone."""
+    return f"{os.path.basename(model)}-mask"
+
+
 def demo_recipes(
     base: str, models: Sequence[str], pairs: str, settings: DemoSettings, seed: int
 ) -> dict[str, dict[str, Any]]:
-    """Return the recipes by name: the plain merge, somf, and somf under an untrained mask.
+    """Return the recipes by name: the plain merge, somf, and somf under an untrained mask; then
+    one for each specialist that learns its mask, and their merge under these.
 
     A soft mask that was never trained is the same number everywhere, which the rescale turns
     into 1: it would be task arithmetic to the bit. The control is a random draw instead.
@@ -122,15 +129,30 @@ def demo_recipes(
     }
     trained = {**somf, "mask_kind": "soft", "max_steps": settings.mask.steps}
     untrained = {**somf, "mask_kind": "sampled", "max_steps": 0}
+    alone = {
+        **trained,
+        "mask_noise": "none",
+        "learning_rate": settings.own_mask.learning_rate,
+        "max_steps": settings.own_mask.steps,
+    }
+    composed = recipe("somf", base, models, settings.weight, {"fusion": "task_arithmetic"})
+    for item in composed["models"]:
+        item["parameters"]["mask"] = mask_folder(item["model"])
     return {
         "task_arithmetic": recipe("task_arithmetic", base, models, settings.weight, {}),
         "somf_untrained": recipe("somf", base, models, settings.weight, untrained),
         "somf": recipe("somf", base, models, settings.weight, trained),
+        **{mask_folder(m): recipe("somf", base, [m], settings.weight, alone) for m in models},
+        "somf_composed": composed,
     }
 
 
-def run_mergekit_yaml(recipe_file: str, merged: str, folder: Path) -> str:
-    """Run ``mergekit-yaml recipe_file merged --quiet`` in ``folder``, off line.
+def run_command(command: str, folder: Path) -> str:
+    """Run a command of mergekit's or of this package in ``folder``, off line.
+
+    Args:
+        command: its name and arguments, to which ``--quiet`` is added.
+        folder: where it runs.
 
     Returns:
         What the command says to its user, such as a warning.
@@ -138,12 +160,13 @@ def run_mergekit_yaml(recipe_file: str, merged: str, folder: Path) -> str:
     Raises:
         RecipeError: the command is missing or fails; its last words are quoted.
     """
+    name, *arguments = command.split()
     beside = os.path.dirname(sys.executable)
-    command = shutil.which("mergekit-yaml", path=beside) or shutil.which("mergekit-yaml")
-    if command is None:
-        raise RecipeError(f"mergekit-yaml is neither in {beside} nor on the PATH: install mergekit")
+    program = shutil.which(name, path=beside) or shutil.which(name)
+    if program is None:
+        raise RecipeError(f"{name} is neither in {beside} nor on the PATH: install mergekit")
     done = subprocess.run(
-        [command, recipe_file, merged, "--quiet"],
+        [program, *arguments, "--quiet"],
         cwd=folder,
         env=os.environ | _SILENT,
         stdout=subprocess.PIPE,
@@ -156,8 +179,8 @@ def run_mergekit_yaml(recipe_file: str, merged: str, folder: Path) -> str:
     if done.returncode:
         words = "\n".join(said.splitlines()[-SHOWN_LINES:])
         raise RecipeError(
-            f"mergekit-yaml {recipe_file} {merged} failed in {folder} with exit code "
-            f"{done.returncode}: {words or 'it says nothing'}"
+            f"{command} failed in {folder} with exit code {done.returncode}: "
+            f"{words or 'it says nothing'}"
         )
     return said
 

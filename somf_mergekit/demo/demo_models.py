@@ -40,6 +40,7 @@ class DemoSettings:
         weight: the weight of each task vector in the merges.
         harmful_pairs, harmless_pairs: the safety pairs to learn the mask from.
         mask: the optimiser steps and the learning rate of the mask.
+        own_mask: of each specialist's own, which is learned alone and under the expected mask.
         mask_batch_size: pairs in a step of the mask.
         mask_sft_weight: of the safe answers' likelihood beside DPO. Without it the preference of
             so small a model is won at the expense of its wording.
@@ -61,6 +62,7 @@ class DemoSettings:
     harmful_pairs: int = 640
     harmless_pairs: int = 960
     mask: Stage = field(default=Stage(90, 0.05))
+    own_mask: Stage = field(default=Stage(45, 0.05))
     mask_batch_size: int = 16
     mask_sft_weight: float = 1.0
     train: int = 1200
