@@ -34,6 +34,7 @@ PAPER = {
     "schedule_steps": 963,
     "batch_size": 16,
     "epochs": 3,
+    "patience": "none",
     "max_steps": 300,
     "max_length": 1024,
 }

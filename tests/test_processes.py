@@ -112,6 +112,44 @@ def test_several_processes_learn_what_one_learns(
     assert apart.mean().abs() < 1e-3
 
 
+@pytest.mark.parametrize("engine", ["resident", "sharded"])
+def test_several_processes_stop_with_the_mask_that_one_stops_with(
+    engine, family_recipe, tmp_path, monkeypatch
+):
+    recipe = family_recipe(
+        safety_dataset=str(tiny.write_jsonl(tmp_path / "pairs.jsonl", tiny.preference_rows(60))),
+        held_out_share=0.4,
+        granularity="row",
+        learning_rate=0.4,
+        max_steps=20,
+        patience=1,
+        look_every=2,
+    )
+    file = tiny.write_recipe(tmp_path / "recipe.yml", recipe)
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    alone = tiny.invoke("mergekit-somf", "learn", file, tmp_path / "one")
+    assert alone.exit_code == 0, alone.output
+    monkeypatch.setitem(ENVIRONMENT, "SOMF_ENGINE", engine)
+    together = learned(file, tmp_path / "several", 3)
+    assert together.returncode == 0, together.stderr
+    masks = [MaskSet.open(tmp_path / name) for name in ("one", "several")]
+    chosen, other = (own.provenance["validation"] for own in masks)
+    assert chosen == other
+    assert chosen["mask_step"] <= masks[0].provenance["steps"] < 20
+    looks = []
+    for name in ("one", "several"):
+        lines = (tmp_path / name / "training.jsonl").read_text().splitlines()
+        looks.append(
+            [value for line in lines for value in json.loads(line).get("look", {}).values()]
+        )
+    assert looks[1] == pytest.approx(looks[0], rel=1e-2, abs=1e-4)
+    apart = torch.cat(
+        [(masks[0].entries(n) - masks[1].entries(n)).flatten() for n in masks[0].names()]
+    )
+    assert (apart.abs() < 0.01).float().mean() > 0.98
+
+
 def test_a_merge_in_several_processes_is_refused(family_recipe, tmp_path):
     file = tiny.write_recipe(tmp_path / "recipe.yml", family_recipe())
     result = learned(file, tmp_path / "out", 2, "merge")

@@ -8,7 +8,8 @@ from typing import Any
 import click
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
-from ..common.errors import printable
+from ..common.digests import json_digest
+from ..common.errors import RecipeError, printable
 from .encoding import EncodedPair
 from .pairs import Pair
 
@@ -47,6 +48,40 @@ def held_out_split(
     for pair in encoded:
         (held_out if prompts[pair.row] in chosen else learned).append(pair)
     return learned, held_out
+
+
+def held_out_halves(
+    held_out: Sequence[EncodedPair], pairs: Sequence[Pair], why_none: str
+) -> tuple[list[EncodedPair], list[EncodedPair]]:
+    """Return the held-out pairs to choose a mask by, and those to report on, each in their order.
+
+    A half is of whole prompts, as ``held_out_split`` has them. What a prompt says decides its half,
+    among those that are held out: its place in the data does not.
+
+    Args:
+        held_out: tokenised pairs.
+        pairs: see ``held_out_split``.
+        why_none: why none are held out, in words; empty where some are.
+
+    Raises:
+        RecipeError: they are too few for both.
+    """
+    prompts = {pair.row: pair.prompt for pair in pairs}
+    sizes = Counter(prompts[pair.row] for pair in held_out)
+    half: dict[Any, int] = {}
+    counts = [0, 0]
+    for prompt in sorted(sizes, key=json_digest):
+        half[prompt] = counts.index(min(counts))
+        counts[half[prompt]] += sizes[prompt]
+    first, second = ([p for p in held_out if half[prompts[p.row]] == number] for number in (0, 1))
+    if min(counts) < LEAST:
+        why = f" ({why_none})" if why_none else ""
+        raise RecipeError(
+            f"parameters.patience: half of the held-out pairs choose the mask, {LEAST} at least, "
+            f"and the other half is reported on: {len(held_out)} are held out{why}. Use more pairs "
+            "or a larger held_out_share, or leave patience out."
+        )
+    return first, second
 
 
 class Scores(BaseModel):

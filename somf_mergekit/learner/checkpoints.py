@@ -19,6 +19,7 @@ from ..common.errors import RecipeError, first_line
 from ..common.files import locked
 from ..common.process_group import Processes
 from .checkpoint_file import Progress, read_checkpoint, recorded_fingerprint, write_checkpoint
+from .looks import choice
 from .stopping import LearningInterrupted, StopRequests
 from .tensors import MaskedTensor
 
@@ -78,6 +79,8 @@ def newest_fingerprint(folder: str) -> Any:
 class Checkpoints:
     """The checkpoints of one training run, of which the newest two stay.
 
+    The mask that looks keep is a checkpoint too, and stays as long as one of those needs it.
+
     One is complete once it has its name: it is written under another, and synced to the disk. Its
     checksum shows whether it was damaged since.
 
@@ -106,8 +109,9 @@ class Checkpoints:
         self.stop = StopRequests()
         self._folder, self._fingerprint = folder, dict(fingerprint)
         self._key = json_digest(self._fingerprint)[:12]
-        # Those that were read or written here; the others are removed.
-        self._good: list[str] = []
+        # Those that were read or written here, each with that of the mask it keeps; the others are
+        # removed.
+        self._good: dict[str, str] = {}
         self._tensors, self._process_group = tensors, process_group
         self._seconds = seconds
         self._written = time.monotonic()
@@ -130,8 +134,15 @@ class Checkpoints:
             )
         for path in reversed(own):
             progress, problem = self._tried(path)
+            kept = self._kept(progress) or path
+            if problem is None and kept != path:
+                problem = self._tried(kept)[1] if kept in own else "it is missing"
+                problem = problem and f"it needs {kept}: {problem}"
+                if problem is None:
+                    # The logits are to be its own again.
+                    progress, problem = self._tried(path)
             if problem is None:
-                self._good = [path]
+                self._good = {path: kept}
                 return progress
             self._say(f"somf: checkpoint {path} is passed over: {problem}")
         if own:
@@ -141,7 +152,7 @@ class Checkpoints:
         return Progress()
 
     def after_step(self, progress: Progress, *, is_last: bool) -> None:
-        """Write a checkpoint where it is time for one.
+        """Write a checkpoint where it is time for one, or where learning is to come back to it.
 
         Args:
             progress: how far learning has come.
@@ -153,19 +164,35 @@ class Checkpoints:
         """
         wait = min(self._seconds, _END_SECONDS) if is_last else self._seconds
         due = time.monotonic() - self._written >= wait
+        is_kept = self._kept(progress) == self._path(progress.step) and not is_last
         states = self._process_group.gathered([(self.stop.signal, due)])
         stopped = next((signal for signal, _ in states if signal), None)
         # The first one's clock counts: all must write at once.
-        if not (states[0][1] or stopped):
+        if not (states[0][1] or stopped or is_kept):
             return
         self._write(progress)
         self._written = time.monotonic()
         if stopped:
             raise LearningInterrupted(stopped, progress.step)
 
+    def go_back(self, step: int) -> None:
+        """Set the logits to those after an earlier step, at which the kept mask was looked at.
+
+        Raises:
+            RecipeError: its checkpoint can't be read.
+        """
+        path = self._path(step)
+        _, problem = self._tried(path)
+        if problem is not None:
+            raise RecipeError(
+                f"the mask of step {step}, which is the one to be written, can't be read from "
+                f"{path}: {problem}. Give the same command again to go on from "
+                "what can be read."
+            )
+
     def remove(self) -> None:
         """Remove all checkpoints, those of other recipes too: learning has come to an end."""
-        self._good = []
+        self._good = {}
         self._prune()
 
     def _write(self, progress: Progress) -> None:
@@ -183,7 +210,7 @@ class Checkpoints:
                     tensor.whole(name)
             self._process_group.wait()
             return
-        path = os.path.join(self._folder, f"step-{progress.step}-{self._key}.safetensors")
+        path = self._path(progress.step)
         try:
             write_checkpoint(path, self._fingerprint, whole, self._tensors)
         except OSError as error:
@@ -192,7 +219,9 @@ class Checkpoints:
                 "is as it was: make room and give the same command again to go on; another place, "
                 "named with --work-dir (SOMF_WORK_DIR), starts anew."
             ) from error
-        self._good = [*(good for good in self._good if good != path), path][-GENERATIONS:]
+        self._good.pop(path, None)
+        self._good[path] = self._kept(progress) or path
+        self._good = dict(list(self._good.items())[-GENERATIONS:])
         self._prune()
         self._process_group.wait()
 
@@ -202,12 +231,21 @@ class Checkpoints:
         return dict(sorted((item for own in gathered for item in own), key=lambda item: item[0]))
 
     def _prune(self) -> None:
-        """Remove all but the good ones."""
+        """Remove all but the good ones and those that they need."""
+        needed = {*self._good, *self._good.values()}
         for _, _, path in self._found() if self._process_group.is_first else ():
-            if path not in self._good:
+            if path not in needed:
                 # One that can't be removed takes room, and is passed over.
                 with contextlib.suppress(OSError):
                     os.unlink(path)
+
+    def _path(self, step: int) -> str:
+        return os.path.join(self._folder, f"step-{step}-{self._key}.safetensors")
+
+    def _kept(self, progress: Progress) -> str | None:
+        """Return where the mask is that the looks so far keep, None where they keep none."""
+        step = choice(progress.history).step
+        return self._path(step) if step else None
 
     def _tried(self, path: str) -> tuple[Progress, str | None]:
         """Return what a checkpoint holds, and what is wrong with it in some process.

@@ -10,6 +10,7 @@ from typing import Any
 from ..recipe.settings import Settings
 from .checkpoint_file import Progress
 from .checkpoints import Checkpoints
+from .looks import LOOK, Look, Looks, choice, has_ended
 from .passes import Passes
 from .training_setup import TrainingSetup
 
@@ -25,7 +26,8 @@ class StepReport:
         margin: mean reward margin; None likewise.
         utility: mean divergence from the unmasked merge; None without a utility term.
         multiplier: of the learning rate, from 0 to 1.
-        seconds: that it took.
+        seconds: that it took, without the look.
+        look: at the mask after it; None where there was none.
     """
 
     step: int
@@ -36,12 +38,15 @@ class StepReport:
     utility: float | None
     multiplier: float
     seconds: float
+    look: Look | None = None
 
     def row(self) -> dict[str, Any]:
         """Return the step as a row of the training history, under the names of its columns."""
         row = asdict(self)
         # The name of this column in the training history of older masks too.
         row["rate_share"] = row.pop("multiplier")
+        if self.look is None:
+            del row[LOOK]
         return row
 
 
@@ -88,17 +93,22 @@ def learn_logits(
 ) -> None:
     """Learn the logits of ``setup.tensors`` in place.
 
+    With validation pairs, learning ends before its last step where looks at the mask say so, and
+    the logits are in the end those of the mask that these have kept.
+
     Args:
         setup: see TrainingSetup.
         on_step: called after each optimiser step.
         on_reference: called while log-probabilities to compare with are computed, with the number
             of examples that are done and of all.
         progress: how far learning had come when it was stopped; updated.
-        checkpoints: where what is done is stored; nowhere if not given.
+        checkpoints: where what is done is stored; nowhere if not given, and the logits then stay
+            those of the last step.
 
     Raises:
         LearningDiverged: a loss or a gradient is not finite.
         LearningInterrupted: the process was asked to end.
+        RecipeError: a checkpoint can't be written, or the kept mask can't be read.
     """
     progress = progress or Progress()
     settings = setup.settings
@@ -111,13 +121,18 @@ def learn_logits(
     utility_plan = batches(len(setup.utility), settings, steps, "utility/") if has_utility else []
     passes = Passes(setup, progress)
     passes.compare(_used(setup, plan), _used(setup, utility_plan), on_reference)
+    looks = Looks(setup) if setup.validation else None
     for step, batch in enumerate(plan):
         if step < progress.step:
             continue
+        if has_ended(progress.history, settings.patience):
+            break
         start = time.perf_counter()
         multiplier = learning_rate_multiplier(step, schedule, settings.warmup)
         shown = passes.learn(batch, utility_plan[step] if has_utility else [], step, multiplier)
         margins = shown.margins
+        seconds = time.perf_counter() - start
+        is_look_due = (step + 1) % settings.look_every == 0 or step + 1 == steps
         report = StepReport(
             step=step + 1,
             steps=steps,
@@ -126,13 +141,18 @@ def learn_logits(
             margin=sum(margins) / len(margins) if margins else None,
             utility=shown.utility,
             multiplier=multiplier,
-            seconds=time.perf_counter() - start,
+            seconds=seconds,
+            look=looks.look() if looks and is_look_due else None,
         )
         progress.step = step + 1
         progress.history.append(report.row())
         on_step(report)
         if checkpoints:
-            checkpoints.after_step(progress, is_last=step + 1 == steps)
+            is_last = step + 1 == steps or has_ended(progress.history, settings.patience)
+            checkpoints.after_step(progress, is_last=is_last)
+    kept = choice(progress.history).step
+    if checkpoints and kept not in (0, progress.step):
+        checkpoints.go_back(kept)
 
 
 def _used(setup: TrainingSetup, plan: list[list[int]]) -> list[int]:

@@ -24,7 +24,8 @@ class TrainingSetup:
         settings: of the recipe.
         micro_batch: pairs that go through the model at once.
         process_group: this process among those that learn; all have the same of the above.
-        held_out: tokenised pairs that are not learned from.
+        held_out: tokenised pairs that are not learned from, to report on.
+        validation: likewise, to choose the mask by; none where it is that of the last step.
     """
 
     engine: Engine
@@ -35,6 +36,7 @@ class TrainingSetup:
     micro_batch: int
     process_group: Processes = ALONE
     held_out: Sequence[EncodedPair] = ()
+    validation: Sequence[EncodedPair] = ()
 
     def evaluated(
         self, batches: Iterator[TokenBatch], count: int, state: State
@@ -69,20 +71,24 @@ class TrainingSetup:
         return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def held_out_margins(
-    setup: TrainingSetup, content: Content, on_pairs: Callable[[int], object]
+def pair_margins(
+    setup: TrainingSetup,
+    pairs: Sequence[EncodedPair],
+    content: Content,
+    on_pairs: Callable[[int], object] = lambda count: None,
 ) -> list[float]:
-    """Return by how many nats a token the safe answer of each held-out pair is the likelier one.
+    """Return by how many nats a token the safe answer of each pair is the likelier one.
 
     The measure of ``evaluate.likelihood.preference_margins``. Each process takes its share of the
     pairs, and gets the margins of all.
 
     Args:
-        setup: what was learned from.
+        setup: what is learned from.
+        pairs: that are not learned from.
         content: what the weights are.
         on_pairs: called with the number of pairs after each micro-batch.
     """
-    pairs, process_group = setup.held_out, setup.process_group
+    process_group = setup.process_group
     own_rows = process_group.share(list(range(len(pairs))))
     parts = setup.parts(own_rows, lambda row: pair_length(pairs[row]))
     batches = (pair_batch([pairs[row] for row in part], setup.engine.device) for part in parts)

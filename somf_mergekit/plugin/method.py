@@ -26,6 +26,7 @@ from ..mask.artifact import MaskSet
 from ..mask.artifact_files import masks_path
 from ..mask.granularity import mask_shape_problem
 from ..recipe import settings as recipe
+from ..recipe.name_patterns import may_get_mask
 
 _OWN_NAMES = frozenset(parameter.name for parameter in recipe.parameters())
 
@@ -81,9 +82,7 @@ def _factors(group: TensorGroup, parameters: Mapping[str, Any]) -> Factors:
     Raises:
         RecipeError: a mask doesn't fit the tensor, or has none for a model.
     """
-    if not recipe.may_get_mask(
-        str(group.metadata.name), parameters["include"], parameters["exclude"]
-    ):
+    if not may_get_mask(str(group.metadata.name), parameters["include"], parameters["exclude"]):
         return {}
     found: dict[Hashable, tuple[Tensor, ...]] = {}
     # Models with one mask share one factor, which fusions make use of.

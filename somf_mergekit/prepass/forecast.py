@@ -36,7 +36,8 @@ class Forecast:
         tensors: tensors that may get a mask.
         entries: mask entries of all of them.
         pairs: preference pairs.
-        steps: optimiser steps.
+        steps: optimiser steps, at most.
+        checkpoints: that are on the disk at once, at most.
         engine: one of ``machine.ENGINES``.
         micro_batch: pairs that go through the model at once.
         memory: bytes of a process, with those of activations.
@@ -50,6 +51,7 @@ class Forecast:
     entries: int
     pairs: int
     steps: int
+    checkpoints: int
     engine: str
     micro_batch: int
     memory: int
@@ -70,8 +72,7 @@ class Forecast:
         """Return what learning writes into the mask's folder or beside it, see ``check_room``."""
         return [
             ("the mask", folder, self.entries),
-            # One is written before the oldest goes.
-            ("checkpoints", folder, _LOGIT_BYTES * self.entries * (GENERATIONS + 1)),
+            ("checkpoints", folder, _LOGIT_BYTES * self.entries * self.checkpoints),
             ("weights while learning", folder, self.disk),
         ]
 
@@ -130,6 +131,8 @@ def forecast(planned: PlannedMerge, data: SafetyData, group: Processes = ALONE) 
         entries=sum(entries.values()),
         pairs=len(data.pairs),
         steps=step_count(settings, len(data.pairs)),
+        # One is written before the oldest goes; each may need that of the mask it keeps.
+        checkpoints=GENERATIONS + 1 + (GENERATIONS if data.validation else 0),
         engine=engine,
         micro_batch=micro_batch,
         memory=need.held + micro_batch * need.pair,

@@ -12,7 +12,7 @@ from ..common.errors import noted, raise_together
 from ..data.chat import AS_GIVEN, Message
 from ..data.conversations import known_rows
 from ..data.encoding import EncodedPair, encoded_pairs
-from ..data.held_out import LEAST, MOST, held_out_split
+from ..data.held_out import LEAST, MOST, held_out_halves, held_out_split
 from ..data.pairs import (
     Pair,
     answered_prompts,
@@ -23,7 +23,7 @@ from ..data.pairs import (
 )
 from ..data.rendering import Rendering, writes_date
 from ..data.rows import Examples
-from ..recipe.settings import METHOD_NAME, Settings
+from ..recipe.settings import METHOD_NAME, NEVER, Settings
 from .data_fit import cut_counts, cut_line, fit_problems, template_notes
 from .given_masks import Given, GivenMask, given_masks
 from .headers import checkpoint_problems
@@ -46,6 +46,7 @@ class SafetyData:
         utility: harmless prompts with answers, in the order of the first epoch.
         date: that the chat template wrote as today's, as 2026-11-30; None where it writes none.
         notes: what of the data isn't used, rows and columns, a sentence each.
+        validation: not learned from either; they choose the mask where there is a ``patience``.
     """
 
     pairs: list[EncodedPair]
@@ -55,16 +56,22 @@ class SafetyData:
     utility: list[EncodedPair]
     date: str | None = None
     notes: list[str] = field(default_factory=list)
+    validation: list[EncodedPair] = field(default_factory=list)
+
+    @property
+    def all_pairs(self) -> list[EncodedPair]:
+        """All of the safety data, learned from or not."""
+        return [*self.pairs, *self.validation, *self.held_out]
 
     @property
     def cut(self) -> dict[str, int]:
         """How many prompts and answers of the safety data were cut; see ``data_fit.cut_counts``."""
-        return cut_counts([*self.pairs, *self.held_out])
+        return cut_counts(self.all_pairs)
 
     def cut_text(self, max_length: int) -> str:
         """Return in words what of all data was cut to ``max_length``, empty where nothing was."""
         parts = (
-            ("", cut_line([*self.pairs, *self.held_out], max_length)),
+            ("", cut_line(self.all_pairs, max_length)),
             ("utility data: ", cut_line(self.utility, max_length)),
         )
         return "; ".join(name + line for name, line in parts if line)
@@ -139,7 +146,7 @@ def checked_data(
             data = _safety_data(planned, how)
         with noted(found, "parameters.utility_dataset: "):
             utility, notes = _utility_data(planned, how)
-        found += fit_problems(planned, [*data.pairs, *data.held_out, *utility])
+        found += fit_problems(planned, [*data.all_pairs, *utility])
     raise_together(found, CANT_BE_MADE)
     return replace(data, utility=utility, date=date, notes=data.notes + notes)
 
@@ -182,7 +189,7 @@ def preference_data(
     No more pairs are tokenised than the steps take and the held-out ones are drawn from.
 
     Raises:
-        RecipeError: no pair is usable after tokenisation.
+        RecipeError: no pair is usable after tokenisation, or too few are held out for ``patience``.
     """
     share, enough = settings.held_out_share, _used(settings)
     if enough is not None and share:
@@ -201,10 +208,13 @@ def preference_data(
     if not held_out:
         few = f"{share:g} of {len(encoded):,} pairs with whole prompts is fewer than {LEAST}"
         why_none = few if share else "held_out_share is 0"
+    validation: list[EncodedPair] = []
+    if settings.patience != NEVER:
+        validation, held_out = held_out_halves(held_out, taken, why_none)
     dropped = ", ".join(filter(None, (str(pairs.left_out), str(cut))))
     notes = pairs.notes("safety dataset", dropped)
     notes += template_notes(encoded, "safety dataset")
-    return SafetyData(learned, held_out, why_none, dropped, [], notes=notes)
+    return SafetyData(learned, held_out, why_none, dropped, [], notes=notes, validation=validation)
 
 
 def _used(settings: Settings) -> int | None:
@@ -218,6 +228,8 @@ def _safe_answers(
 ) -> SafetyData:
     pairs, dropped = _answers(planned, found, source, planned.settings.safety_samples, how)
     why_none, notes = "the data has no unsafe answers", found.notes("safety dataset", dropped)
+    if planned.settings.patience != NEVER:
+        held_out_halves([], [], why_none)
     notes += template_notes(pairs, "safety dataset")
     return SafetyData(pairs, [], why_none, dropped, [], notes=notes)
 

@@ -21,12 +21,12 @@ from ..common.merge_options import SomfOptions
 from ..common.model_classes import model_class
 from ..data.chat import check_words
 from ..mask.artifact import MaskSet
+from ..recipe.name_patterns import may_get_mask
 from ..recipe.settings import (
     MASK_MODEL,
     MASK_TENSOR,
     OBSERVER,
     Settings,
-    may_get_mask,
     parameters,
     recipe_settings,
 )

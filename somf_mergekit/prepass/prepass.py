@@ -22,6 +22,7 @@ from ..learner.checkpoints import (
     newest_fingerprint,
 )
 from ..learner.learning_model import LearningModel
+from ..learner.looks import outcome
 from ..learner.loop import step_count
 from ..learner.stopping import LearningDiverged
 from ..mask.artifact import MaskSet
@@ -36,6 +37,7 @@ from .learning_data import MaskInputs
 from .places import File, check_room
 from .plan import PlannedMerge
 from .provenance import (
+    VALIDATION,
     differences,
     learning_fingerprint,
     provenance,
@@ -226,7 +228,9 @@ def _learned_mask(
             with _stage(timer, "held-out pairs"):
                 compared = comparison(planned, setup, quiet)
         with _stage(timer, "writing the mask"):
-            masks = artifact(folder, compared)
+            chosen = outcome(progress.history, planned.settings.patience)
+            chosen = chosen and {VALIDATION: {"pairs": len(data.validation), **chosen}}
+            masks = artifact(folder, compared, **chosen)
         checkpoints.remove()
     _say(planned, f"somf: {learned_line(masks, compared)}")
     return masks

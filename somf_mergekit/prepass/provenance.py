@@ -15,7 +15,7 @@ from ..data.held_out import KEY, HeldOut
 from ..learner.tensors import MaskedTensor
 from ..mask.published import pinned_id
 from ..recipe.blocks import plain
-from ..recipe.settings import INTERNAL
+from ..recipe.settings import INTERNAL, NEVER
 from .data_fit import cut_counts
 from .given_masks import Given
 from .learning_data import SafetyData
@@ -43,6 +43,8 @@ _STAND_INS = (
 _CONFIGURATION_NOTES = ("_name_or_path", "transformers_version")
 # In the fingerprint: what the chat template wrote as today's date.
 DATE = "date in the chat template"
+# In a mask's provenance: the looks at it while it was learned.
+VALIDATION = "validation"
 _CURVE_STEPS = 10
 _CURVES = ("loss", "accuracy", "margin", "utility")
 
@@ -60,8 +62,14 @@ def learning_fingerprint(planned: PlannedMerge, data: SafetyData, given: Given) 
     Raises:
         RecipeError: a model's files or tokenizer can't be read.
     """
-    settings = planned.settings.model_dump(exclude=set(_USE_ONLY))
+    # What has no effect decides nothing.
+    unused = {"patience", "look_every"} if planned.settings.patience == NEVER else set()
+    settings = planned.settings.model_dump(exclude={*_USE_ONLY, *unused})
     cache_dir = planned.options.machine.cache_dir
+    validation = {}
+    if data.validation:
+        content = [[p.prompt, p.chosen, p.rejected] for p in data.validation]
+        validation = {"validation data": json_digest(content)}
     return {
         "models": [content_fingerprint(model, cache_dir) for model in planned.models],
         "model configuration": json_digest(_configuration(planned)),
@@ -74,6 +82,7 @@ def learning_fingerprint(planned: PlannedMerge, data: SafetyData, given: Given) 
             [planned.models.index(m), own.masks.header.digest, own.masks.model, own.is_start]
             for m, own in given.items()
         ],
+        **validation,
         "utility data": json_digest([[e.prompt, e.chosen] for e in data.utility]),
         "settings": {k: v for k, v in settings.items() if k not in _STAND_INS},
         "parameters of the tensors": json_digest([_resolved(planned, *t) for t in planned.tensors]),

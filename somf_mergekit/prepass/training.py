@@ -22,13 +22,13 @@ from ..learner.parts import Content
 from ..learner.stopping import LearningDiverged, LearningInterrupted, stop_requests
 from ..learner.stores import MappedFiles, PinnedMemory, Store
 from ..learner.streaming import StreamingEngine
-from ..learner.training_setup import TrainingSetup, held_out_margins
+from ..learner.training_setup import TrainingSetup, pair_margins
 from ..mask.artifact import MaskSet
 from ..mask.census import MaskCensus
 from .forecast import Forecast
 from .learning_data import MaskInputs
 from .plan import PlannedMerge
-from .provenance import recorded_settings
+from .provenance import VALIDATION, recorded_settings
 from .task_vectors import loaded_tensors
 
 # Rows, or tensors, that are named.
@@ -95,6 +95,7 @@ def training_setup(
         micro_batch=expected.micro_batch,
         process_group=group,
         held_out=data.held_out,
+        validation=data.validation,
     )
     ways = {
         "engine": chosen,
@@ -175,8 +176,10 @@ def comparison(planned: PlannedMerge, setup: TrainingSetup, quiet: bool) -> Held
 
     count = 2 * len(setup.process_group.share(list(range(len(setup.held_out)))))
     with tqdm(total=count, desc="Held-out pairs", unit="pair", leave=False, disable=quiet) as bar:
-        plain = held_out_margins(setup, Content.UNMASKED, bar.update)
-        merged = held_out_margins(setup, Content.MERGED, bar.update)
+        plain, merged = (
+            pair_margins(setup, setup.held_out, content, bar.update)
+            for content in (Content.UNMASKED, Content.MERGED)
+        )
     return HeldOut.of(plain, merged, recorded_settings(planned)["mask_kind"])
 
 
@@ -189,6 +192,9 @@ def learned_line(masks: MaskSet, compared: HeldOut | str) -> str:
     """
     steps = masks.provenance["steps"]
     parts = [f"learned in {steps:,} steps"]
+    chosen = masks.provenance.get(VALIDATION)
+    if chosen:
+        parts += [f"the mask is that of step {chosen['mask_step']:,}: {chosen['why_ended']}"]
     parts += [f"no held-out pairs: {compared}" if isinstance(compared, str) else compared.line]
     for model, own in masks.each():
         collapses = MaskCensus(own).collapses()

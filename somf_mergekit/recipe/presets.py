@@ -24,6 +24,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "schedule_steps": 963,
         "batch_size": 16,
         "epochs": 3,
+        "patience": "none",
         "max_length": 1024,
     }
 }

@@ -1,7 +1,6 @@
 """What a somf recipe may say: every parameter with its type, range, default and help."""
 
-import fnmatch
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -10,6 +9,8 @@ from .schema import Parameter, parameters_of, pattern_text
 from .template_keywords import KeywordText
 
 METHOD_NAME = "somf"
+# As a ``patience``: no looks, and no end before the last step.
+NEVER = "none"
 # What the parameters are about, from the one that is named on.
 GROUPS = {
     "safety_dataset": "What is learned from",
@@ -53,7 +54,8 @@ class Settings(BaseModel):
         ge=0,
         le=0.5,
         description="Share of the pairs that is not learned from but compares the merge with the "
-        "plain fusion afterwards: at most 100 pairs, and none where it would be fewer than 5.",
+        "plain fusion afterwards: at most 100 pairs, and none where it would be fewer than 5. With "
+        "`patience`, half of them choose the mask instead.",
     )
     mask: str | None = Field(
         None,
@@ -180,6 +182,16 @@ class Settings(BaseModel):
     max_steps: int | None = Field(
         240, ge=0, description="Optimiser steps, at most; 0 leaves the mask untrained."
     )
+    patience: Annotated[int, Field(ge=1)] | Literal["none"] = Field(
+        "none",
+        description="How many looks in a row without a gain end learning; `none`: all steps are "
+        "taken, and nothing is looked at. A look measures the mask on half of the held-out pairs: "
+        "how much the merge prefers safe answers beside the plain fusion. A gain is more than one "
+        "standard error over the mask kept so far, which is the one that the merge uses.",
+    )
+    look_every: int = Field(
+        10, ge=1, description="Steps from one look to the next, where there is a `patience`."
+    )
     batch_size: int = Field(8, ge=1, description="Pairs an optimiser step.")
     beta: float = Field(
         5.0,
@@ -280,20 +292,3 @@ def recipe_settings(config: Any) -> Settings:
         k: v for k, v in values.items() if isinstance(v, (bool, int, float, str))
     }
     return Settings(**fixed)
-
-
-def may_get_mask(name: str, include: str, exclude: str) -> bool:
-    """Return whether the patterns let the tensor ``name`` have a mask."""
-    return _matches(name, include) and not _matches(name, exclude)
-
-
-def _matches(name: str, patterns: str) -> bool:
-    for pattern in (part.strip() for part in patterns.split(",")):
-        if not pattern:
-            continue
-        if any(sign in pattern for sign in "*?["):
-            if fnmatch.fnmatchcase(name, pattern):
-                return True
-        elif pattern in name:
-            return True
-    return False

@@ -12,7 +12,7 @@ from ..evaluate.evaluation import Evaluation
 from ..evaluate.evaluation_table import as_json
 from ..mask.census import MaskCensus
 from ..prepass.plan import PlannedMerge
-from ..prepass.provenance import recorded_settings
+from ..prepass.provenance import VALIDATION, recorded_settings
 from .vectors import Gram, TaskVectors, VectorSummary
 
 FORMAT = "somf-report/1"
@@ -24,6 +24,7 @@ _OF_LEARNING = (
     "utility_dataset",
     "settings",
     "steps",
+    VALIDATION,
     "tensors",
     "entries",
     "learned_with",

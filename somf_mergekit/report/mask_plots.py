@@ -10,6 +10,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from ..common.errors import RecipeError
+from ..learner.looks import choice
 from ..mask.census import MaskCensus, grouped
 from .content import Report, curve_rows, short_names
 from .vectors import TaskVectors
@@ -146,6 +147,9 @@ def _draw_curve(axes: Any, history: Sequence[dict[str, Any]], shown: dict[str, s
     if not axes.lines:
         _draw_nothing(axes, f"no curve of {' or '.join(shown.values())}")
         return
+    kept = choice(history).step
+    if kept:
+        axes.axvline(kept, color="black", linewidth=0.8, linestyle="--", label="mask taken")
     axes.set_xlabel("optimiser step (dots: means of several)")
     axes.legend(**_ABOVE)
 

@@ -9,8 +9,9 @@ from ..common.console import aligned_table
 from ..common.requirements import versions
 from ..data.held_out import HeldOut, recorded_held_out, verdict, why_none
 from ..evaluate.evaluation_table import circumstances, comparison
+from ..learner.looks import LOOK
 from ..mask.census import NO_LAYER, Collapse, MaskSummary, grouped, layer_of
-from ..prepass.provenance import recorded_settings
+from ..prepass.provenance import VALIDATION, recorded_settings
 from .content import CurveRow, Report, curve_rows, short_names
 from .vectors import VectorSummary
 
@@ -69,11 +70,7 @@ def given_lines(report: Report) -> Iterator[str]:
 
 
 def learned_from(recorded: Mapping[str, Any]) -> str | None:
-    """Return in a line what a mask was learned from, None where that is not recorded.
-
-    Args:
-        recorded: its provenance.
-    """
+    """Return in a line what a mask was learned from, going by its provenance; None if unknown."""
     data, utility = recorded.get("dataset"), recorded.get("utility_dataset") or {}
     if not data:
         return None
@@ -88,6 +85,9 @@ def learned_from(recorded: Mapping[str, Any]) -> str | None:
     if utility.get("examples"):
         line += f", held to the plain merge on {utility['examples']:,} answers of "
         line += f"{utility['source']}"
+    chosen = recorded.get(VALIDATION)
+    if chosen:
+        line += f"; the mask is that of step {chosen['mask_step']:,} ({chosen['why_ended']})"
     return line
 
 
@@ -160,6 +160,29 @@ def _learning(report: Report) -> Iterator[str]:
         )
     else:
         yield "There is no training curve."
+    yield from _looks(report)
+
+
+def _looks(report: Report) -> Iterator[str]:
+    """Yield what the look at the kept mask and the last look showed, nothing without looks."""
+    chosen = report.recorded.get(VALIDATION)
+    looks = {row["step"]: row[LOOK] for row in report.history if row.get(LOOK)}
+    if not chosen or not looks:
+        return
+    shown = {"kept": chosen["mask_step"], "last": max(looks)}
+    header = ["look", "step", "margin", "preference", "error", "divergence"]
+    rows = [
+        [name, f"{step:,}", *map(_number, looks[step].values())]
+        for name, step in shown.items()
+        if step in looks
+    ]
+    yield aligned_table([header, *rows])
+    yield (
+        f"Of {chosen['looks']:,} looks at the mask, on {chosen['pairs']:,} held-out pairs that are "
+        "not reported on: the mean margin in nats a token; how probable it is, by DPO per token, "
+        "that the safe answer is preferred (0.5 for the plain merge), with its standard error, or "
+        "1 / pairs where that is more; the mean divergence a token from the plain merge."
+    )
 
 
 def _curve_table(rows: Sequence[CurveRow]) -> str:
