@@ -1,19 +1,25 @@
 """What models are measured on: prompts, safety pairs and skills, read before any model."""
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ..common.digests import json_digest
 from ..common.errors import RecipeError
 from ..data.chat import Message
 from ..data.pairs import Pair, read_answers, read_pairs, read_prompts
 from ..data.rows import Examples
+from ..recipe.schema import nearest
 from .answer_text import extractor
+from .public_sets import PUBLIC_SETS, public_prompts
 
 HARMFUL, HARMLESS, PAIRS = "harmful", "harmless", "pairs"
-_SOURCE_OPTIONS = ("config", "split")
+# What may follow a source, as ``,split=test``.
+SOURCE_OPTIONS = ("config", "split", "half")
+# To choose settings on, and to report on.
+HALVES = ("choose", "report")
 _T = TypeVar("_T")
 _Reading = Callable[[str, str, str | None], Examples[_T]]
 
@@ -119,8 +125,9 @@ def read_sets(
     """Return the sets of the named sources, and why some can't be read, a sentence each.
 
     Args:
-        harmful: a hub id, a file or a folder, as all sources; ``,split=...`` may follow it, and
-            ``,config=...`` a hub id or a folder.
+        harmful: a hub id, a file or a folder, as all sources, or the name of a public set;
+            ``,split=...`` and ``,half=...`` may follow it, and ``,config=...`` a hub id or a
+            folder.
         harmless: likewise.
         pairs: likewise.
         skills: names with sources.
@@ -134,13 +141,17 @@ def read_sets(
         if source is None:
             return []
         try:
-            found = reading(*_source(source))
+            place, half = _source(source)
+            found = reading(*place)
+            examples = _half(found, half, source) if half else list(found)
         except RecipeError as error:
             problems.append((where or {}).get(name, "") + error.message)
             return []
-        notes = "; ".join(found.notes("set"))
-        sources[name] = f"{source} ({notes})" if notes else source
-        return list(found)
+        notes = found.notes("set")
+        if name == HARMFUL and _is_public(place[0]):
+            notes.insert(0, PUBLIC_SETS[place[0]].package.text)
+        sources[name] = f"{source} ({'; '.join(notes)})" if notes else source
+        return examples
 
     given = dict(extract or {})
     known = [name for name, _ in skills]
@@ -149,7 +160,7 @@ def read_sets(
             named = f"the skills are {', '.join(known)}" if known else "no skill is given"
             problems.append(f"extractor for {name}: there is no such skill; {named}")
     sets = EvaluationSets(
-        harmful=read(HARMFUL, harmful, read_prompts),
+        harmful=read(HARMFUL, harmful, _read_harmful),
         harmless=read(HARMLESS, harmless, read_prompts),
         pairs=read(PAIRS, pairs, read_pairs),
         skills=[
@@ -161,23 +172,76 @@ def read_sets(
     return sets, problems
 
 
-def _source(source: str) -> tuple[str, str, str | None]:
-    """Return the dataset, the split and the configuration in a source such as ``a/b,split=test``.
+def _source(source: str) -> tuple[tuple[str, str, str | None], str | None]:
+    """Return what a source such as ``a/b,split=test,half=report`` names: what to read, and a half.
+
+    What to read is a dataset, its split and its configuration.
 
     Raises:
-        RecipeError: what stands after a comma is neither.
+        RecipeError: what stands after a comma is none of these, or there is no such half.
     """
     if os.path.exists(os.path.expanduser(source)):
-        return source, "train", None
+        return (source, "train", None), None
     name, *options = source.split(",")
     given = dict(option.partition("=")[::2] for option in options)
-    unknown = [option for option in given if option not in _SOURCE_OPTIONS]
+    unknown = [option for option in given if option not in SOURCE_OPTIONS]
     if unknown:
         raise RecipeError(
-            f"dataset {source}: {', '.join(unknown)} unknown; after a comma may stand config=NAME "
-            "or split=NAME"
+            f"dataset {source}: {', '.join(unknown)} unknown; after a comma may stand config=NAME, "
+            "split=NAME or half=NAME"
         )
-    return name, given.get("split", "train"), given.get("config")
+    half = given.get("half")
+    if half not in (None, *HALVES):
+        raise RecipeError(f"dataset {source}: half is {half!r}, expected {' or '.join(HALVES)}")
+    return (name, given.get("split", "train"), given.get("config")), half
+
+
+def _is_public(name: str) -> bool:
+    """Return whether ``name`` is that of a public set; a file or folder of this name wins."""
+    return name in PUBLIC_SETS and not os.path.exists(name)
+
+
+def _read_harmful(source: str, split: str, config: str | None) -> Examples[list[Message]]:
+    """Return the prompts of a public set or of another source, see ``read_prompts``."""
+    if _is_public(source):
+        if split != "train" or config:
+            raise RecipeError(f"public set {source}: it has no config and no split")
+        return public_prompts(source)
+    try:
+        return read_prompts(source, split, config)
+    except RecipeError as error:
+        hint = "" if os.path.exists(source) else nearest(source, PUBLIC_SETS)
+        raise RecipeError(error.message + hint) from error
+
+
+def _half(examples: Sequence[_T], half: str, source: str) -> list[_T]:
+    """Return the examples whose prompts fall into ``half``.
+
+    The words of a prompt alone decide, so that a prompt is in the same half of every set.
+
+    Raises:
+        RecipeError: there are none.
+    """
+    found = [example for example in examples if _half_of(_messages(example)) == half]
+    if not found:
+        raise RecipeError(
+            f"dataset {source}: all {len(examples)} examples fall into the other half; use more "
+            "prompts, or the whole set"
+        )
+    return found
+
+
+def _half_of(messages: Sequence[Message]) -> str:
+    words = [re.findall(r"\w+", message["content"].lower()) for message in messages]
+    return HALVES[int(json_digest(words), 16) % 2]
+
+
+def _messages(example: Any) -> list[Message]:
+    """Return the prompt of an example of any set."""
+    if isinstance(example, Pair):
+        return example.messages
+    messages: list[Message] = example[0] if isinstance(example, tuple) else example
+    return messages
 
 
 def _extract_problems(skill: Skill) -> list[str]:

@@ -13,13 +13,19 @@ from ..common.timing import Timer
 from ..data.rendering import Rendering
 from ..recipe.settings import Settings
 from .evaluation import Evaluation
-from .evaluation_sets import HARMFUL, HARMLESS, PAIRS, EvaluationSets, read_sets
+from .evaluation_sets import (
+    HARMFUL,
+    HARMLESS,
+    PAIRS,
+    SOURCE_OPTIONS,
+    EvaluationSets,
+    read_sets,
+)
 from .evaluation_settings import EvaluationSettings, NamedModel
 from .measured_models import found_model
 from .runner import evaluated, unaskable
 
 MERGED, PLAIN, BASE = "somf", "plain fusion", "aligned base"
-_OPTIONS_OF_A_SOURCE = ("config", "split")
 
 
 def sets_of_recipe(settings: Settings) -> tuple[EvaluationSets, list[str]]:
@@ -47,7 +53,7 @@ def named_sources(text: str) -> tuple[list[tuple[str, str]], list[str]]:
     found: list[tuple[str, str]] = []
     for part in filter(str.strip, text.split(",")):
         name, equals, source = (piece.strip() for piece in part.partition("="))
-        if found and (not equals or name in _OPTIONS_OF_A_SOURCE):
+        if found and (not equals or name in SOURCE_OPTIONS):
             found[-1] = (found[-1][0], f"{found[-1][1]},{part.strip()}")
         elif name and source:
             found.append((name, source))
