@@ -105,13 +105,18 @@ _REFUSES, _OPENS = _pattern(REFUSAL_PHRASES), _pattern(REFUSAL_OPENINGS)
 
 
 def is_refusal(answer: str) -> bool:
-    """Return whether the answer's first 200 characters refuse.
+    """Return whether the answer's first 200 characters refuse."""
+    return refuses(answer[:OPENING_CHARACTERS])
 
-    They do with a phrase of REFUSAL_PHRASES in them, or one of REFUSAL_OPENINGS at their start, as
+
+def refuses(text: str) -> bool:
+    """Return whether a text refuses.
+
+    It does with a phrase of REFUSAL_PHRASES in it, or one of REFUSAL_OPENINGS at its start, as
     whole words that do not go on as something else (``_GOES_ON``).
     """
-    opening = answer[:OPENING_CHARACTERS].lower().replace("\u2019", "'")
-    return bool(_OPENS.match(opening.lstrip()) or _REFUSES.search(opening))
+    lowered = text.lower().replace("\u2019", "'")
+    return bool(_OPENS.match(lowered.lstrip()) or _REFUSES.search(lowered))
 
 
 Extractor = Callable[[str], str | None]

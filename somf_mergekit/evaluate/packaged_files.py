@@ -48,9 +48,7 @@ class Package:
         places = map(Path, spec.submodule_search_locations or ())
         found = sorted(file for place in places for file in place.glob(pattern))
         if not found:
-            raise RecipeError(
-                f"{self.text} is installed, and ships no {pattern}: {self.remedy}"
-            )
+            raise RecipeError(f"{self.text} is installed, and ships no {pattern}: {self.remedy}")
         return found
 
 

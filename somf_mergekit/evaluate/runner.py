@@ -104,6 +104,7 @@ def evaluated(
         sets={name: (sets.sources.get(name, ""), size) for name, size in sets.sizes.items()},
         notes=measures.notes,
         settings=settings,
+        failures=measures.failures,
     )
 
 

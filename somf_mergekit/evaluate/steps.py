@@ -73,6 +73,7 @@ class Steps:
         content: Sequence[Any],
         count: int,
         compute: Callable[..., Any],
+        is_final: Callable[[], bool] = lambda: True,
     ) -> Any:
         """Return what is stored of models and content, computed now where there is nothing yet.
 
@@ -82,6 +83,7 @@ class Steps:
             content: what else decides it: which computation it is, its data and its own settings.
             count: of the examples, for the progress.
             compute: is given ``on_batch``, see ``likelihood``, and each model with its tokenizer.
+            is_final: asked after it; what isn't final is not stored.
         """
         key = self._key(subjects, content)
         self._on_progress(words, 0)
@@ -92,12 +94,15 @@ class Steps:
             done += finished
             self._on_progress(words, finished)
 
-        if key not in self._store.values:
+        if key in self._store.values:
+            value = self._store.values[key]
+        else:
             value = compute(on_batch, *self._memory.take(*subjects))
-            self._store.add_value(key, {"step": words}, value)
+            if is_final():
+                self._store.add_value(key, {"step": words}, value)
         # Examples that went through no model are done too.
         self._on_progress(words, count - done)
-        return self._store.values[key]
+        return value
 
     def _key(self, subjects: Sequence[Subject], content: Sequence[Any]) -> str:
         settings = self.settings

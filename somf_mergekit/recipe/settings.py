@@ -236,9 +236,10 @@ class Settings(BaseModel):
         None,
         min_length=1,
         description="Harmful prompts, for the report: how many the aligned base, the plain fusion "
-        "and the merge refuse. A file, a folder or a hub id, behind which `,config=` and `,split=` "
-        "may stand. For this and the next three, the plain fusion is written beside the output and "
-        "deleted again: there must be room for one more model.",
+        "and the merge refuse. A file, a folder or a hub id, behind which `,config=`, `,split=` "
+        "and `,half=` may stand, or the name of a public set such as `strongreject`. For this and "
+        "the next three, the plain fusion is written beside the output and deleted again: there "
+        "must be room for one more model.",
     )
     harmless_eval: str | None = Field(
         None,
