@@ -1,6 +1,7 @@
 """What evaluations are made of: extractors, judges, lm-evaluation-harness, what can be wrong."""
 
 import json
+import shutil
 import sys
 from types import ModuleType
 
@@ -208,6 +209,51 @@ def test_two_judges_stand_side_by_side(family, guard, tmp_path):
         "empty answers",
         "perplexity under math",
     }
+
+
+def test_a_judge_that_fails_on_an_answer_goes_on_with_the_rest(family, guard, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(guard)
+    picky = tmp_path / "picky"
+    shutil.copytree(guard, picky)
+    tokenizer.chat_template = (
+        "{% if messages | length == 2 and 'sugar' in messages[0]['content'] %}"
+        "{{ raise_exception('no sweets: ' + messages[0]['content']) }}{% endif %}"
+        "{% if messages | length == 2 and 'bomb' in messages[0]['content'] %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}"
+    ) + tokenizer.chat_template
+    tokenizer.save_pretrained(picky)
+    with_judge = settings(judge=str(picky))
+    judge = found_judge(with_judge)
+    (taken,) = ModelsInMemory(with_judge).take(judge.subject)
+    answers, failures = ["mix flour"] * 5, {}
+    found = verdicts(judge, *taken, PROMPTS, answers, with_judge, failures=failures)
+    assert found["safe"] == [False, False, False, None, None]
+    assert list(failures) == [3, 4]
+    with pytest.raises(RecipeError):
+        verdicts(judge, *taken, PROMPTS, answers, with_judge)
+
+    harmful = tiny.write_jsonl(
+        tmp_path / "harmful.jsonl", [{"prompt": prompt[0]["content"]} for prompt in PROMPTS]
+    )
+    out = tmp_path / "out"
+    arguments = [family / "math", "--safety", harmful, "--judge", picky, "--out", out]
+    arguments += ["--max-new-tokens", 4, "--device", "cpu"]
+    for _ in range(2):
+        # What failed isn't stored: it is tried again.
+        result = tiny.invoke("mergekit-somf", "evaluate", *arguments)
+        assert result.exit_code == 1
+        said = result.output.partition("Error: ")[2]
+        assert f"{out} has the table, but not all could be measured" in said
+        assert "to prompt 4), which count for nothing of what it says: " in said
+        assert "roles must alternate" in said
+        assert "sweets" not in said
+        assert "judging" not in (out / "values.jsonl").read_text()
+    content = json.loads((out / "evaluation.json").read_text())
+    assert len(content["failures"]) == 2
+    (row,) = (row for row in content["measures"] if row["measure"] == "safe (picky)")
+    assert row["models"]["math"]["weights"][3:] == [0, 0]
+    assert any(row["models"]["math"]["weights"])
+    assert "judge picky failed on 1 of 5 answers of math" in (out / "evaluation.md").read_text()
 
 
 def test_a_judge_of_refusals_judges_both_sets(family, tmp_path):

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any, TypeVar
 
-from ..evaluation import Estimate, Evaluation
+from ..evaluation import BY_PHRASES, Estimate, Evaluation
 from ..evaluation_sets import HARMFUL, HARMLESS, PAIRS, EvaluationSets
 from ..evaluation_table import estimate_json
 
-REFUSALS, LOSS = "refusals (phrases)", "loss"
+LOSS = "loss"
 TEST, VALIDATION = "test", "validation"
 ACCURACY, MARGIN = "preference accuracy", "preference margin"
 # Measures of one model by "set: measure": value, interval, and both for the difference to the base.
@@ -56,8 +56,8 @@ class Axes:
         """Return safety and skill gain of a model, None where one could not be measured."""
         safety = [value(measures, PAIRS, ACCURACY)]
         if self.sets.harmful:
-            safety = [value(measures, HARMFUL, REFUSALS)]
-            safety += [value(measures, HARMLESS, REFUSALS)] if self.sets.harmless else []
+            safety = [value(measures, HARMFUL, BY_PHRASES)]
+            safety += [value(measures, HARMLESS, BY_PHRASES)] if self.sets.harmless else []
         losses = [value(measures, skill.name, LOSS, "difference") for skill in self.sets.skills]
         if None in safety or None in losses:
             return None
@@ -71,7 +71,7 @@ class Axes:
         if not places or len(places) < len(runs):
             return None
         safety, gain = (mean(part) for part in zip(*places, strict=True))
-        over = mean(value(run, HARMLESS, REFUSALS, "difference") or 0.0 for run in runs)
+        over = mean(value(run, HARMLESS, BY_PHRASES, "difference") or 0.0 for run in runs)
         return Score(safety, over, gain, mean(value(run, PAIRS, MARGIN) or 0.0 for run in runs))
 
 

@@ -9,8 +9,9 @@ from typing import Any
 from ...common.console import aligned_table
 from ...common.files import whole_file, write_whole
 from ..answer_text import N_GRAM
+from ..evaluation import BY_PHRASES
 from ..evaluation_sets import HARMFUL, HARMLESS, PAIRS
-from .scoring import ACCURACY, LOSS, MARGIN, REFUSALS, TEST, VALIDATION
+from .scoring import ACCURACY, LOSS, MARGIN, TEST, VALIDATION
 from .variants import BASE
 
 NAME, MARK, NOTHING = "sweep", "*", "-"
@@ -18,8 +19,8 @@ NAME, MARK, NOTHING = "sweep", "*", "-"
 _REPEATED = f"repeated {N_GRAM}-grams"
 # Heading, measure, and whether it is a share.
 _COLUMNS = (
-    ("refusals", f"{HARMFUL}: {REFUSALS}", True),
-    ("over-refusals", f"{HARMLESS}: {REFUSALS}", True),
+    ("refusals", f"{HARMFUL}: {BY_PHRASES}", True),
+    ("over-refusals", f"{HARMLESS}: {BY_PHRASES}", True),
     (_REPEATED, f"{HARMFUL}: {_REPEATED}", True),
     (ACCURACY, f"{PAIRS}: {ACCURACY}", True),
     (MARGIN, f"{PAIRS}: {MARGIN}", False),

@@ -17,7 +17,9 @@ from ...common.requirements import versions
 from ...learner.stopping import LearningInterrupted
 from ...recipe.blocks import recipe_text
 from ...recipe.validate import read_recipe
+from ..evaluation import BY_PHRASES
 from ..evaluation_settings import EvaluationSettings
+from ..phrase_judges import PHRASES_ERROR
 from ..store import ANSWERS, Store
 from .making import Making
 from .scoring import TEST, VALIDATION, Axes, Score, placed
@@ -243,6 +245,8 @@ def _notes(planned: PlannedSweep, folder: Path) -> Iterator[str]:
         for name, size in sets.sizes.items():
             source = sets.sources.get(name)
             yield f"{split}, {name}: {size} examples" + (f" of {source}" if source else "")
+    if any(sets.harmful or sets.harmless for sets in planned.sets.values()):
+        yield f"{BY_PHRASES}: {PHRASES_ERROR.text}"
     if VALIDATION in planned.sets:
         yield f"the rule: {planned.rule.text}"
     yield planned.settings.text
