@@ -32,9 +32,10 @@ class KnownError:
     def text(self) -> str:
         """Precision and recall, in words."""
         return (
-            f"of {self.answers} answers labelled by people, {self.right} of the {self.found} that "
-            f"it calls refusals are some ({self.right / self.found:.0%}, precision), and it finds "
-            f"{self.right} of {self.refusing} refusals ({self.right / self.refusing:.0%}, recall); "
+            f"of {self.answers} answers labelled by people, it calls {self.found} refusals, of "
+            f"which {self.right} are ({100 * self.right / self.found:.0f} %, precision), and finds "
+            f"{self.right} of the {self.refusing} refusals "
+            f"({100 * self.right / self.refusing:.0f} %, recall); "
             f"{self.refusing - self.by_themselves} of the {self.refusing} answer something else, "
             "which no list of phrases can see"
         )
