@@ -386,6 +386,21 @@ def test_a_fusion_whose_parameters_have_our_names_is_refused(tmp_path, registere
     assert "hot_merge has parameters that somf has too (temperature)" in message
 
 
+def test_a_fusion_that_can_not_tell_models_apart_learns_no_mask_for_each(
+    family_recipe, tmp_path, registered
+):
+    @merge_method(name="first_alone", contract=InputContract(base=BasePolicy.REQUIRED))
+    def method(group: TensorGroup) -> torch.Tensor:
+        return group.base.tensor + torch.tanh(group.non_base[0].tensor - group.base.tensor)
+
+    registered(method)
+    tiny.merged(family_recipe(fusion="first_alone", max_steps=1), tmp_path / "out")
+    recipe = family_recipe(fusion="first_alone", mask_sharing="per_model")
+    message = tiny.refused(recipe, tmp_path)
+    assert "the fusion first_alone can't tell these models apart" in message
+    assert "set `mask_sharing: shared`" in message
+
+
 @pytest.mark.parametrize(
     ("parameters", "weight", "said"),
     [

@@ -125,6 +125,11 @@ def test_a_set_is_used_split_and_packed_as_the_masks_that_it_has(family, family_
     again = tiny.merged(content, tmp_path / "again")
     assert all(torch.equal(found[name], again[name]) for name in found)
     assert tiny.invoke("mergekit-somf", "verify", tmp_path / "again").exit_code == 0
+    # Where they are, they are used for another merge too.
+    both = tiny.recipe(family / "base", [family / "math", family / "code"], mask=str(out))
+    same = tiny.merged(both, out)
+    assert all(torch.equal(found[name], same[name]) for name in found)
+    assert not (out / "somf.before").exists()
     split = tiny.invoke("mergekit-somf", "split", out, tmp_path / "split")
     assert split.exit_code == 0, split.output
     masks = {model: tmp_path / "split" / model for model in WEIGHTS}

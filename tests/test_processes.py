@@ -63,6 +63,8 @@ def losses(folder):
         (3, "sharded", {"granularity": BY_PLACE, "mask_rescale": BY_MEAN}),
         (2, "sharded", {"fusion": "ties", "density": 0.5}),
         (3, "sharded", {"optimizer": "adamw", "warmup": 0.0}),
+        (3, "sharded", {"mask_sharing": "per_model"}),
+        (2, "streaming", {"granularity": "row_column", "mask_sharing": "per_model"}),
     ],
 )
 def test_several_processes_learn_what_one_learns(
@@ -99,17 +101,20 @@ def test_several_processes_learn_what_one_learns(
     assert compared[0]["pairs"] == compared[1]["pairs"] == 12
     for key in ("plain_fusion", "merge"):
         assert compared[1][key] == pytest.approx(compared[0][key], rel=1e-2, abs=1e-3)
-    # Tokens that no pair has stay where they start, whichever process had which pairs.
-    untouched = [
-        masks.entries("model.embed_tokens.weight").sub(127.5 / 256).abs().sum(dim=1) == 0
-        for masks in (one, other)
-    ]
-    assert torch.equal(*untouched)
-    share = untouched[0].float().mean()
-    assert share == 0 if settings.get("optimizer") == "adamw" else 0.5 < share < 1
-    apart = torch.cat([(one.entries(n) - other.entries(n)).flatten() for n in one.names()])
-    assert (apart.abs() < 0.01).float().mean() > 0.98
-    assert apart.mean().abs() < 1e-3
+    assert one.models == other.models
+    for model in one.models or (None,):
+        own, theirs = one.of(model), other.of(model)
+        # Tokens that no pair has stay where they start, whichever process had which pairs.
+        untouched = [
+            masks.entries("model.embed_tokens.weight").sub(127.5 / 256).abs().sum(dim=1) == 0
+            for masks in (own, theirs)
+        ]
+        assert torch.equal(*untouched)
+        share = untouched[0].float().mean()
+        assert share == 0 if settings.get("optimizer") == "adamw" else 0.5 < share < 1
+        apart = torch.cat([(own.entries(n) - theirs.entries(n)).flatten() for n in own.names()])
+        assert (apart.abs() < 0.01).float().mean() > 0.98
+        assert apart.mean().abs() < 1e-3
 
 
 @pytest.mark.parametrize("engine", ["resident", "sharded"])

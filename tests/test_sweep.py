@@ -330,6 +330,32 @@ def test_what_was_measured_is_not_made_again(chat, whole, tmp_path, counted, mon
 
 
 @pytest.mark.slow
+def test_masks_of_each_model_are_put_together_once(chat, tmp_path, counted):
+    whole = recipe_of(chat)
+    masks = {}
+    for number, name in enumerate(("sums", "open")):
+        alone = {**whole, "models": [whole["models"][number]]}
+        file = tiny.write_recipe(tmp_path / f"{name}.yml", alone)
+        masks[name] = tmp_path / name
+        assert tiny.invoke("mergekit-somf", "learn", file, masks[name]).exit_code == 0
+    given = {**whole, "parameters": {}}
+    for item, place in zip(given["models"], masks.values(), strict=True):
+        item["parameters"]["mask"] = str(place)
+    out = tmp_path / "out"
+    _, found = made(given, out, "--over", "weight=1,2", *asked(chat), *MEASURING)
+    assert {"plain fusion", "the recipe", "weight=2"} <= {*by_label(found)}
+    # The plain fusions and the merges under masks.
+    assert counted["merges"] == 4
+    own = MaskSet.open(out / "mask")
+    assert [*own.models] == sorted(str(chat / name) for name in masks)
+    for name, place in masks.items():
+        alone = MaskSet.open(place)
+        part = own.of(str(chat / name))
+        assert all(torch.equal(part.entries(n), alone.entries(n)) for n in alone.names())
+    assert by_label(found)["the recipe"]["skill"] != by_label(found)["plain fusion"]["skill"]
+
+
+@pytest.mark.slow
 def test_an_interruption_loses_the_model_in_progress_alone(chat, tmp_path, monkeypatch, counted):
     out, write = tmp_path / "out", making.write_merge
     arguments = ("--over", "weight=0.5,1", *asked(chat), *MEASURING)

@@ -140,19 +140,15 @@ def _stored(planned: PlannedMerge, given: Given, folder: str) -> str:
     """Store given masks in a folder, unless they are those in it; return their place."""
     place = os.path.join(folder, MASKS_FILE)
     aside = os.path.realpath(f"{folder}.before")
-    for own in given.values():
-        path = own.masks.path
-        if os.path.exists(place) and os.path.samefile(place, path):
-            if is_one_for_all(planned, given):
-                return path
-            put_aside = folder
-        elif os.path.exists(place) and os.path.realpath(path).startswith(aside + os.sep):
-            put_aside = aside
-        else:
-            continue
+    paths = {own.masks.path for own in given.values()} if os.path.exists(place) else set()
+    here = [path for path in paths if os.path.samefile(place, path)]
+    if here and len(paths) == 1 and _are_all_of_merge(planned, given):
+        return here[0]
+    in_the_way = [*here, *(p for p in paths if os.path.realpath(p).startswith(aside + os.sep))]
+    if in_the_way:
         raise RecipeError(
-            f"mask {path} is in {put_aside}, which is put aside or replaced by the masks of this "
-            "merge: move it to another place, and name it there"
+            f"mask {in_the_way[0]} is in {os.path.dirname(in_the_way[0])}, which is put aside or "
+            "replaced by the masks of this merge: move it to another place, and name it there"
         )
     record = provenance_of_use(planned, given)
     if is_one_for_all(planned, given):
@@ -161,6 +157,15 @@ def _stored(planned: PlannedMerge, given: Given, folder: str) -> str:
     content = _content_of(planned, given)
     written = write_masks(folder, (), aliases={}, provenance=record, history=[], content=content)
     return written.path
+
+
+def _are_all_of_merge(planned: PlannedMerge, given: Given) -> bool:
+    """Return whether an artifact that all are from is what this merge would store."""
+    masks = next(iter(given.values())).masks
+    named = {str(model): own.masks.model for model, own in given.items()}
+    return is_one_for_all(planned, given) or all(
+        named.get(model) == model for model in (*named, *masks.models)
+    )
 
 
 def _content_of(planned: PlannedMerge, given: Given) -> Content:
