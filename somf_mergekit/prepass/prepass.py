@@ -1,14 +1,11 @@
 """The pre-pass: a planned merge in, a mask artifact out."""
 
-import collections
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import click
-import torch
-from torch import Tensor
 
 from ..common.errors import RecipeError, raise_together
 from ..common.machine import memory_for
@@ -21,19 +18,15 @@ from ..learner.checkpoints import (
     learning_folder,
     newest_fingerprint,
 )
-from ..learner.learning_model import LearningModel
 from ..learner.looks import outcome
 from ..learner.loop import step_count
 from ..learner.stopping import LearningDiverged
 from ..mask.artifact import MaskSet
 from ..mask.artifact_files import MASKS_FILE
-from ..mask.file_content import Content
-from ..mask.format import stored_name
-from ..mask.granularity import Layout
-from ..mask.writing import copy_masks, without_mask, write_masks
+from ..mask.writing import without_mask
 from .forecast import forecast
-from .given_masks import Given, is_one_for_all
 from .learning_data import MaskInputs
+from .mask_storing import content_of, stored_masks, written_masks
 from .places import File, check_room
 from .plan import PlannedMerge
 from .provenance import (
@@ -41,7 +34,6 @@ from .provenance import (
     differences,
     learning_fingerprint,
     provenance,
-    provenance_of_use,
     recorded_date,
 )
 from .training import comparison, diverged, learned_line, train, training_setup
@@ -73,7 +65,7 @@ def mask_for(
         paths = {own.masks.path for own in inputs.given.values()}
         needed = [*files, ("the mask", folder, sum(map(os.path.getsize, paths)))]
         group.first_does(lambda: check_room(needed))
-        return MaskSet.open(group.first_does(lambda: _stored(planned, inputs.given, folder)))
+        return MaskSet.open(group.first_does(lambda: stored_masks(planned, inputs.given, folder)))
     timer = Timer() if timer is None else timer
     with timer.phase(CHECKING):
         fingerprint = learning_fingerprint(planned, inputs.data, inputs.given)
@@ -136,48 +128,6 @@ def _is_known(planned: PlannedMerge, folder: str, fingerprint: dict[str, Any]) -
     return not differing
 
 
-def _stored(planned: PlannedMerge, given: Given, folder: str) -> str:
-    """Store given masks in a folder, unless they are those in it; return their place."""
-    place = os.path.join(folder, MASKS_FILE)
-    aside = os.path.realpath(f"{folder}.before")
-    paths = {own.masks.path for own in given.values()} if os.path.exists(place) else set()
-    here = [path for path in paths if os.path.samefile(place, path)]
-    if here and len(paths) == 1 and _are_all_of_merge(planned, given):
-        return here[0]
-    in_the_way = [*here, *(p for p in paths if os.path.realpath(p).startswith(aside + os.sep))]
-    if in_the_way:
-        raise RecipeError(
-            f"mask {in_the_way[0]} is in {os.path.dirname(in_the_way[0])}, which is put aside or "
-            "replaced by the masks of this merge: move it to another place, and name it there"
-        )
-    record = provenance_of_use(planned, given)
-    if is_one_for_all(planned, given):
-        masks = next(iter(given.values())).masks
-        return copy_masks(folder, masks, {**record, "origin": masks.provenance}).path
-    content = _content_of(planned, given)
-    written = write_masks(folder, (), aliases={}, provenance=record, history=[], content=content)
-    return written.path
-
-
-def _are_all_of_merge(planned: PlannedMerge, given: Given) -> bool:
-    """Return whether an artifact that all are from is what this merge would store."""
-    masks = next(iter(given.values())).masks
-    named = {str(model): own.masks.model for model, own in given.items()}
-    return is_one_for_all(planned, given) or all(
-        named.get(model) == model for model in (*named, *masks.models)
-    )
-
-
-def _content_of(planned: PlannedMerge, given: Given) -> Content:
-    """Return the masks of models that have one, as they were given, to be stored together."""
-    models = [m for m in planned.models if m in given or m in planned.learners]
-    content = Content(sorted(map(str, models)))
-    for model, own in given.items():
-        if not own.is_start:
-            content.copy(own.masks, content.models.index(str(model)))
-    return content
-
-
 def _learned_mask(
     planned: PlannedMerge,
     folder: str,
@@ -212,8 +162,8 @@ def _learned_mask(
             record |= {"learned_with": ways, **further}
             content = None
             if given or len(planned.learned(planned.models)) > 1:
-                content = _content_of(planned, given)
-            return _written(named, learning, group, record, history, content)
+                content = content_of(planned, given)
+            return written_masks(named, learning, group, record, history, content)
 
         quiet = planned.options.quiet or not group.is_first
         try:
@@ -239,55 +189,6 @@ def _learned_mask(
         checkpoints.remove()
     _say(planned, f"somf: {learned_line(masks, compared)}")
     return masks
-
-
-def _written(
-    folder: str,
-    learning: LearningModel,
-    group: Processes,
-    record: dict[str, Any],
-    history: list[dict[str, Any]],
-    content: Content | None,
-) -> MaskSet:
-    """Return the learned mask, which the first process writes into ``folder``.
-
-    Where models have masks of their own, ``content`` has those that were not learned.
-    """
-    aliases: dict[str, str] = {}
-    layouts: dict[str, Layout] = {}
-
-    def stored(name: str, models: Sequence[Any]) -> str:
-        """Return under which name a mask is stored, and let its further names be aliases."""
-        numbers = [content.models.index(str(m)) for m in models] if content else [None]
-        for alias in (name, *(a for a, of in learning.aliases.items() if of == name)):
-            for number in numbers:
-                own = stored_name(alias, number)
-                if own != stored_name(name, numbers[0]):
-                    aliases[own] = stored_name(name, numbers[0])
-        return stored_name(name, numbers[0])
-
-    def probabilities() -> Iterator[tuple[str, Tensor]]:
-        for tensor in learning.masked:
-            # All processes take part where each has a share of a mask.
-            for models, logits in tensor.wholes():
-                name = stored(tensor.name, models)
-                layouts[name] = tensor.layout
-                yield name, torch.sigmoid(logits)
-
-    if group.is_first:
-        write_masks(
-            folder,
-            probabilities(),
-            aliases=aliases,
-            layouts=layouts,
-            provenance=record,
-            history=history,
-            content=content,
-        )
-    else:
-        collections.deque(probabilities(), maxlen=0)
-    group.wait()
-    return MaskSet.open(folder)
 
 
 @contextmanager
