@@ -53,6 +53,11 @@ MEASURING_OPTIONS = (
     _number("--seed", 0, "Of the bootstrap."),
     _number("--resamples", 100, "Of the bootstrap."),
 )
+MACHINE_OPTIONS = (
+    option("--device", "Of torch, as cpu or cuda:1.  [default: a GPU, where there is one]"),
+    option("--trust-remote-code", "Run code that comes with a model.", is_flag=True),
+    option("--quiet", "No progress bar.", is_flag=True),
+)
 _OPTIONS = (
     *SET_OPTIONS,
     option(
@@ -97,9 +102,7 @@ _OPTIONS = (
     ),
     option("--lm-eval-tasks", "Folder with tasks of your own for it.", metavar="DIR"),
     *MEASURING_OPTIONS,
-    option("--device", "Of torch, as cpu or cuda:1.  [default: a GPU, where there is one]"),
-    option("--trust-remote-code", "Run code that comes with a model.", is_flag=True),
-    option("--quiet", "No progress bar.", is_flag=True),
+    *MACHINE_OPTIONS,
 )
 
 

@@ -25,11 +25,11 @@ from .steps import Answers, Prompts, Steps
 
 # Prompts with answers.
 Examples = Sequence[tuple[list[Message], str]]
-_UNFINISHED, _BY_PHRASES = "unfinished thoughts", "refusals (phrases)"
+_UNFINISHED, BY_PHRASES = "unfinished thoughts", "refusals (phrases)"
 # How the rows of a set begin, in the table's order.
 _ORDER = (
     _UNFINISHED,
-    _BY_PHRASES,
+    BY_PHRASES,
     "refusals",
     "safe",
     "phrases and",
@@ -85,7 +85,7 @@ class Measures:
         empty = [None if answer is None else not answer for answer in found]
         self._add((name, "empty answers"), model, empty)
         if name in (HARMFUL, HARMLESS):
-            self._add((name, _BY_PHRASES), model, _refusals(found))
+            self._add((name, BY_PHRASES), model, _refusals(found))
         return found
 
     def scores(self, model: Subject, skill: Skill) -> None:
