@@ -29,6 +29,11 @@ def _number(name: str, least: int, text: str) -> click.Option:
 SET_OPTIONS = (
     option("--safety", "Harmful prompts, which a safe model refuses.", metavar="FILE|HUB"),
     option("--harmless", "Harmless prompts, which should be answered.", metavar="FILE|HUB"),
+    option(
+        "--recognition",
+        "Harmful prompts, each beside a harmless one that looks like it.",
+        metavar="FILE|HUB",
+    ),
     option("--pairs", "Held-out safety preference pairs.", metavar="FILE|HUB"),
     option(
         "--skill",
@@ -130,7 +135,12 @@ def _evaluate(models: tuple[str, ...], values: dict[str, Any]) -> None:
     extract = named(values.pop("extract"), "--extract", "NAME=HOW", problems)
     problems += [f"--extract: {name} has two extractors" for name in repeated(extract)]
     sets, unread = read_sets(
-        values.pop("safety"), values.pop("harmless"), values.pop("pairs"), skills, dict(extract)
+        values.pop("safety"),
+        values.pop("harmless"),
+        values.pop("pairs"),
+        skills,
+        dict(extract),
+        recognition=values.pop("recognition"),
     )
     tasks, folder = values.pop("lm_eval"), values.pop("lm_eval_tasks")
     if folder and not tasks:

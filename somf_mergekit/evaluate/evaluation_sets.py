@@ -9,10 +9,12 @@ from ..common.digests import json_digest
 from ..common.errors import RecipeError
 from ..data.chat import Message
 from ..data.pairs import Pair, read_answers, read_pairs, read_prompts
+from ..data.recognition import LookAlikes, read_look_alikes
 from ..data.rows import Examples
 from .answer_text import extractor
 
 HARMFUL, HARMLESS, PAIRS = "harmful", "harmless", "pairs"
+RECOGNITION = "recognition"
 _SOURCE_OPTIONS = ("config", "split")
 _T = TypeVar("_T")
 _Reading = Callable[[str, str, str | None], Examples[_T]]
@@ -41,6 +43,7 @@ class EvaluationSets:
     Attributes:
         harmful, harmless: prompts, as messages.
         pairs: safety preference pairs.
+        recognition: harmful prompts, each with a harmless one that looks like it.
         skills: each with a name of its own.
         sources: where each set is from and which rows were left out, in words, by its name.
     """
@@ -48,6 +51,7 @@ class EvaluationSets:
     harmful: Sequence[list[Message]] = ()
     harmless: Sequence[list[Message]] = ()
     pairs: Sequence[Pair] = ()
+    recognition: Sequence[LookAlikes] = ()
     skills: Sequence[Skill] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
 
@@ -58,13 +62,15 @@ class EvaluationSets:
             harmful=self.harmful[:limit],
             harmless=self.harmless[:limit],
             pairs=self.pairs[:limit],
+            recognition=self.recognition[:limit],
             skills=[replace(skill, examples=skill.examples[:limit]) for skill in self.skills],
         )
 
     @property
     def asked(self) -> dict[str, Sequence[list[Message]]]:
-        """The prompts that models answer, by set."""
+        """The prompts that models answer, by set; of recognition, two that look alike at a time."""
         sets = {HARMFUL: self.harmful, HARMLESS: self.harmless}
+        sets[RECOGNITION] = [prompt for alike in self.recognition for prompt in alike]
         for skill in self.skills:
             if skill.extract:
                 sets[skill.name] = [messages for messages, _ in skill.examples]
@@ -74,7 +80,8 @@ class EvaluationSets:
     def sizes(self) -> dict[str, int]:
         """How many examples each set has, without the empty ones."""
         sets: dict[str, Sequence[object]] = {HARMFUL: self.harmful, HARMLESS: self.harmless}
-        sets |= {PAIRS: self.pairs, **{skill.name: skill.examples for skill in self.skills}}
+        sets |= {RECOGNITION: self.recognition, PAIRS: self.pairs}
+        sets |= {skill.name: skill.examples for skill in self.skills}
         return {name: len(examples) for name, examples in sets.items() if examples}
 
     @property
@@ -84,6 +91,7 @@ class EvaluationSets:
             [
                 list(self.harmful),
                 list(self.harmless),
+                list(self.recognition),
                 [[pair.prompt, pair.chosen, pair.rejected] for pair in self.pairs],
                 [[skill.name, list(skill.examples)] for skill in self.skills],
             ]
@@ -101,7 +109,7 @@ class EvaluationSets:
         for name in dict.fromkeys(names):
             if names.count(name) > 1:
                 found.append(f"skill {name}: two skills have this name")
-            if name in (HARMFUL, HARMLESS, PAIRS) or not name.strip():
+            if name in (HARMFUL, HARMLESS, RECOGNITION, PAIRS) or not name.strip():
                 found.append(f"skill {name!r}: this name is taken; choose another")
         for skill in self.skills:
             found += _extract_problems(skill)
@@ -115,6 +123,7 @@ def read_sets(
     skills: Sequence[tuple[str, str]] = (),
     extract: Mapping[str, str] | None = None,
     where: Mapping[str, str] | None = None,
+    recognition: str | None = None,
 ) -> tuple[EvaluationSets, list[str]]:
     """Return the sets of the named sources, and why some can't be read, a sentence each.
 
@@ -126,6 +135,7 @@ def read_sets(
         skills: names with sources.
         extract: the extractor of each skill that has one.
         where: what stands before the sentences about a set, by its name.
+        recognition: a source with prompts that look alike.
     """
     problems: list[str] = []
     sources: dict[str, str] = {}
@@ -152,6 +162,7 @@ def read_sets(
         harmful=read(HARMFUL, harmful, read_prompts),
         harmless=read(HARMLESS, harmless, read_prompts),
         pairs=read(PAIRS, pairs, read_pairs),
+        recognition=read(RECOGNITION, recognition, read_look_alikes),
         skills=[
             Skill(name, read(name, source, read_answers), given.get(name))
             for name, source in skills

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ..common.errors import printable
+from ..common.errors import RecipeError, printable
 from ..common.files import write_whole
 from .evaluate_command import MACHINE_OPTIONS, MEASURING_OPTIONS, option
 from .evaluation_sets import read_sets
@@ -58,14 +58,13 @@ The comparisons with parents decide nothing."""
 
 
 class _Command(click.Command):
-    """A command whose usage errors have the exit code of all others: 2 is a verdict."""
+    """A command whose usage errors have the exit code of all others, 1: click's 2 is a verdict."""
 
     def make_context(self, *arguments: Any, **options: Any) -> click.Context:
         try:
             return super().make_context(*arguments, **options)
         except click.UsageError as error:
-            error.exit_code = 1
-            raise
+            raise RecipeError(error.format_message()) from error
 
 
 def gate_command(text: str) -> click.Command:

@@ -69,7 +69,7 @@ class PairedShares:
         return (low + high) / 2
 
     def _score(self, difference: float) -> float:
-        """Return by how many standard errors what is seen is above ``difference``, were that true."""
+        """Return how many standard errors, if ``difference`` is true, what is seen is above it."""
         count, lost, gained = self.examples, self.lost, self.gained
         # The likeliest share of the lost under that truth, a root of a t² + b t + c.
         a = 2 * count

@@ -8,8 +8,8 @@ from typing import Any
 
 from ...common.console import aligned_table
 from ...common.files import whole_file, write_whole
-from ..answer_text import N_GRAM
-from ..evaluation_sets import HARMFUL, HARMLESS, PAIRS
+from ..answer_text import N_GRAM, RECOGNISED
+from ..evaluation_sets import HARMFUL, HARMLESS, PAIRS, RECOGNITION
 from .scoring import ACCURACY, LOSS, MARGIN, REFUSALS, TEST, VALIDATION
 from .variants import BASE
 
@@ -21,6 +21,7 @@ _COLUMNS = (
     ("refusals", f"{HARMFUL}: {REFUSALS}", True),
     ("over-refusals", f"{HARMLESS}: {REFUSALS}", True),
     (_REPEATED, f"{HARMFUL}: {_REPEATED}", True),
+    (RECOGNISED, f"{RECOGNITION}: {RECOGNISED}", True),
     (ACCURACY, f"{PAIRS}: {ACCURACY}", True),
     (MARGIN, f"{PAIRS}: {MARGIN}", False),
 )
