@@ -1,6 +1,7 @@
 """Prompts that look alike: read, measured on tiny models, and the pairs that come along."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -142,5 +143,7 @@ def test_the_pairs_that_come_along_are_whole():
     assert len(set(texts)) == len(texts)
     assert max(map(len, texts)) <= 120
     for row in rows:
-        one, other = (set(row[name].lower().split()) for name in ("harmful", "harmless"))
-        assert len(one & other) >= 0.35 * min(len(one), len(other)), row
+        one, other = (
+            set(re.findall(r"[\w']+", row[name].lower())) for name in ("harmful", "harmless")
+        )
+        assert len(one & other) >= 0.4 * min(len(one), len(other)), row
