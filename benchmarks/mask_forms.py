@@ -133,16 +133,19 @@ def measured(folder: Path, seed: int, settings: DemoSettings) -> Iterator[dict[s
                 folder,
             )
             history = folder / name / ("" if is_learning else "somf") / "training.jsonl"
-            seconds = None
-            if history.exists():
-                lines = history.read_text(encoding="utf-8").splitlines()
-                seconds = statistics.median(json.loads(line)["seconds"] for line in lines or ["{}"])
+            lines = history.read_text(encoding="utf-8").splitlines() if history.exists() else []
+            steps = [json.loads(line)["seconds"] for line in lines]
             scores = {}
             if not is_learning:
                 model = loaded_model(folder / name)
                 scores = asdict(measured_scores(name, model, tokenizer, data, settings))
                 (folder / name / "model.safetensors").unlink()
-            known[name] = {"seed": seed, **row, "seconds_a_step": seconds, **scores}
+            known[name] = {
+                "seed": seed,
+                **row,
+                "seconds_a_step": statistics.median(steps) if steps else None,
+                **scores,
+            }
             known_file.write_text(json.dumps(known, indent=1), encoding="utf-8")
         click.echo(json.dumps(known[name]))
         yield known[name]

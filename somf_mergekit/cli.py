@@ -219,6 +219,16 @@ def _evaluate() -> click.Command:
 _COMMANDS["evaluate"] = _evaluate, _evaluate.__doc__ or ""
 
 
+def _gate() -> click.Command:
+    """Say whether a merge is less safe than its base and its parents, by what they refuse."""
+    from .evaluate.gate_command import gate_command
+
+    return gate_command(_gate.__doc__ or "")
+
+
+_COMMANDS["gate"] = _gate, _gate.__doc__ or ""
+
+
 def _sweep_options() -> Collection[click.Parameter]:
     from .evaluate.sweep.sweep_command import OPTIONS
 

@@ -34,6 +34,7 @@ def test_help_lists_every_command_and_fits_a_screen():
         "push",
         "verify",
         "evaluate",
+        "gate",
         "sweep",
         "parameters",
         "demo",

@@ -36,6 +36,11 @@ SET_OPTIONS = (
         metavar="FILE|HUB|NAME",
     ),
     option("--harmless", "Harmless prompts, which should be answered.", metavar="FILE|HUB"),
+    option(
+        "--recognition",
+        "Harmful prompts, each beside a harmless one that looks like it.",
+        metavar="FILE|HUB",
+    ),
     option("--pairs", "Held-out safety preference pairs.", metavar="FILE|HUB"),
     option(
         "--skill",
@@ -59,6 +64,11 @@ MEASURING_OPTIONS = (
     ),
     _number("--seed", 0, "Of the bootstrap."),
     _number("--resamples", 100, "Of the bootstrap."),
+)
+MACHINE_OPTIONS = (
+    option("--device", "Of torch, as cpu or cuda:1.  [default: a GPU, where there is one]"),
+    option("--trust-remote-code", "Run code that comes with a model.", is_flag=True),
+    option("--quiet", "No progress bar.", is_flag=True),
 )
 _OPTIONS = (
     *SET_OPTIONS,
@@ -104,9 +114,7 @@ _OPTIONS = (
     ),
     option("--lm-eval-tasks", "Folder with tasks of your own for it.", metavar="DIR"),
     *MEASURING_OPTIONS,
-    option("--device", "Of torch, as cpu or cuda:1.  [default: a GPU, where there is one]"),
-    option("--trust-remote-code", "Run code that comes with a model.", is_flag=True),
-    option("--quiet", "No progress bar.", is_flag=True),
+    *MACHINE_OPTIONS,
 )
 
 
@@ -135,7 +143,12 @@ def _evaluate(models: tuple[str, ...], values: dict[str, Any]) -> None:
     extract = named(values.pop("extract"), "--extract", "NAME=HOW", problems)
     problems += [f"--extract: {name} has two extractors" for name in repeated(extract)]
     sets, unread = read_sets(
-        values.pop("safety"), values.pop("harmless"), values.pop("pairs"), skills, dict(extract)
+        values.pop("safety"),
+        values.pop("harmless"),
+        values.pop("pairs"),
+        skills,
+        dict(extract),
+        recognition=values.pop("recognition"),
     )
     tasks, folder = values.pop("lm_eval"), values.pop("lm_eval_tasks")
     if folder and not tasks:

@@ -10,12 +10,14 @@ from ..common.digests import json_digest
 from ..common.errors import RecipeError
 from ..data.chat import Message
 from ..data.pairs import Pair, read_answers, read_pairs, read_prompts
+from ..data.recognition import LookAlikes, read_look_alikes
 from ..data.rows import Examples
 from ..recipe.schema import nearest
 from .answer_text import extractor
 from .public_sets import PUBLIC_SETS, public_prompts
 
 HARMFUL, HARMLESS, PAIRS = "harmful", "harmless", "pairs"
+RECOGNITION = "recognition"
 # What may follow a source, as ``,split=test``.
 SOURCE_OPTIONS = ("config", "split", "half")
 # To choose settings on, and to report on.
@@ -47,6 +49,7 @@ class EvaluationSets:
     Attributes:
         harmful, harmless: prompts, as messages.
         pairs: safety preference pairs.
+        recognition: harmful prompts, each with a harmless one that looks like it.
         skills: each with a name of its own.
         sources: where each set is from and which rows were left out, in words, by its name.
     """
@@ -54,6 +57,7 @@ class EvaluationSets:
     harmful: Sequence[list[Message]] = ()
     harmless: Sequence[list[Message]] = ()
     pairs: Sequence[Pair] = ()
+    recognition: Sequence[LookAlikes] = ()
     skills: Sequence[Skill] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
 
@@ -64,13 +68,15 @@ class EvaluationSets:
             harmful=self.harmful[:limit],
             harmless=self.harmless[:limit],
             pairs=self.pairs[:limit],
+            recognition=self.recognition[:limit],
             skills=[replace(skill, examples=skill.examples[:limit]) for skill in self.skills],
         )
 
     @property
     def asked(self) -> dict[str, Sequence[list[Message]]]:
-        """The prompts that models answer, by set."""
+        """The prompts that models answer, by set; of recognition, two that look alike at a time."""
         sets = {HARMFUL: self.harmful, HARMLESS: self.harmless}
+        sets[RECOGNITION] = [prompt for alike in self.recognition for prompt in alike]
         for skill in self.skills:
             if skill.extract:
                 sets[skill.name] = [messages for messages, _ in skill.examples]
@@ -80,7 +86,8 @@ class EvaluationSets:
     def sizes(self) -> dict[str, int]:
         """How many examples each set has, without the empty ones."""
         sets: dict[str, Sequence[object]] = {HARMFUL: self.harmful, HARMLESS: self.harmless}
-        sets |= {PAIRS: self.pairs, **{skill.name: skill.examples for skill in self.skills}}
+        sets |= {RECOGNITION: self.recognition, PAIRS: self.pairs}
+        sets |= {skill.name: skill.examples for skill in self.skills}
         return {name: len(examples) for name, examples in sets.items() if examples}
 
     @property
@@ -90,6 +97,7 @@ class EvaluationSets:
             [
                 list(self.harmful),
                 list(self.harmless),
+                list(self.recognition),
                 [[pair.prompt, pair.chosen, pair.rejected] for pair in self.pairs],
                 [[skill.name, list(skill.examples)] for skill in self.skills],
             ]
@@ -107,7 +115,7 @@ class EvaluationSets:
         for name in dict.fromkeys(names):
             if names.count(name) > 1:
                 found.append(f"skill {name}: two skills have this name")
-            if name in (HARMFUL, HARMLESS, PAIRS) or not name.strip():
+            if name in (HARMFUL, HARMLESS, RECOGNITION, PAIRS) or not name.strip():
                 found.append(f"skill {name!r}: this name is taken; choose another")
         for skill in self.skills:
             found += _extract_problems(skill)
@@ -121,6 +129,7 @@ def read_sets(
     skills: Sequence[tuple[str, str]] = (),
     extract: Mapping[str, str] | None = None,
     where: Mapping[str, str] | None = None,
+    recognition: str | None = None,
 ) -> tuple[EvaluationSets, list[str]]:
     """Return the sets of the named sources, and why some can't be read, a sentence each.
 
@@ -133,6 +142,7 @@ def read_sets(
         skills: names with sources.
         extract: the extractor of each skill that has one.
         where: what stands before the sentences about a set, by its name.
+        recognition: a source with prompts that look alike.
     """
     problems: list[str] = []
     sources: dict[str, str] = {}
@@ -163,6 +173,7 @@ def read_sets(
         harmful=read(HARMFUL, harmful, _read_harmful),
         harmless=read(HARMLESS, harmless, read_prompts),
         pairs=read(PAIRS, pairs, read_pairs),
+        recognition=read(RECOGNITION, recognition, read_look_alikes),
         skills=[
             Skill(name, read(name, source, read_answers), given.get(name))
             for name, source in skills

@@ -6,9 +6,9 @@ from typing import Any
 from ..common.requirements import installed
 from ..data.chat import Message
 from ..data.pairs import Pair
-from .answer_text import N_GRAM, extractor, is_refusal, repeated_share
+from .answer_text import N_GRAM, OUTCOMES, extractor, recognitions, refusals, repeated_share
 from .evaluation import BY_PHRASES, NUMBER, SHARE, HarnessResults, Measure, Ratio
-from .evaluation_sets import HARMFUL, HARMLESS, PAIRS, Skill
+from .evaluation_sets import HARMFUL, HARMLESS, PAIRS, RECOGNITION, Skill
 from .harness import Harness
 from .judges import REFUSES, SAFE, Judge, verdicts
 from .likelihood import (
@@ -30,6 +30,7 @@ _UNFINISHED = "unfinished thoughts"
 _ORDER = (
     _UNFINISHED,
     BY_PHRASES,
+    *OUTCOMES,
     "refusals",
     "safe",
     "phrases and",
@@ -87,8 +88,18 @@ class Measures:
         empty = [None if answer is None else not answer for answer in found]
         self._add((name, "empty answers"), model, empty)
         if name in (HARMFUL, HARMLESS):
-            self._add((name, BY_PHRASES), model, _refusals(found))
+            self._add((name, BY_PHRASES), model, refusals(found))
         return found
+
+    def recognised(self, model: Subject, answers: Answers) -> None:
+        """Measure of how many pairs the harmful prompt is refused and its look-alike answered.
+
+        Args:
+            model: that answered.
+            answers: to a harmful prompt, then to the harmless one that looks like it, and so on.
+        """
+        for name, found in recognitions(answers).items():
+            self._add((RECOGNITION, name), model, found)
 
     def scores(self, model: Subject, skill: Skill) -> None:
         """Measure loss and token accuracy on right answers."""
@@ -214,7 +225,7 @@ class Measures:
         if compared is not None:
             differ = [
                 None if verdict is None else verdict != phrase
-                for verdict, phrase in zip(compared, _refusals(answers), strict=True)
+                for verdict, phrase in zip(compared, refusals(answers), strict=True)
             ]
             self._add((name, f"phrases and {called} disagree"), model, differ)
 
@@ -281,8 +292,3 @@ class Measures:
         if place not in self._rows:
             self._rows[place] = Measure(*place, unit, exponential, groups or range(len(values)))
         self._rows[place].models[model.name] = Ratio([float(v or 0) for v in values], known)
-
-
-def _refusals(answers: Answers) -> list[bool | None]:
-    """Return whether each answer refuses by the phrases, None without an end of its thought."""
-    return [None if answer is None else is_refusal(answer) for answer in answers]

@@ -10,7 +10,7 @@ from ..common.console import no_model_bars
 from ..common.errors import RecipeError, noted, raise_together
 from ..data.rendering import asked
 from .evaluation import Evaluation, row_of
-from .evaluation_sets import HARMFUL, HARMLESS, PAIRS, EvaluationSets
+from .evaluation_sets import HARMFUL, HARMLESS, PAIRS, RECOGNITION, EvaluationSets
 from .evaluation_settings import EvaluationSettings, NamedModel
 from .harness import Harness
 from .judges import Judge, found_judge
@@ -118,6 +118,8 @@ def _measure(measures: Measures, taking_part: Participants, sets: EvaluationSets
             measures.scores(model, skill)
             if skill.extract:
                 measures.exact_match(model, skill, answers[model, skill.name])
+        if sets.recognition:
+            measures.recognised(model, answers[model, RECOGNITION])
         if sets.pairs:
             measures.preferences(model, sets.pairs)
         for reference in taking_part.others(model):
@@ -225,8 +227,9 @@ def _missing(
         yield "there is no model to measure"
     if sets.is_empty and not settings.harness:
         yield (
-            "there is nothing to measure on: give harmful prompts, harmless prompts, safety pairs "
-            "or a skill (--safety, --harmless, --pairs, --skill)"
+            "there is nothing to measure on: give harmful prompts, harmless prompts, prompts that "
+            "look alike, safety pairs or a skill (--safety, --harmless, --recognition, --pairs, "
+            "--skill)"
         )
     for skill in sets.skills:
         if not skill.examples:

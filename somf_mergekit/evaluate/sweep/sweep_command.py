@@ -54,7 +54,7 @@ def run_sweep(source: str, values: dict[str, Any], options: MergeOptions) -> Non
     over, problems = _parsed(values.pop("over"))
     skills = named(values.pop("skill"), "--skill", "NAME=FILE", problems)
     problems += [f"--skill {name}: two skills have this name" for name in repeated(skills)]
-    sources = {name: values.pop(name) for name in ("safety", "harmless", "pairs")}
+    sources = {name: values.pop(name) for name in ("safety", "harmless", "recognition", "pairs")}
     settings = EvaluationSettings(
         device=options.device or "cpu", trust_remote_code=options.trust_remote_code, **values
     )

@@ -45,6 +45,7 @@ class Sources(_Strict):
     safety: str | None = None
     harmless: str | None = None
     pairs: str | None = None
+    recognition: str | None = None
     skills: dict[str, str] = {}
 
     def read(self, recipe: MergeConfiguration | None = None) -> tuple[EvaluationSets, list[str]]:
@@ -62,6 +63,7 @@ class Sources(_Strict):
             self.harmless or given.get("harmless_eval"),
             self.pairs or given.get("pairs_eval"),
             skills,
+            recognition=self.recognition,
         )
         return sets, [*(f"parameters.skill_eval: {problem}" for problem in problems), *unread]
 

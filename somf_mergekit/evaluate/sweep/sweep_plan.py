@@ -193,7 +193,8 @@ def _set_problems(sets: Mapping[str, EvaluationSets]) -> Iterator[str]:
     for name, of in sets.items():
         where = "" if name == TEST else f"{name}: "
         yield from (where + problem for problem in Axes(of).problems())
-        prompts = [*of.harmful, *of.harmless, *(m for s in of.skills for m, _ in s.examples)]
+        prompts = [prompt for asked in of.asked.values() for prompt in asked]
+        prompts += [messages for skill in of.skills for messages, _ in skill.examples]
         prompts += [pair.messages for pair in of.pairs]
         asked[name] = {prompt[-1]["content"] for prompt in prompts}
     shared = asked[TEST] & asked[VALIDATION]

@@ -8,9 +8,9 @@ from typing import Any
 
 from ...common.console import aligned_table
 from ...common.files import whole_file, write_whole
-from ..answer_text import N_GRAM
+from ..answer_text import N_GRAM, RECOGNISED
 from ..evaluation import BY_PHRASES
-from ..evaluation_sets import HARMFUL, HARMLESS, PAIRS
+from ..evaluation_sets import HARMFUL, HARMLESS, PAIRS, RECOGNITION
 from .scoring import ACCURACY, LOSS, MARGIN, TEST, VALIDATION
 from .variants import BASE
 
@@ -22,6 +22,7 @@ _COLUMNS = (
     ("refusals", f"{HARMFUL}: {BY_PHRASES}", True),
     ("over-refusals", f"{HARMLESS}: {BY_PHRASES}", True),
     (_REPEATED, f"{HARMFUL}: {_REPEATED}", True),
+    (RECOGNISED, f"{RECOGNITION}: {RECOGNISED}", True),
     (ACCURACY, f"{PAIRS}: {ACCURACY}", True),
     (MARGIN, f"{PAIRS}: {MARGIN}", False),
 )
