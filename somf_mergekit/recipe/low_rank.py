@@ -45,23 +45,20 @@ def low_rank_changes(model: ModelReference, options: MergeOptions) -> dict[str, 
     for name, module in adapted.base_model.model.named_modules():
         if not isinstance(module, peft.tuners.lora.LoraLayer):
             continue
-        weights = _plain(module)
-        if weights is None:
+        # The model itself has no memory.
+        matrices = [given.get(f"base_model.model.{name}.lora_{side}.weight") for side in "AB"]
+        if any(matrix is None for matrix in matrices) or not _is_plain(module):
             raise NotFactoredError(f"{model.lora} changes {name}, which is no plain linear layer")
-        down, up = weights
-        change = LowRank(down.float(), up.float() * module.scaling["default"])
-        if change.down.any() and change.up.any():
-            changes[f"{name}.weight"] = change
+        down, up = (matrix.float() for matrix in matrices)
+        if down.any() and up.any():
+            changes[f"{name}.weight"] = LowRank(down, up * module.scaling["default"])
     return changes
 
 
-def _plain(layer: Any) -> tuple[Any, Any] | None:
-    """Return A and B of a linear layer's adapter; None where it computes something else."""
+def _is_plain(layer: Any) -> bool:
+    """Return whether an adapter adds scaling B A to the weight of a linear layer."""
     import peft
     import torch
 
     is_linear = type(layer) is peft.tuners.lora.Linear and type(layer.base_layer) is torch.nn.Linear
-    if not is_linear or layer.lora_variant or layer.fan_in_fan_out:
-        return None
-    weights = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
-    return None if any(weight.is_meta for weight in weights) else weights
+    return is_linear and not layer.lora_variant and not layer.fan_in_fan_out
