@@ -1,7 +1,8 @@
-"""Adapters that stay factored while a mask is learned: the same mask as from their whole products."""
+"""Adapters that stay factored while a mask is learned: the mask of their whole products."""
 
 import contextlib
 import json
+import sys
 
 import pytest
 import tiny
@@ -14,6 +15,7 @@ from setups import trajectory
 from somf_mergekit import MaskSet
 from somf_mergekit.common.errors import RecipeError
 from somf_mergekit.common.process_group import ALONE
+from somf_mergekit.learner.engine import ResidentEngine
 from somf_mergekit.plugin.merge_check import checked_merge
 from somf_mergekit.prepass.forecast import forecast
 from somf_mergekit.prepass.training import training_setup
@@ -39,7 +41,8 @@ def adapter(base, folder, seed, **options):
         for weight in made.parameters():
             if weight.requires_grad:
                 weight += 0.1 * torch.randn(weight.shape, generator=generator)
-    made.save_pretrained(folder)
+    # Else PEFT stores a whole head beside what an adapter changes of it.
+    made.save_pretrained(folder, save_embedding_layers=False)
     return folder
 
 
@@ -80,7 +83,8 @@ def recipe_of(root, *models, **parameters):
     values = {"max_steps": 4, "learning_rate": 0.1, "batch_size": 4, "max_length": 48}
     values |= {"safety_dataset": str(root / "pairs.jsonl"), **parameters}
     models = models or (root / "first", root / "second")
-    return tiny.recipe(base, [f"{base}+{model}" for model in models], weights=[0.7, 0.4], **values)
+    specialists = [f"{base}+{model}" for model in models]
+    return tiny.recipe(base, specialists, weights=[0.7, 0.4][: len(models)], **values)
 
 
 def planned_with(root, content, engine, **machine):
@@ -90,11 +94,10 @@ def planned_with(root, content, engine, **machine):
     return planned, checked.inputs
 
 
-def learned(root, engine, folder, **parameters):
+def learned(root, engine, folder, precision="float32", **parameters):
     """Losses and logits of a training run on an engine."""
-    planned, inputs = planned_with(
-        root, recipe_of(root, **parameters), engine, micro_batch_size=2, precision="float32"
-    )
+    content, machine = recipe_of(root, **parameters), {"micro_batch_size": 2}
+    planned, inputs = planned_with(root, content, engine, precision=precision, **machine)
     expected = forecast(planned, inputs.data)
     assert expected.engine == engine
     with contextlib.ExitStack() as ending:
@@ -132,27 +135,162 @@ def test_the_trajectory_is_that_of_whole_task_vectors(adapted, tmp_path, changes
     assert ((found - moved).abs() > 1e-3).float().mean() < 0.01
 
 
-def test_a_merge_of_two_adapters(adapted, tmp_path):
+def test_a_merge_of_two_adapters(adapted, tmp_path, monkeypatch):
     """It is chosen and named, learns the mask that whole task vectors give, and merges with it."""
-    content = recipe_of(adapted, granularity="row_column", mask_sharing="per_model")
-    masks, weights = {}, {}
-    for engine, options in (("factored", ()), ("resident", ("--engine", "resident"))):
+    content = recipe_of(
+        adapted, granularity="row_column", mask_sharing="per_model", held_out_share=0.5
+    )
+    masks, weights, compared = {}, {}, {}
+    for engine, options in (("factored", {}), ("resident", {"SOMF_ENGINE": "resident"})):
         out = tmp_path / engine
         file = tiny.write_recipe(tmp_path / "recipe.yml", content)
         cache = ("--lora-merge-cache", adapted / "cache")
-        result = tiny.invoke("mergekit-somf", "merge", file, out, *cache, *options)
+        with monkeypatch.context() as environment:
+            for name, value in options.items():
+                environment.setenv(name, value)
+            result = tiny.invoke("mergekit-yaml", file, out, *cache)
         assert result.exit_code == 0, result.output
         assert f"somf: {engine}: needs about" in result.output
+        assert "multiplied out" not in result.output
         masks[engine], weights[engine] = MaskSet.open(out / "somf"), tiny.tensors_of(out)
         assert masks[engine].provenance["learned_with"]["engine"] == engine
+        compared[engine] = masks[engine].provenance["held_out"]
+    for key in ("plain_fusion", "merge"):
+        assert compared["factored"][key] == pytest.approx(compared["resident"][key], abs=1e-3)
     assert masks["factored"].models == masks["resident"].models
-    assert masks["factored"].provenance["held_out"].keys()
     for (_, one), (_, other) in zip(
         masks["factored"].each(), masks["resident"].each(), strict=True
     ):
         assert one.names() == other.names()
+        assert len(one.names()) == 2 * 5
         for name in one.names():
             apart = (one.entries(name) - other.entries(name)).abs()
             assert (apart > 2 / 255).float().mean() < 0.02
     for name, weight in weights["resident"].items():
         torch.testing.assert_close(weights["factored"][name], weight, rtol=1e-3, atol=1e-3)
+
+
+OTHER_ADAPTERS = {
+    "dora": ({"use_dora": True}, "more than the A and B of a LoRA"),
+    "embeddings": ({"target_modules": ["embed_tokens"]}, "more than the A and B of a LoRA"),
+    "modules_to_save": ({"modules_to_save": ["lm_head"]}, "more than the A and B of a LoRA"),
+    "biases": ({"bias": "lora_only"}, "more than the A and B of a LoRA"),
+    "head": ({"target_modules": ["q_proj", "lm_head"]}, "changes lm_head.weight, a joined or tied"),
+}
+OTHER_RECIPES = {
+    "entries": ({"granularity": "weight"}, "a mask with an entry for each weight"),
+    "ties": ({"fusion": "ties"}, "the fusion ties needs whole task vectors"),
+    "scaled base": ({"fusion": "linear", "normalize": False}, "the fusion scales the base's"),
+}
+
+
+def engine_line(root, content, folder, *options):
+    """The line of `check` that names the engine."""
+    file = tiny.write_recipe(folder / "recipe.yml", content)
+    cache = ("--lora-merge-cache", folder / "cache")
+    result = tiny.invoke("mergekit-somf", "check", file, *cache, *options)
+    assert result.exit_code == 0, result.output
+    return next(line for line in result.output.splitlines() if "engine:" in line)
+
+
+@pytest.mark.parametrize("kind", [*OTHER_ADAPTERS, *OTHER_RECIPES])
+def test_what_can_not_stay_factored_is_multiplied_out(kind, adapted, tmp_path):
+    changes, why = {**OTHER_ADAPTERS, **OTHER_RECIPES}[kind]
+    models, parameters = [adapted / "first"], changes
+    if kind in OTHER_ADAPTERS:
+        parameters = {}
+        models.append(adapter(adapted / "base", tmp_path / "other", 3, **{**FIRST, **changes}))
+    else:
+        models.append(adapted / "second")
+    content = recipe_of(adapted, *models, **parameters)
+    line = engine_line(adapted, content, tmp_path)
+    assert line.split()[1] == "resident:"
+    assert f"; adapters are multiplied out: {'' if kind in OTHER_RECIPES else models[1]}" in line
+    assert why in line
+    # Asked for another engine, nobody wonders.
+    assert "adapters" not in engine_line(adapted, content, tmp_path, "--engine", "streaming")
+    planned, inputs = planned_with(adapted, content, "factored")
+    with pytest.raises(RecipeError, match="the factored engine can't learn this mask: "):
+        forecast(planned, inputs.data)
+
+
+def test_models_that_are_no_adapters_are_not_spoken_of(family, family_recipe, tmp_path):
+    assert "adapters" not in engine_line(family, family_recipe(granularity="row"), tmp_path)
+    with_adapter = recipe_of(family, adapter(family / "base", tmp_path / "first", 1, **FIRST))
+    line = engine_line(family, with_adapter, tmp_path)
+    assert line.split()[1] == "factored:"
+    with_adapter["models"].append({"model": str(family / "math"), "parameters": {"weight": 0.5}})
+    line = engine_line(family, with_adapter, tmp_path)
+    assert f"multiplied out: {family / 'math'} is no adapter on the base model" in line
+
+
+def test_the_base_and_the_ranks_are_what_it_needs(adapted):
+    needs = {}
+    for engine in ("factored", "resident"):
+        planned, inputs = planned_with(
+            adapted, recipe_of(adapted), engine, micro_batch_size=1, precision="bfloat16"
+        )
+        needs[engine] = forecast(planned, inputs.data).memory
+    assert needs["factored"] < needs["resident"]
+    # In float32 and in bfloat16, of more than the rank in adapters.
+    weights = sum(tensor.numel() for tensor in tiny.tensors_of(adapted / "base").values())
+    assert needs["resident"] - needs["factored"] < 10 * weights
+
+
+def test_learning_goes_on_on_another_engine(adapted, tmp_path, monkeypatch):
+    """What is learned is the same state, so that a run may begin on one and end on the other."""
+    monkeypatch.setenv("SOMF_CHECKPOINT_MINUTES", "0")
+    content = recipe_of(adapted, optimizer="adamw", max_steps=6)
+    file = tiny.write_recipe(tmp_path / "recipe.yml", content)
+    cache = ("--lora-merge-cache", adapted / "cache")
+
+    def learned(folder, *options):
+        return tiny.invoke("mergekit-somf", "learn", file, tmp_path / folder, *cache, *options)
+
+    assert learned("whole").exit_code == 0
+    real = ResidentEngine.learn
+
+    def failing(self, parts, step, multiplier):
+        if step == 3:
+            raise MemoryError
+        real(self, parts, step, multiplier)
+
+    for engine in ("factored", "resident"):
+        with monkeypatch.context() as without_memory:
+            without_memory.setattr(ResidentEngine, "learn", failing)
+            stopped = learned(engine)
+        assert "factored: needs about" in stopped.output
+        assert "the memory was not enough for step 4" in stopped.output
+        ended = learned(engine, "--engine", engine)
+        assert ended.exit_code == 0, ended.output
+        assert "going on after step 3" in ended.output
+    masks = {name: MaskSet.open(tmp_path / name) for name in ("whole", "factored", "resident")}
+    for name in masks["whole"].names():
+        entries = masks["whole"].entries(name)
+        assert torch.equal(masks["factored"].entries(name), entries)
+        torch.testing.assert_close(masks["resident"].entries(name), entries, rtol=0, atol=2 / 255)
+
+
+def test_under_autocast_it_learns_alike(adapted, tmp_path):
+    losses, _ = learned(adapted, "factored", tmp_path)
+    in_bfloat16, _ = learned(adapted, "factored", tmp_path, precision="bfloat16")
+    assert in_bfloat16 != losses
+    assert in_bfloat16 == pytest.approx(losses, abs=0.05)
+
+
+@pytest.mark.slow
+def test_several_processes_learn_it_together(adapted, tmp_path):
+    content = recipe_of(adapted, granularity="row_column", mask_sharing="per_model")
+    file = tiny.write_recipe(tmp_path / "recipe.yml", content)
+    command = [file, "--lora-merge-cache", adapted / "cache"]
+    env = {"SOMF_PRECISION": "float32", "ACCELERATE_USE_CPU": "1"}
+    ours = ["-m", "somf_mergekit", "learn"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    found = {}
+    for name, started in (("one", ours), ("two", [*launcher, *ours])):
+        ended = tiny.run(sys.executable, *started, *command, tmp_path / name, env=env)
+        assert ended.returncode == 0, ended.stderr
+        assert ended.stderr.count("factored: needs about") == 1
+        rows = (tmp_path / name / "training.jsonl").read_text().splitlines()
+        found[name] = [json.loads(row)["loss"] for row in rows]
+    assert found["two"] == pytest.approx(found["one"], rel=1e-4, abs=1e-4)

@@ -65,8 +65,6 @@ def factored_changes(planned: PlannedMerge) -> Changes:
         parameters = task_parameters(task)
         if parameters["fusion"] not in SUMS:
             raise NotFactoredError(f"the fusion {parameters['fusion']} needs whole task vectors")
-        if parameters["granularity"] == "weight":
-            raise NotFactoredError("a mask with an entry for each weight needs their gradients")
         if _weights(task, parameters).of_base != 1:
             raise NotFactoredError(f"the fusion scales the base's {weight.name}")
     changes: Changes = {}
@@ -83,6 +81,10 @@ def factored_changes(planned: PlannedMerge) -> Changes:
             if name is None or place in own.tied or name in with_vocabulary:
                 raise NotFactoredError(f"{model.lora} changes {place}, a joined or tied weight")
             changes.setdefault(name, {})[model] = change
+    for weight, task in planned.text_tensors:
+        is_learned = weight.name in changes and planned.may_get_mask(weight.name)
+        if is_learned and task.parameters["granularity"] == "weight":
+            raise NotFactoredError("a mask with an entry for each weight needs their gradients")
     return changes
 
 

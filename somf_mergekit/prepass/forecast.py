@@ -70,9 +70,7 @@ class Forecast:
         if self.host:
             line += f", and {_gib(self.host)} of {_gib(self.free_host)} GiB beside the GPU"
         line += f", and {_gib(self.disk)} GiB of disk" if self.disk else ""
-        return line + (
-            f" (adapters are multiplied out: {self.why_dense})" if self.why_dense else ""
-        )
+        return line + (f"; adapters are multiplied out: {self.why_dense}" if self.why_dense else "")
 
     def files(self, folder: str) -> list[File]:
         """Return what learning writes into the mask's folder or beside it, see ``check_room``."""
@@ -215,8 +213,8 @@ def _engine_needs(
         # Embeddings stay float32 under autocast.
         in_model = size * (4 if tensor.has_vocabulary else computed)
         held = size * tensor.itemsize
-        # While it is read, the base is held as it is stored too.
-        factored += in_model + held
+        # While it is read, the base is in the host's memory as it is stored.
+        factored += in_model + (held if on_cpu else 0)
         for change in (changes or {}).get(name, {}).values():
             # Both matrices, what they are under the mask, and the gradient of that.
             factored += 3 * _LOGIT_BYTES * sum(matrix.numel() for matrix in change)
