@@ -151,7 +151,7 @@ def learning_model(
         if isinstance(tensor.merge, FactoredMerge):
             layer = model.get_submodule(place.name.removesuffix(".weight"))
             parameter, place = adapted(layer, tensor.merge, layout(tensor)), Slice(place.name)
-            tensor = replace(tensor, base=torch.zeros_like(parameter))
+            tensor = replace(tensor, base=parameter.new_zeros(()).expand(len(parameter)))
         elif placement.is_factored:
             continue
         if not tensor.learned or not tensor.changed or tensor.name not in masked_names:

@@ -1,5 +1,6 @@
 """What a merge of adapters is made of where their task vectors stay factored."""
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -54,7 +55,7 @@ def factored_changes(planned: PlannedMerge) -> Changes:
     """
     base = planned.base_model
     models = [model for model in planned.models if model != base]
-    full = [m for m in models if m.lora is None or m.model != base.model or base.lora]
+    full = [m for m in models if base.lora or not _is_adapter_of(m, base)]
     if full:
         raise NotFactoredError(
             f"{few([str(model) for model in full])} is no adapter on the base model"
@@ -67,21 +68,21 @@ def factored_changes(planned: PlannedMerge) -> Changes:
             raise NotFactoredError(f"the fusion {parameters['fusion']} needs whole task vectors")
         if _weights(task, parameters).of_base != 1:
             raise NotFactoredError(f"the fusion scales the base's {weight.name}")
-    changes: Changes = {}
     trust = planned.options.trust_remote_code
     slices = stored_slices(empty_model(planned.out_config, trust), tensor_shapes(planned))
-    names = {place.name: name for name, place in slices.items() if not place.steps}
+    places = {name: place.name for name, place in slices.items() if not place.steps}
+    found = {model: low_rank_changes(model, planned.options) for model in models}
     own = model_class(base, trust)
-    with_vocabulary = {w.name for w, _ in planned.tensors if w.vocabulary_axis is not None}
+    of_tokens = {w.name for w, _ in planned.tensors if w.vocabulary_axis is not None}
+    apart = {place for name, place in places.items() if name not in of_tokens} - own.tied.keys()
     for model in models:
-        for place, change in low_rank_changes(model, planned.options).items():
-            name = names.get(place)
-            if place not in own.text:
-                continue
-            if name is None or place in own.tied or name in with_vocabulary:
-                raise NotFactoredError(f"{model.lora} changes {place}, a joined or tied weight")
-            changes.setdefault(name, {})[model] = change
+        if others := found[model].keys() & own.text - apart:
+            raise NotFactoredError(f"{model.lora} changes {few(others)}, a joined or tied weight")
+    changes: Changes = {}
     for weight, task in planned.text_tensors:
+        place = places.get(weight.name, "")
+        if own_changes := {m: found[m][place] for m in models if place in found[m]}:
+            changes[weight.name] = own_changes
         is_learned = weight.name in changes and planned.may_get_mask(weight.name)
         if is_learned and task.parameters["granularity"] == "weight":
             raise NotFactoredError("a mask with an entry for each weight needs their gradients")
@@ -132,6 +133,11 @@ def factored_tensors(planned: PlannedMerge, given: Given) -> Iterator[LoadedTens
             parameters=parameters,
             vocabulary_axis=weight.vocabulary_axis,
         )
+
+
+def _is_adapter_of(model: ModelReference, base: ModelReference) -> bool:
+    places = [(os.path.realpath(m.model.path), m.model.revision) for m in (model, base)]
+    return model.lora is not None and places[0] == places[1]
 
 
 def _weights(task: ExecuteMergeMethodTask, parameters: Mapping[str, Any]) -> WeightedSum:
