@@ -138,7 +138,7 @@ def test_the_trajectory_is_that_of_whole_task_vectors(adapted, tmp_path, changes
 def test_a_merge_of_two_adapters(adapted, tmp_path, monkeypatch):
     """It is chosen and named, learns the mask that whole task vectors give, and merges with it."""
     content = recipe_of(
-        adapted, granularity="row_column", mask_sharing="per_model", held_out_share=0.5
+        adapted, granularity="row_column", mask_sharing="per_model", held_out_share=0.5, max_steps=2
     )
     masks, weights, compared = {}, {}, {}
     for engine, options in (("factored", {}), ("resident", {"SOMF_ENGINE": "resident"})):
@@ -237,6 +237,7 @@ def test_the_base_and_the_ranks_are_what_it_needs(adapted):
     assert needs["resident"] - needs["factored"] < 10 * weights
 
 
+@pytest.mark.slow
 def test_learning_goes_on_on_another_engine(adapted, tmp_path, monkeypatch):
     """What is learned is the same state, so that a run may begin on one and end on the other."""
     monkeypatch.setenv("SOMF_CHECKPOINT_MINUTES", "0")
