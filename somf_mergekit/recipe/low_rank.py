@@ -50,6 +50,8 @@ def low_rank_changes(model: ModelReference, options: MergeOptions) -> dict[str, 
         if any(matrix is None for matrix in matrices) or not _is_plain(module):
             raise NotFactoredError(f"{model.lora} changes {name}, which is no plain linear layer")
         down, up = (matrix.float() for matrix in matrices)
+        if not down.isfinite().all() or not up.isfinite().all():
+            raise NotFactoredError(f"{model.lora} has NaN or infinite entries in {name}")
         if down.any() and up.any():
             changes[f"{name}.weight"] = LowRank(down, up * module.scaling["default"])
     return changes
