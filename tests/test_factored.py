@@ -10,6 +10,7 @@ import torch
 import transformers
 from mergekit.options import MergeOptions
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from setups import trajectory
 
 from somf_mergekit import MaskSet
@@ -212,6 +213,47 @@ def test_what_can_not_stay_factored_is_multiplied_out(kind, adapted, tmp_path):
     planned, inputs = planned_with(adapted, content, "factored")
     with pytest.raises(RecipeError, match="the factored engine can't learn this mask: "):
         forecast(planned, inputs.data)
+
+
+def test_masks_that_learning_starts_from_and_masks_that_stay(adapted, tmp_path):
+    content = recipe_of(adapted, mask_sharing="per_model", max_steps=2)
+    file = tiny.write_recipe(tmp_path / "recipe.yml", content)
+    cache = ("--lora-merge-cache", adapted / "cache")
+
+    def learned(folder, *options):
+        result = tiny.invoke("mergekit-somf", "learn", file, tmp_path / folder, *cache, *options)
+        assert result.exit_code == 0, result.output
+        return MaskSet.open(tmp_path / folder), result.output
+
+    start, _ = learned("start")
+    for model in content["models"]:
+        model["parameters"] |= {"mask": str(tmp_path / "start"), "learn": True}
+    tiny.write_recipe(file, content)
+    further, said = learned("further")
+    assert "factored: needs about" in said
+    expected, _ = learned("expected", "--engine", "resident")
+    found = [
+        torch.cat([own.entries(name).flatten() for _, own in masks.each() for name in own.names()])
+        for masks in (start, further, expected)
+    ]
+    moved, apart = ((found[1] - other).abs() for other in (found[0], found[2]))
+    assert moved.mean() > 0.01
+    assert (apart > 2 / 255).float().mean() < 0.01
+    content["models"][0]["parameters"]["learn"] = False
+    line = engine_line(adapted, content, tmp_path)
+    assert "multiplied out: not every model learns its mask" in line
+
+
+def test_an_adapter_with_nan_is_reported_by_its_weights(adapted, tmp_path):
+    place = adapter(adapted / "base", tmp_path / "broken", 1, **FIRST)
+    tensors = tiny.tensors_of(place)
+    next(iter(tensors.values()))[0, 0] = torch.nan
+    save_file(tensors, place / "adapter_model.safetensors", metadata={"format": "pt"})
+    file = tiny.write_recipe(tmp_path / "recipe.yml", recipe_of(adapted, place))
+    cache = ("--lora-merge-cache", tmp_path / "cache")
+    result = tiny.invoke("mergekit-somf", "learn", file, tmp_path / "mask", *cache)
+    assert result.exit_code == 1
+    assert "has NaN or infinite entries: the checkpoint is damaged" in result.output
 
 
 def test_models_that_are_no_adapters_are_not_spoken_of(family, family_recipe, tmp_path):
