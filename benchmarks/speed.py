@@ -20,7 +20,7 @@ from somf_mergekit.mask.granularity import GRANULARITIES
 
 from .memory import peak_memory
 from .real_data import pairs_of, write_pairs
-from .speed_models import BASE, SHAPES, WEIGHT, make_models, specialists_of
+from .speed_models import BASE, SHAPES, WEIGHT, has_way, make_models, references_of
 from .speed_table import FINEST, MERGE_RUNS, MERGES, WAYS, write_record
 
 SHARING_PROCESSES = 2
@@ -89,7 +89,7 @@ def main(model: str, data: Path | None, work: Path, child: str | None, **options
         _give_back_gpu_memory()
     rows: dict[str, dict[str, Any]] = {}
     ways = options.pop("ways")
-    for name in (way for way in WAYS if way in ways):
+    for name in (way for way in WAYS if way in ways and has_way(model, way)):
         rows[name] = _in_a_process(name, model, work, options)
         click.echo(f"{name}: {json.dumps(rows[name])}", err=True)
     rows |= _merges([way for way in MERGES if way in ways], model, work, options)
@@ -235,7 +235,8 @@ def _ours(
         # A new mask each time, the same in all processes: one that is there would be used again.
         seed=os.getppid() if engine == SHARDED else time.time_ns() % 2**31,
     )
-    learn(content, folder / "mask", MergeOptions(device=options["device"]))
+    cache = str(folder / "put-together")
+    learn(content, folder / "mask", MergeOptions(device=options["device"], lora_merge_cache=cache))
     rows = (folder / "mask" / "training.jsonl").read_text().splitlines()
     return [json.loads(row)["seconds"] for row in rows], spent
 
@@ -251,7 +252,10 @@ def _merge(name: str, folder: Path, model: str, device: str) -> dict[str, Any]:
     config = MergeConfiguration.model_validate(yaml.safe_load(recipe.read_text()))
     start = time.perf_counter()
     with peak_memory() as memory:
-        run_merge(config, str(folder / f"merged-{name}"), MergeOptions(quiet=True, device=device))
+        options = MergeOptions(
+            quiet=True, device=device, lora_merge_cache=str(folder / "put-together")
+        )
+        run_merge(config, str(folder / f"merged-{name}"), options)
     return {"seconds": time.perf_counter() - start, "peak_bytes": memory["peak"]}
 
 
@@ -260,8 +264,8 @@ def _recipe(folder: Path, model: str, method: str, **parameters: Any) -> dict[st
         "merge_method": method,
         "base_model": str(folder / BASE),
         "models": [
-            {"model": str(folder / name), "parameters": {"weight": WEIGHT}}
-            for name in specialists_of(model)
+            {"model": name, "parameters": {"weight": WEIGHT}}
+            for name in references_of(folder, model)
         ],
         **({"parameters": parameters} if parameters else {}),
         "dtype": "bfloat16",

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from somf_mergekit.common.machine import FACTORED
+
 from .real_training import is_made, load_published, save_whole
 
 BASE = "base"
@@ -42,9 +44,21 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "vocab_size": 128_256,
     },
+    # SmolLM2-135M's shape, with adapters for specialists.
+    "smollm2-adapters": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49_152,
+        "tie_word_embeddings": True,
+    },
 }
 VOCABULARY = 32_000
 _LARGE = "llama-8b"
+_ADAPTED = "smollm2-adapters"
+RANK = 16
 # Of a specialist's change, against a weight's usual 0.02.
 CHANGE = 1e-3
 
@@ -52,6 +66,17 @@ CHANGE = 1e-3
 def specialists_of(source: str) -> tuple[str, ...]:
     """Return the names of the specialists that are merged."""
     return SPECIALISTS[:1] if source == _LARGE else SPECIALISTS
+
+
+def references_of(folder: Path, source: str) -> list[str]:
+    """Return what a recipe names the specialists in a folder."""
+    base = f"{folder / BASE}+" if source == _ADAPTED else ""
+    return [base + str(folder / name) for name in specialists_of(source)]
+
+
+def has_way(source: str, way: str) -> bool:
+    """Return whether a mask can be learned for these specialists in one of the ways."""
+    return way != ("naive" if source == _ADAPTED else FACTORED)
 
 
 def make_models(folder: Path, source: str, texts: list[str], device: str = "cpu") -> None:
@@ -72,6 +97,9 @@ def make_models(folder: Path, source: str, texts: list[str], device: str = "cpu"
         _random(SHAPES[source], texts, device) if source in SHAPES else load_published(source)
     )
     model = model.to(device, torch.bfloat16)
+    if source == _ADAPTED:
+        _save_adapted(folder, model, tokenizer, settings)
+        return
     original = {name: weight.clone() for name, weight in model.named_parameters()}
     for seed, name in enumerate(names):
         draw = torch.Generator(device).manual_seed(seed)
@@ -81,6 +109,24 @@ def make_models(folder: Path, source: str, texts: list[str], device: str = "cpu"
                 weight.copy_(original[key] if name == BASE else original[key] + change)
         if not (folder / name).exists():
             save_whole(model, tokenizer, folder / name, {**settings, "seed": seed})
+
+
+def _save_adapted(folder: Path, model: Any, tokenizer: Any, settings: dict[str, Any]) -> None:
+    """Save a base, and adapters of its linear layers."""
+    from peft import LoraConfig, get_peft_model
+
+    if not (folder / BASE).exists():
+        save_whole(model, tokenizer, folder / BASE, {**settings, "seed": 0})
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear")
+    adapted = get_peft_model(model, config)
+    for seed, name in enumerate(SPECIALISTS, 1):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for key, weight in adapted.named_parameters():
+                if "lora_" in key:
+                    weight.normal_(std=(CHANGE / RANK**0.5) ** 0.5)
+        if not (folder / name).exists():
+            save_whole(adapted, tokenizer, folder / name, {**settings, "seed": seed})
 
 
 def _random(shape: dict[str, Any], texts: list[str], device: str) -> tuple[Any, Any]:

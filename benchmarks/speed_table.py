@@ -12,6 +12,7 @@ WAYS = {
     "resident": "mask by this package, resident engine",
     "streaming": "mask by this package, streaming engine",
     "sharded": "mask by this package, two processes, sharded engine",
+    "factored": "mask by this package, factored engine",
 }
 MERGES = {"task_arithmetic": "task_arithmetic", "somf": "somf with a given mask"}
 # A merge takes seconds, which vary with the disk: in turn, and the median counts.

@@ -63,12 +63,12 @@ def test_each_way_is_timed_and_tabulated(tmp_path, monkeypatch):
     found = {
         name: speed._measured_here(name, folder, options, "tiny")
         for name in speed.WAYS
-        if name != speed.SHARDED
+        if name != speed.SHARDED and speed.has_way("tiny", name)
     }
     shown = {**options, "batch_size": 4}
     found[speed.SHARDED] = speed._in_a_process(speed.SHARDED, "tiny", tmp_path, shown)
     found |= {name: speed._measured_here(name, folder, options, "tiny") for name in speed.MERGES}
-    for name in speed.WAYS:
+    for name in found.keys() & speed.WAYS.keys():
         assert len(found[name]["all_seconds"]) == 2
         assert found[name]["seconds"] == found[name]["all_seconds"][1] > 0
     assert all(row["peak_bytes"] > 0 for row in found.values())
@@ -77,7 +77,7 @@ def test_each_way_is_timed_and_tabulated(tmp_path, monkeypatch):
     text = write_record(found, weights, "tiny", {**options, "out": tmp_path / "out"})
     assert text == (tmp_path / "out/speed-tiny.md").read_text().rstrip()
     assert f"the model has {weights:,} weights" in text
-    for name in speed.ENGINES:
+    for name in found.keys() & set(speed.ENGINES):
         row = found[name]
         ratio = row["seconds"] / found["plain_dpo"]["seconds"]
         share = row["mask_seconds"] / row["seconds"]

@@ -11,7 +11,12 @@ import click
 from .errors import RecipeError, first_line, raise_together
 from .process_group import started_here
 
-ENGINES = RESIDENT, SHARDED, STREAMING = ("resident", "sharded", "streaming")
+ENGINES = RESIDENT, SHARDED, STREAMING, FACTORED = (
+    "resident",
+    "sharded",
+    "streaming",
+    "factored",
+)
 REPORTS = NO_REPORT, TEXT_REPORT, FULL_REPORT = ("none", "text", "full")
 
 
@@ -37,7 +42,8 @@ class MachineOptions:
         click.Choice(ENGINES),
         "resident: all weights in memory; streaming: one layer's at a time, the rest in files "
         "beside the output or, for a GPU, in the host's memory; sharded: one layer's at a time, "
-        "the rest divided among the processes that learn. Found from the free memory.",
+        "the rest divided among the processes that learn; factored: adapters stay factored, beside "
+        "the base's weights. Found from the models and the free memory.",
     )
     precision: str | None = _option(
         None,

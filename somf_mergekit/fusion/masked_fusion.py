@@ -48,7 +48,7 @@ def merge_of(
     base = group.base.tensor
     fixed = [model for model in models if not any(model in own for own in learned)]
     if values["fusion"] in SUMS:
-        total = _weighted_sum(group, values)
+        total = weighted_sum(group, values)
         start = total.start(base)
         start = start.to(torch.float32, copy=True) if fixed else start
         deltas = tuple(torch.empty(base.shape, device=base.device) for _ in learned)
@@ -100,7 +100,7 @@ def fused_masked(
         if watch is not None:
             show_task_vectors(group, factors, watch)
         return as_type(fused(masked_group(group, factors), values), stored.dtype)
-    total, result = _weighted_sum(group, values), torch.empty_like(stored)
+    total, result = weighted_sum(group, values), torch.empty_like(stored)
     for rows, base, vectors in _task_vectors(group):
         deltas = tuple(total.delta(vectors, own) for own in sharing)
         own_rows = [[f.expand(stored.shape)[rows] for f in own] for own in sharing.values()]
@@ -123,7 +123,7 @@ def show_task_vectors(group: TensorGroup, factors: Factors, watch: Watch) -> Non
 
 
 @dataclass(frozen=True)
-class _WeightedSum:
+class WeightedSum:
     """A fusion of one group as a sum: W = a base + b1 delta1 + b2 delta2 ..., in all entries.
 
     Attributes:
@@ -147,7 +147,7 @@ class _WeightedSum:
         return found
 
 
-def _weighted_sum(group: TensorGroup, values: Mapping[str, Any]) -> _WeightedSum:
+def weighted_sum(group: TensorGroup, values: Mapping[str, Any]) -> WeightedSum:
     """Return the sum that a fusion of SUMS makes of a group: mergekit is asked once a tensor."""
     count = len(group.non_base)
     # Entry i is the sum of a base of 0 and models of which the i-th is 1; the last, of ones alone.
@@ -159,7 +159,7 @@ def _weighted_sum(group: TensorGroup, values: Mapping[str, Any]) -> _WeightedSum
     )
     *weights, of_base = fused(TensorGroup(entries, group.metadata), values).tolist()
     of_task_vectors = {e.id: weight for e, weight in zip(group.non_base, weights, strict=True)}
-    return _WeightedSum(1.0 if abs(of_base - 1) < _ROUNDING else of_base, of_task_vectors)
+    return WeightedSum(1.0 if abs(of_base - 1) < _ROUNDING else of_base, of_task_vectors)
 
 
 def _sharing(

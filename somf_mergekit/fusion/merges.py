@@ -3,13 +3,14 @@
 A factor c, one value per mask entry, is what a mask multiplies task vectors with, see
 ``masking.mask_factor``. One mask is of all models, or each model has its own, or some have masks
 that are given, and are not learned. Where the fusion is linear in the factors, W(c) = start + the
-sum of each D c; else autograd goes through the fusion.
+sum of each D c, where D may stay the product of two small matrices; else autograd goes through the
+fusion.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import EllipsisType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from mergekit.merge_methods.base import TensorGroup
@@ -172,7 +173,91 @@ class AutogradMerge:
         return fused(masked_group(self.group, of_models), self.values)
 
 
-Merge = LinearMerge | AutogradMerge
+class LowRank(NamedTuple):
+    """A task vector as an adapter stores it: up @ down, (out, rank) by (rank, in)."""
+
+    down: Tensor
+    up: Tensor
+
+
+@dataclass(frozen=True)
+class FactoredMerge:
+    """W(c) = W0 + the sum of each (up @ down) c, as what a layer adds to W0; always whole.
+
+    Methods are those of LinearMerge, but that ``weight`` is not W: it has the numbers of one matrix
+    (rank, in), then those of one (out, rank), whose product is W(c) - W0.
+
+    Attributes:
+        changes: of each mask; those of its models stand beside each other.
+    """
+
+    changes: tuple[LowRank, ...]
+
+    @classmethod
+    def of(
+        cls,
+        changes: Mapping[Hashable, LowRank],
+        weights: Mapping[Hashable, float],
+        learned: Learned,
+        shape: tuple[int, ...],
+    ) -> "FactoredMerge":
+        """Return the merge of models that change a weight in this way.
+
+        Args:
+            changes: of the models that do, float32.
+            weights: what the fusion multiplies each model's task vector with.
+            learned: the models of each mask.
+            shape: of the weight, (out, in).
+        """
+        none = LowRank(torch.zeros(0, shape[1]), torch.zeros(shape[0], 0))
+        found = []
+        for models in learned:
+            own = [none, *(changes[m] for m in models if m in changes)]
+            scales = [1.0, *(weights[m] for m in models if m in changes)]
+            ups = [change.up * scale for change, scale in zip(own, scales, strict=True)]
+            found.append(LowRank(torch.cat([change.down for change in own]), torch.cat(ups, 1)))
+        return cls(tuple(found))
+
+    @property
+    def size(self) -> int:
+        """How many numbers ``write`` sets."""
+        return sum(change.down.numel() + change.up.numel() for change in self.changes)
+
+    def parts(self, weight: Tensor) -> LowRank:
+        """Return the two matrices that ``write`` sets, as views."""
+        rank = sum(len(change.down) for change in self.changes)
+        down, up = weight.tensor_split([rank * self.changes[0].down.shape[1]])
+        return LowRank(down.view(rank, -1), up.view(-1, rank))
+
+    def write(self, weight: Tensor, factors: Sequence[Sequence[Tensor]] | None = None) -> None:
+        """Set ``weight`` to the two matrices under the masks."""
+        weight.copy_(self._under(factors or [()] * len(self.changes)))
+
+    def factor_gradients(
+        self, weight_gradient: Tensor, factors: Sequence[Tensor], layout: Layout, shard: Shard
+    ) -> list[Tensor]:
+        """Return dL/dc of each mask."""
+        leaves = [factor.detach().requires_grad_() for factor in factors]
+        with torch.enable_grad():
+            weight = self._under([layout.spread(leaf) for leaf in leaves])
+        return list(torch.autograd.grad(weight, leaves, weight_gradient))
+
+    def moved(self, move: Move) -> "FactoredMerge":
+        """Return the same with its tensors put where ``move`` puts them."""
+        return FactoredMerge(tuple(LowRank(*map(move, change)) for change in self.changes))
+
+    def _under(self, factors: Sequence[Sequence[Tensor]]) -> Tensor:
+        downs, ups = [], []
+        for (down, up), factor in zip(self.changes, factors, strict=True):
+            for own in factor:
+                # One entry an input column, or one an output row.
+                down, up = (down * own, up) if len(own) == 1 else (down, up * own)
+            downs.append(down)
+            ups.append(up)
+        return torch.cat([torch.cat(downs).flatten(), torch.cat(ups, 1).flatten()])
+
+
+Merge = LinearMerge | AutogradMerge | FactoredMerge
 
 
 @dataclass(frozen=True)

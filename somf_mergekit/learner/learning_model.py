@@ -11,10 +11,11 @@ from torch import Tensor
 from ..common.errors import RecipeError
 from ..common.model_classes import Slice, auto_class, stored_slices, text_names
 from ..common.process_group import ALONE, Processes
-from ..fusion.merges import AutogradMerge, LinearMerge, LoadedTensor
+from ..fusion.merges import FactoredMerge, LinearMerge, LoadedTensor
 from ..fusion.shards import Shard
-from ..mask.granularity import Storage, mask_layout, weight_storage
+from ..mask.granularity import Layout, mask_layout, weight_storage
 from ..recipe.settings import Settings
+from .factored import adapted
 from .parts import Learned, Parts
 from .stores import PinnedMemory, Store
 from .tensors import FixedTensor, MaskedTensor
@@ -30,16 +31,19 @@ class Placement:
             the weights that autocast would turn into it for each use.
         store: where what an engine brings layer by layer is stored; None for the device.
         shard_group: the processes that share each tensor, rows of it each.
+        is_factored: whether the model has the base's weights throughout, and layers add what
+            changes; else all weights are written anew in each pass.
     """
 
     device: torch.device | str
     autocast: torch.dtype | None
     store: Store | None = None
     shard_group: Processes = ALONE
+    is_factored: bool = False
 
     def shard(self, tensor: LoadedTensor) -> Shard:
         """Return which rows of a tensor this process has: all that a fusion needs at once."""
-        is_divided = not isinstance(tensor.merge, AutogradMerge)
+        is_divided = isinstance(tensor.merge, LinearMerge | None)
         return Shard(tensor.shape, self.shard_group if is_divided else ALONE)
 
     def placed(self, tensor: LoadedTensor) -> LoadedTensor:
@@ -54,6 +58,9 @@ class Placement:
         if isinstance(merge, LinearMerge):
             dtype = self.autocast or torch.float32
             merge = LinearMerge(merge.start, tuple(delta.to(dtype) for delta in merge.deltas))
+        if self.is_factored:
+            # The base's tensor goes into the model, and isn't held beside it.
+            return replace(tensor, merge=merge and merge.moved(moved))
         parts = Parts(tensor.base, merge).moved(moved)
         return replace(tensor, base=parts.base, merge=parts.merge)
 
@@ -117,6 +124,11 @@ def learning_model(
     places = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     slices = stored_slices(model, {tensor.name: tensor.shape for tensor in loaded})
     storage = weight_storage(config)
+
+    def layout(own: LoadedTensor) -> Layout:
+        is_of_tokens, granularity = own.vocabulary_axis is not None, own.parameters["granularity"]
+        return mask_layout(granularity, own.name, own.shape, storage, is_of_tokens)
+
     masked: dict[tuple[Any, ...], MaskedTensor] = {}
     fixed: dict[tuple[Any, ...], FixedTensor] = {}
     aliases: dict[str, str] = {}
@@ -131,14 +143,25 @@ def learning_model(
         key = (parameter, place.steps)
         if key in masked:
             aliases[tensor.name] = masked[key].name
-        elif key in fixed:
             continue
-        elif not tensor.learned or not tensor.changed or tensor.name not in masked_names:
+        if key in fixed:
+            continue
+        if placement.is_factored:
+            place.of(parameter).copy_(tensor.base)
+        if isinstance(tensor.merge, FactoredMerge):
+            layer = model.get_submodule(place.name.removesuffix(".weight"))
+            parameter, place = adapted(layer, tensor.merge, layout(tensor)), Slice(place.name)
+            tensor = replace(tensor, base=parameter.new_zeros(()).expand(len(parameter)))
+        elif placement.is_factored:
+            continue
+        if not tensor.learned or not tensor.changed or tensor.name not in masked_names:
             parts = Parts(tensor.base, tensor.merge)
             fixed[key] = FixedTensor(parameter, place, placement.shard(tensor), parts)
         else:
             aliases |= dict.fromkeys(tensor.aliases, tensor.name)
-            masked[key] = _masked_tensor(parameter, place, tensor, settings, placement, storage)
+            masked[key] = _masked_tensor(
+                parameter, place, tensor, settings, placement, layout(tensor)
+            )
     _check_complete(model, filled, text)
     if not any(tensor.changed for tensor in loaded):
         raise RecipeError(
@@ -158,16 +181,9 @@ def _masked_tensor(
     tensor: LoadedTensor,
     settings: Settings,
     placement: Placement,
-    storage: Storage,
+    layout: Layout,
 ) -> MaskedTensor:
     values, shard = tensor.parameters, placement.shard(tensor)
-    layout = mask_layout(
-        values["granularity"],
-        tensor.name,
-        tensor.shape,
-        storage,
-        tensor.vocabulary_axis is not None,
-    )
     own_shape = shard.own_shape if layout.shape == tensor.shape else layout.shape
 
     def learned() -> Learned:

@@ -11,11 +11,12 @@ from mergekit.io.tasks import LoaderCache
 
 from ..common import machine
 from ..common.errors import RecipeError
-from ..common.machine import RESIDENT, SHARDED, STREAMING
+from ..common.machine import FACTORED, RESIDENT, SHARDED, STREAMING
 from ..common.process_group import ALONE, Processes, own_device
 from ..learner.checkpoints import GENERATIONS
 from ..learner.loop import step_count
 from ..mask.granularity import mask_layout, weight_storage
+from .factored_tensors import Changes, changes_or_why
 from .headers import PlannedTensor, planned_tensors, tensor_shapes
 from .learning_data import SafetyData
 from .places import File, weight_bytes
@@ -45,6 +46,7 @@ class Forecast:
         disk: bytes of files while learning.
         host: bytes of the host's memory that a process holds for its GPU.
         free_host: bytes of it that each process can have.
+        why_dense: why adapters are multiplied out; empty where they aren't, or it was asked for.
     """
 
     tensors: int
@@ -59,6 +61,7 @@ class Forecast:
     disk: int
     host: int
     free_host: int
+    why_dense: str = ""
 
     @property
     def line(self) -> str:
@@ -66,7 +69,8 @@ class Forecast:
         line = f"{self.engine}: needs about {_gib(self.memory)} of {_gib(self.free)} GiB free"
         if self.host:
             line += f", and {_gib(self.host)} of {_gib(self.free_host)} GiB beside the GPU"
-        return line + (f", and {_gib(self.disk)} GiB of disk" if self.disk else "")
+        line += f", and {_gib(self.disk)} GiB of disk" if self.disk else ""
+        return line + (f"; adapters are multiplied out: {self.why_dense}" if self.why_dense else "")
 
     def files(self, folder: str) -> list[File]:
         """Return what learning writes into the mask's folder or beside it, see ``check_room``."""
@@ -88,6 +92,7 @@ def forecast(planned: PlannedMerge, data: SafetyData, group: Processes = ALONE) 
     Raises:
         RecipeError: no engine fits in what is free, or the one asked for can't run.
     """
+    changes, why_dense = changes_or_why(planned)
     settings, device = planned.settings, own_device(planned.options.device)
     chosen = planned.options.machine
     free = min(group.gathered([machine.free_memory(device)]))
@@ -108,7 +113,7 @@ def forecast(planned: PlannedMerge, data: SafetyData, group: Processes = ALONE) 
         if tensor.may_get_mask and tensor.masks
     }
     computed = autocast.itemsize if autocast else 4
-    needs = _engine_needs(planned, tensors, entries, computed, group.count, on_cpu)
+    needs = _engine_needs(planned, tensors, entries, changes, computed, group.count, on_cpu)
     if group.count == 1:
         if chosen.engine == SHARDED:
             raise RecipeError(
@@ -116,6 +121,8 @@ def forecast(planned: PlannedMerge, data: SafetyData, group: Processes = ALONE) 
                 "learn recipe.yml DIR` starts them"
             )
         del needs[SHARDED]
+    if changes is None:
+        del needs[FACTORED]
     usable, usable_host = int(_USABLE_SHARE * free), int(_USABLE_SHARE * free_host)
     fitting = [n for n, need in needs.items() if need.least <= usable and need.host <= usable_host]
     if not chosen.engine and not fitting:
@@ -140,6 +147,7 @@ def forecast(planned: PlannedMerge, data: SafetyData, group: Processes = ALONE) 
         disk=need.disk,
         host=need.host,
         free_host=free_host,
+        why_dense=why_dense,
     )
 
 
@@ -178,6 +186,7 @@ def _engine_needs(
     planned: PlannedMerge,
     tensors: Mapping[str, PlannedTensor],
     entries: Mapping[str, int],
+    changes: Changes | None,
     computed: int,
     processes: int,
     on_cpu: bool,
@@ -188,6 +197,7 @@ def _engine_needs(
         planned: the recipe.
         tensors: of the merge, by name.
         entries: of the masks of those that may get one.
+        changes: of adapters, where they can stay factored.
         computed: bytes of a number in the type the model computes in.
         processes: how many learn together.
         on_cpu: whether the model learns there, not on a GPU.
@@ -195,7 +205,7 @@ def _engine_needs(
     settings, text = planned.settings, planned.out_config.get_text_config()
     # Beside a logit, AdamW holds two numbers.
     has_moments = settings.optimizer == "adamw"
-    resident = outside = stores = shards = visitor = 0
+    resident = factored = outside = stores = shards = visitor = 0
     layers: Counter[str] = Counter()
     brought: Counter[str] = Counter()
     for name, tensor in tensors.items():
@@ -203,11 +213,18 @@ def _engine_needs(
         # Embeddings stay float32 under autocast.
         in_model = size * (4 if tensor.has_vocabulary else computed)
         held = size * tensor.itemsize
+        # While it is read, the base is in the host's memory as it is stored.
+        factored += in_model + (held if on_cpu else 0)
+        for change in (changes or {}).get(name, {}).values():
+            # Both matrices, what they are under the mask, and the gradient of that.
+            factored += 3 * _LOGIT_BYTES * sum(matrix.numel() for matrix in change)
         linear = tensor.delta_tensors == tensor.masks
         if name in entries:
             in_model *= 2  # with the gradient
             held += size * tensor.delta_tensors * (computed if linear else tensor.itemsize)
-            held += _LOGIT_BYTES * entries[name] * (3 if has_moments else 1)
+            logits = _LOGIT_BYTES * entries[name] * (3 if has_moments else 1)
+            held += logits
+            factored += logits
             if has_moments and not linear:
                 # The gradient and slope of each entry, until the norm of the whole is known.
                 resident += 2 * _LOGIT_BYTES * entries[name]
@@ -236,6 +253,7 @@ def _engine_needs(
         on_gpu = by_layer + 2 * max(brought.values(), default=0) + visitor
         streaming = _Need(on_gpu, pair_in_layer, host=stores)
     return {
+        FACTORED: _Need(factored, pair_in_layer * text.num_hidden_layers),
         RESIDENT: _Need(resident, pair_in_layer * text.num_hidden_layers),
         SHARDED: _Need(by_layer + shards, pair_in_layer),
         STREAMING: streaming,

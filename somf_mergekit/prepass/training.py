@@ -25,6 +25,7 @@ from ..learner.streaming import StreamingEngine
 from ..learner.training_setup import TrainingSetup, pair_margins
 from ..mask.artifact import MaskSet
 from ..mask.census import MaskCensus
+from .factored_tensors import factored_tensors
 from .forecast import Forecast
 from .learning_data import MaskInputs
 from .plan import PlannedMerge
@@ -69,16 +70,19 @@ def training_setup(
         autocast=machine.autocast_type(device, options.machine.precision),
         store=store,
         shard_group=group if chosen == machine.SHARDED else ALONE,
+        is_factored=chosen == machine.FACTORED,
     )
+    loaded = factored_tensors if placement.is_factored else loaded_tensors
     learning = learning_model(
         planned.out_config,
-        loaded_tensors(planned, inputs.given),
+        loaded(planned, inputs.given),
         planned.settings,
         {weight.name for weight, _ in planned.text_tensors if planned.may_get_mask(weight.name)},
         placement,
         options.trust_remote_code,
     )
-    engine = ResidentEngine if chosen == machine.RESIDENT else StreamingEngine
+    is_whole = chosen in (machine.RESIDENT, machine.FACTORED)
+    engine = ResidentEngine if is_whole else StreamingEngine
     try:
         runs = engine(learning.model, learning.masked, learning.fixed, placement.autocast, group)
     except StreamingImpossible as error:

@@ -150,19 +150,12 @@ def _first_rows(index: ShardedTensorIndex, opened: ExitStack) -> Callable[[str],
 
 def _misfit(model: ModelReference, config: Any, options: MergeOptions) -> str | None:
     """Return why an adapter does not fit the model that it is to be put on."""
-    import peft
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
     if config.is_prompt_learning:
         return f"{config.peft_type.value} adds to the prompt and can't be merged into weights"
-    path, revision = model.lora.path, model.lora.revision
-    of_base = model.config(trust_remote_code=options.trust_remote_code)
     try:
-        made = empty_model(of_base, options.trust_remote_code)
-        with torch.device("meta"):
-            adapted = peft.PeftModel(made, config)
-        given = peft.load_peft_weights(path, device="cpu", revision=revision)
-        found = peft.set_peft_model_state_dict(adapted, given, low_cpu_mem_usage=True)
+        _, _, found = loaded_adapter(model, config, options)
     except Exception as error:  # as many as there are kinds of adapters
         return " ".join(str(error).split()[:40]) or type(error).__name__
     if found.unexpected_keys:
@@ -170,6 +163,24 @@ def _misfit(model: ModelReference, config: Any, options: MergeOptions) -> str | 
     own = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
     lacking = [name for name in found.missing_keys if own in name]
     return f"it has no {few(lacking)}, which its configuration asks for" if lacking else None
+
+
+def loaded_adapter(model: ModelReference, config: Any, options: MergeOptions) -> tuple[Any, ...]:
+    """Return an adapter's tensors, PEFT's model of it on an empty base, and what did not fit.
+
+    Raises:
+        Exception: whatever PEFT raises where they don't go together.
+    """
+    import peft
+
+    path, revision = model.lora.path, model.lora.revision
+    of_base = model.config(trust_remote_code=options.trust_remote_code)
+    made = empty_model(of_base, options.trust_remote_code)
+    with torch.device("meta"):
+        adapted = peft.PeftModel(made, config)
+    given = peft.load_peft_weights(path, device="cpu", revision=revision)
+    found = peft.set_peft_model_state_dict(adapted, dict(given), low_cpu_mem_usage=True)
+    return given, adapted, found
 
 
 def put_together(model: ModelReference, options: MergeOptions) -> str | None:

@@ -1,0 +1,34 @@
+"""Layers that add what adapters change to what the base computes: no weight is written."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ..fusion.merges import FactoredMerge
+from ..mask.granularity import Layout
+
+
+def adapted(layer: torch.nn.Linear, merge: FactoredMerge, layout: Layout) -> torch.nn.Parameter:
+    """Let a layer compute y -> W0 y + up (down y); return the parameter that holds both.
+
+    A mask costs two small products a pass, and the parameter's gradient the adapters' rank.
+
+    Args:
+        layer: with the base's weight, W0, which gets no gradient.
+        merge: sets the parameter, see ``FactoredMerge.write``; float32.
+        layout: of its masks.
+    """
+    # Where masks have entries for outputs alone, no inputs need be kept for a backward pass.
+    is_down_learned = any(part.expanded_shape[0] == 1 for _, part in layout.parts())
+    numbers = torch.nn.Parameter(
+        torch.zeros(merge.size, device=layer.weight.device), requires_grad=False
+    )
+
+    def added(_: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        down, up = merge.parts(numbers)
+        if not is_down_learned:
+            down = down.detach()
+        return output + linear(linear(inputs[0], down), up)
+
+    layer.register_forward_hook(added)
+    return numbers
