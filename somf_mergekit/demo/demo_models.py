@@ -62,7 +62,7 @@ class DemoSettings:
     harmful_pairs: int = 640
     harmless_pairs: int = 960
     mask: Stage = field(default=Stage(90, 0.05))
-    own_mask: Stage = field(default=Stage(45, 0.05))
+    own_mask: Stage = field(default=Stage(60, 0.1))
     mask_batch_size: int = 16
     mask_sft_weight: float = 1.0
     train: int = 1200
