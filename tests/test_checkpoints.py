@@ -28,7 +28,7 @@ from somf_mergekit.learner.checkpoints import Checkpoints, learning_folder
 from somf_mergekit.learner.engine import ResidentEngine
 from somf_mergekit.learner.loop import learn_logits
 from somf_mergekit.learner.stopping import LearningInterrupted
-from somf_mergekit.prepass import prepass, training
+from somf_mergekit.prepass import mask_storing, training
 
 FINGERPRINT = {"models": ["a", "b"]}
 SETTINGS = {
@@ -574,7 +574,7 @@ def test_where_memory_runs_out_the_same_command_goes_on(
     ("room", "name", "what"),
     [
         (training, "learning_model", "reading task vectors"),
-        (prepass, "write_masks", "writing the mask"),
+        (mask_storing, "write_masks", "writing the mask"),
     ],
 )
 def test_memory_that_runs_out_before_or_after_the_steps_is_reported(

@@ -535,7 +535,9 @@ def test_damage_outside_of_what_is_masked(family, copied, tmp_path, value):
     folder = copied(family)
     changed(folder, "math", lambda tensors: tensors[name].fill_(value))
     given = somf(folder, family)
-    given["parameters"] = {"mask": str(tmp_path / "mask"), "include": "q_proj"}
+    # Going by its files, it isn't the model any more that the mask was learned for.
+    mask = {"mask": str(tmp_path / "mask"), "mask_transfer": True}
+    given["parameters"] = {**mask, "include": "q_proj"}
     for recipe in (given, resta(folder)):
         file = tiny.write_recipe(tmp_path / "recipe.yml", recipe)
         result = tiny.invoke("mergekit-yaml", file, tmp_path / "out")

@@ -67,7 +67,8 @@ def faults_of(source):
 def test_no_module_unpickles_or_runs_what_it_reads():
     files = sorted(PACKAGE.rglob("*.py"))
     assert len(files) > 50
-    allowed = {"process_group.py": OF_ONE_RUN}
+    # That one reads constants in a package's source, and runs none of it.
+    allowed = {"process_group.py": OF_ONE_RUN, "phrase_judges.py": {"ast.literal_eval"}}
     for file in files:
         assert set(faults_of(file.read_text())) <= allowed.get(file.name, set()), file
 
