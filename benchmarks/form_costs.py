@@ -22,7 +22,7 @@ from .speed_models import BASE, WEIGHT, make_models, specialists_of
 
 RESULTS = Path(__file__).parent / "results"
 SHAPE = "smollm2"
-STEPS = 4
+STEPS = 3
 FORMS: dict[str, dict[str, str]] = {
     "row, one mask (the default)": {},
     "row, one mask, no noise": {"mask_noise": "none"},
