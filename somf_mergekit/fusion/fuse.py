@@ -2,8 +2,7 @@
 
 import contextlib
 import hashlib
-import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from mergekit.merge_methods.base import TensorEntry, TensorGroup
 from torch import Tensor
 
 from ..common.errors import RecipeError
+from ..mask.granularity import product
 from .fusion_methods import own_arguments, takes_base
 
 # Of each model, tensors that broadcast to the weight, whose product is its mask's factor. One that
@@ -74,12 +74,6 @@ def masked_group(group: TensorGroup, factors: Factors) -> TensorGroup:
         return base + (entry.tensor.float() - base) * product(factor)
 
     return with_tensors(group, masked)
-
-
-def product(factor: Sequence[Tensor]) -> Tensor:
-    """Return the product of tensors, of which there is one or more."""
-    first, *others = factor
-    return math.prod(others, start=first)
 
 
 def with_tensors(group: TensorGroup, tensor_of: Callable[[TensorEntry], Tensor]) -> TensorGroup:

@@ -9,6 +9,7 @@ from mergekit.merge_methods.base import TensorEntry, TensorGroup
 from torch import Tensor
 
 from ..common.chunks import row_blocks
+from ..mask.granularity import product
 from .fuse import SUMS, Factors, fused, in_order, is_linear, masked_group, with_tensors
 from .groups import as_type
 from .merges import AutogradMerge, Learned, LinearMerge, Merge, Rows, factor_rows
@@ -16,6 +17,8 @@ from .merges import AutogradMerge, Learned, LinearMerge, Merge, Rows, factor_row
 # Is shown task vectors, (models, rows, ...), and their factors, which broadcast to them; may write
 # over the former.
 Watch = Callable[[Tensor, Tensor], object]
+# The models that share a factor, with it; it is empty where they have no mask.
+_Sharing = Mapping[tuple[Hashable, ...], tuple[Tensor, ...]]
 
 # Weights that add up to 1 do so up to float32's rounding.
 _ROUNDING = 1e-6
@@ -106,7 +109,7 @@ def fused_masked(
         own_rows = [[f.expand(stored.shape)[rows] for f in own] for own in sharing.values()]
         LinearMerge(total.start(base), deltas).write(result[rows], own_rows)
         if watch is not None:
-            watch(vectors, _stacked(group, factors, rows))
+            watch(vectors, _stacked(group, sharing, rows))
     return result
 
 
@@ -118,8 +121,9 @@ def show_task_vectors(group: TensorGroup, factors: Factors, watch: Watch) -> Non
         factors: see ``masking.mask_factor``.
         watch: see ``Watch``.
     """
+    sharing = _sharing(group, factors)
     for rows, _, vectors in _task_vectors(group):
-        watch(vectors, _stacked(group, factors, rows))
+        watch(vectors, _stacked(group, sharing, rows))
 
 
 @dataclass(frozen=True)
@@ -162,9 +166,7 @@ def weighted_sum(group: TensorGroup, values: Mapping[str, Any]) -> WeightedSum:
     return WeightedSum(1.0 if abs(of_base - 1) < _ROUNDING else of_base, of_task_vectors)
 
 
-def _sharing(
-    group: TensorGroup, factors: Factors
-) -> dict[tuple[Hashable, ...], tuple[Tensor, ...]]:
+def _sharing(group: TensorGroup, factors: Factors) -> _Sharing:
     """Return the models that share a factor, with it; those without one share an empty one."""
     models: dict[int, list[Hashable]] = {}
     for entry in group.non_base:
@@ -172,17 +174,18 @@ def _sharing(
     return {tuple(own): factors.get(own[0], ()) for own in models.values()}
 
 
-def _stacked(group: TensorGroup, factors: Factors, rows: Rows) -> Tensor:
+def _stacked(group: TensorGroup, sharing: _Sharing, rows: Rows) -> Tensor:
     """Return rows of the models' factors, which broadcast to (models, rows, ...)."""
-    shape, device = group.base.tensor.shape, group.base.tensor.device
-    one = torch.ones((), device=device)
-    sharing = _sharing(group, factors)
-    if len(sharing) == 1:
-        (factor,) = sharing.values()
-        found = factor_rows(factor, shape, rows)
-        return one if found is None else found
-    own = [factor_rows(factors.get(e.id) or (one,), shape, rows) for e in group.non_base]
-    return torch.stack([factor for factor in own if factor is not None])
+    base = group.base.tensor
+    unmasked = (torch.ones((), device=base.device),)
+    found = {
+        models: product([one.expand(base.shape)[rows] for one in factor or unmasked])
+        for models, factor in sharing.items()
+    }
+    if len(found) == 1:
+        return next(iter(found.values()))
+    of_models = {model: factor for models, factor in found.items() for model in models}
+    return torch.stack([of_models[entry.id] for entry in group.non_base])
 
 
 def _task_vectors(group: TensorGroup) -> Iterator[tuple[Rows, Tensor, Tensor]]:

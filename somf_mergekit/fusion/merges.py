@@ -17,9 +17,9 @@ from mergekit.merge_methods.base import TensorGroup
 from torch import Tensor
 
 from ..common.chunks import pieces, row_blocks
-from ..mask.granularity import Layout
+from ..mask.granularity import Layout, product
 from ..mask.masking import MaskSampler, mask_scale
-from .fuse import fused, masked_group, product, with_tensors
+from .fuse import fused, masked_group, with_tensors
 from .groups import as_type
 from .shards import Shard
 

@@ -6,7 +6,6 @@ and no name in it becomes a path.
 """
 
 import copy
-import math
 import os
 from collections.abc import Iterator
 
@@ -31,9 +30,10 @@ from .format import (
     decoded_probability,
     stored_name,
     tensor_digest,
+    tensor_name,
     unpacked_bits,
 )
-from .granularity import Layout
+from .granularity import Layout, product
 from .masking import mask_factor, mask_from_probabilities
 
 
@@ -121,7 +121,7 @@ class MaskSet:
     def names(self) -> list[str]:
         """Return the names of all tensors that have a mask, sorted."""
         stored = self._own_names()
-        return sorted({name.partition(":")[2] if self.models else name for name in stored})
+        return sorted({tensor_name(name) if self.models else name for name in stored})
 
     def stored_names(self) -> list[str]:
         """Return the names under which masks are stored in the file, those of all models."""
@@ -196,8 +196,7 @@ class MaskSet:
             KeyError: ``name`` has no mask.
             ValueError: ``kind`` is unknown.
         """
-        first, *others = self.factors(name, kind, "none", temperature=temperature, seed=seed)
-        return math.prod(others, start=first)
+        return product(self.factors(name, kind, "none", temperature=temperature, seed=seed))
 
     def factors(
         self, name: str, kind: str, rescale: str, *, temperature: float = 0.5, seed: int = 0
@@ -209,9 +208,7 @@ class MaskSet:
         """
         # Weights that are tied share what is drawn; so do models, whose masks may be one.
         stored = self.stored_as(name)
-        layout, drawn_as = self._layout(stored), stored
-        if self._model is not None:
-            drawn_as = stored.split(":", 1)[1]
+        layout, drawn_as = self._layout(stored), tensor_name(stored) if self.models else stored
         drawn = mask_from_probabilities(
             self.stored_entries(stored), kind, temperature=temperature, seed=seed, name=drawn_as
         )

@@ -12,7 +12,7 @@ from .granularity import Layout
 
 
 @dataclass
-class Content:
+class FileContent:
     """What goes into a masks file.
 
     Attributes:

@@ -75,6 +75,11 @@ def stored_name(name: str, model: int | None) -> str:
     return name if model is None else f"{model}:{name}"
 
 
+def tensor_name(stored: str) -> str:
+    """Return the tensor of a ``stored_name``, of masks that each model has of its own."""
+    return stored.partition(":")[2]
+
+
 def encoded_probability(probability: Tensor) -> Tensor:
     """Return probabilities as uint8 codes in the same shape, on the CPU."""
     return _codes(probability).to("cpu", torch.uint8)

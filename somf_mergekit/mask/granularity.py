@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,8 +78,7 @@ class Layout:
 
     def expand(self, entries: Tensor) -> Tensor:
         """Return one value per entry in a shape that broadcasts to the weight."""
-        first, *others = self.spread(entries)
-        return math.prod(others, start=first)
+        return product(self.spread(entries))
 
     def reduce(self, values: Tensor) -> Tensor:
         """Return the sum, for each entry, of the values in the weight's shape that it covers.
@@ -95,6 +94,12 @@ class Layout:
         if self.repeat == 1:
             return entries
         return entries.repeat_interleave(self.repeat, dim=self.axis)
+
+
+def product(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the product of one or more tensors."""
+    first, *others = tensors
+    return math.prod(others, start=first)
 
 
 @dataclass(frozen=True)

@@ -243,20 +243,24 @@ def _refusal(what: str, error: Exception, revision: str | None) -> RecipeError:
 
     # A download that fails names its reason as the cause.
     reasons = (error, error.__cause__)
-    if any(isinstance(reason, errors.GatedRepoError) for reason in reasons):
+
+    def is_from(kind: type[Exception]) -> bool:
+        return any(isinstance(reason, kind) for reason in reasons)
+
+    if is_from(errors.GatedRepoError):
         return RecipeError(
             f"{what}its owner gives access on request: ask for it on its page, and {_LOG_IN}"
         )
-    if any(isinstance(reason, errors.RevisionNotFoundError) for reason in reasons):
+    if is_from(errors.RevisionNotFoundError):
         return RecipeError(
             f"{what}the repository has no revision {revision}: name a branch, a tag or a commit of "
             "it, or leave it out"
         )
-    if any(isinstance(reason, errors.RepositoryNotFoundError) for reason in reasons):
+    if is_from(errors.RepositoryNotFoundError):
         return _Missing(
             f"{what}there is no such repository, or it is private: check the name, or {_LOG_IN}"
         )
-    if any(isinstance(reason, errors.OfflineModeIsEnabled) for reason in reasons):
+    if is_from(errors.OfflineModeIsEnabled):
         return _Unreachable(
             f"{what}it isn't in the cache, and HF_HUB_OFFLINE forbids to ask: unset it once"
         )

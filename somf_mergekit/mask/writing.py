@@ -24,7 +24,7 @@ from .artifact_files import (
     history_digest,
     record_beside,
 )
-from .file_content import Content, provenance_of
+from .file_content import FileContent, provenance_of
 from .format import (
     FORMAT,
     HEADER_KEY,
@@ -44,7 +44,7 @@ def write_masks(
     provenance: Mapping[str, Any],
     history: list[dict[str, Any]],
     layouts: Mapping[str, Layout] | None = None,
-    content: Content | None = None,
+    content: FileContent | None = None,
 ) -> MaskSet:
     """Write an artifact and return it opened.
 
@@ -65,7 +65,7 @@ def write_masks(
     Raises:
         RecipeError: it can't be written; nothing is left of the attempt.
     """
-    content = content or Content()
+    content = content or FileContent()
     pairs = probabilities.items() if isinstance(probabilities, Mapping) else probabilities
     with _new_artifact(folder, provenance) as work:
         for name, value in pairs:
@@ -89,7 +89,7 @@ def write_packed_masks(folder: str | os.PathLike[str], masks: MaskSet) -> MaskSe
         RecipeError: these are damaged, or can't be written.
     """
     kept = masks.header.model_dump(include={"aliases", "repeats", "products"})
-    content = Content(masks.models, header={**kept, "packed": {}})
+    content = FileContent(masks.models, header={**kept, "packed": {}})
     for name in masks.stored_names():
         entries = masks.stored_entries(name)
         content.header["packed"][name] = list(entries.shape)
@@ -111,7 +111,7 @@ def write_split_masks(folder: str | os.PathLike[str], masks: MaskSet) -> dict[st
         raise RecipeError(f"mask {masks.path} is one mask of all models: there is nothing to split")
     found: dict[str, MaskSet] = {}
     for model, own in masks.each():
-        content, record = Content(), provenance_of(masks, str(model))
+        content, record = FileContent(), provenance_of(masks, str(model))
         content.copy(own, None)
         name = os.path.basename(os.path.normpath(str(model)))
         if os.path.exists(os.path.join(folder, name)):
@@ -135,7 +135,7 @@ def write_with_record(
         RecipeError: the artifact is damaged, or can't be written.
     """
     kept = masks.header.model_dump(include={"aliases", "repeats", "products", "packed"})
-    content = Content(change(masks.models), load_file(masks.path), kept)
+    content = FileContent(change(masks.models), load_file(masks.path), kept)
     record = {k: v for k, v in (record_beside(masks.path) or {}).items() if k not in RECORD_KEYS}
     with _new_artifact(folder, change(record)) as work:
         _save(work, content, change(masks.provenance))
@@ -187,7 +187,10 @@ def without_mask(wanted: str) -> str:
 
 
 def _written(
-    folder: str | os.PathLike[str], content: Content, provenance: Mapping[str, Any], source: MaskSet
+    folder: str | os.PathLike[str],
+    content: FileContent,
+    provenance: Mapping[str, Any],
+    source: MaskSet,
 ) -> MaskSet:
     """Write an artifact with the training history of another, and return it opened."""
     with _new_artifact(folder, provenance) as work:
@@ -202,7 +205,7 @@ def _copy_history(masks: MaskSet, folder: str) -> None:
         shutil.copyfile(history, os.path.join(folder, HISTORY_FILE))
 
 
-def _save(folder: str, content: Content, provenance: Mapping[str, Any]) -> None:
+def _save(folder: str, content: FileContent, provenance: Mapping[str, Any]) -> None:
     digests = {name: tensor_digest(stored) for name, stored in content.tensors.items()}
     header = {**content.header, "provenance": provenance, "format": FORMAT, "digests": digests}
     header["models"] = list(content.models)

@@ -18,7 +18,7 @@ from ..fusion.groups import not_finite
 from ..fusion.masked_fusion import WeightedSum, weighted_sum
 from ..fusion.merges import FactoredMerge, LoadedTensor, LowRank
 from ..recipe.low_rank import NotFactoredError, low_rank_changes
-from .given_masks import Given
+from .given_masks import Given, starting_logits
 from .headers import tensor_shapes
 from .plan import PlannedMerge, gather_task, mask_name, task_parameters, with_fields
 
@@ -89,17 +89,19 @@ def factored_changes(planned: PlannedMerge) -> Changes:
     return changes
 
 
-def factored_tensors(planned: PlannedMerge, given: Given) -> Iterator[LoadedTensor]:
+def factored_tensors(
+    planned: PlannedMerge, given: Given, changes: Changes
+) -> Iterator[LoadedTensor]:
     """Yield what ``task_vectors.loaded_tensors`` does, with task vectors that stay factored.
 
     Args:
-        planned: the merge, of which ``factored_changes`` can be had.
+        planned: the merge.
         given: masks that learning starts from.
+        changes: of its adapters, see ``factored_changes``.
 
     Raises:
         RecipeError: a weight is NaN or infinite.
     """
-    changes = factored_changes(planned)
     by_task = {_reading(task): (task.output_weight, task) for _, task in planned.text_tensors}
     executor = Executor(targets=list(by_task), math_device="cpu", storage_device="cpu")
     for gathered, tensors in executor.run(quiet=planned.options.quiet, desc="Reading the base"):
@@ -118,17 +120,14 @@ def factored_tensors(planned: PlannedMerge, given: Given) -> Iterator[LoadedTens
         if own:
             weights = _weights(task, parameters).of_task_vectors
             merge = FactoredMerge.of(own, weights, learned, shape)
-        starts = given if planned.may_get_mask(weight.name) else {}
+        own_given = given if planned.may_get_mask(weight.name) else {}
         yield LoadedTensor(
             name=weight.name,
             shape=shape,
             base=base,
             merge=merge,
             learned=learned if merge else (),
-            starts=tuple(
-                starts[models[0]].start(mask_name(task)) if models[0] in starts else None
-                for models in learned
-            ),
+            starts=starting_logits(own_given, learned, mask_name(task)),
             changed=bool(own),
             parameters=parameters,
             vocabulary_axis=weight.vocabulary_axis,

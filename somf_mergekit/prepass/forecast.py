@@ -15,7 +15,7 @@ from ..common.machine import FACTORED, RESIDENT, SHARDED, STREAMING
 from ..common.process_group import ALONE, Processes, own_device
 from ..learner.checkpoints import GENERATIONS
 from ..learner.loop import step_count
-from ..mask.granularity import mask_layout, weight_storage
+from ..mask.granularity import weight_storage
 from .factored_tensors import Changes, changes_or_why
 from .headers import PlannedTensor, planned_tensors, tensor_shapes
 from .learning_data import SafetyData
@@ -31,7 +31,7 @@ _LAYER = re.compile(r"^(.*?\.\d+)\.")
 
 @dataclass(frozen=True)
 class Forecast:
-    """What learning a recipe's mask would take: known without loading weights.
+    """What learning a recipe's mask would take: known without loading weights of whole models.
 
     Attributes:
         tensors: tensors that may get a mask.
@@ -46,6 +46,7 @@ class Forecast:
         disk: bytes of files while learning.
         host: bytes of the host's memory that a process holds for its GPU.
         free_host: bytes of it that each process can have.
+        changes: of the adapters, with the factored engine; None with others.
         why_dense: why adapters are multiplied out; empty where they aren't, or it was asked for.
     """
 
@@ -61,6 +62,7 @@ class Forecast:
     disk: int
     host: int
     free_host: int
+    changes: Changes | None = None
     why_dense: str = ""
 
     @property
@@ -103,12 +105,7 @@ def forecast(planned: PlannedMerge, data: SafetyData, group: Processes = ALONE) 
     tensors = {n: t for n, t in planned_tensors(planned).items() if n in of_text}
     storage = weight_storage(planned.out_config)
     entries = {
-        name: tensor.masks
-        * math.prod(
-            mask_layout(
-                tensor.granularity, name, tensor.shape, storage, tensor.has_vocabulary
-            ).shape
-        )
+        name: tensor.masks * math.prod(tensor.layout(name, storage).shape)
         for name, tensor in tensors.items()
         if tensor.may_get_mask and tensor.masks
     }
@@ -147,6 +144,7 @@ def forecast(planned: PlannedMerge, data: SafetyData, group: Processes = ALONE) 
         disk=need.disk,
         host=need.host,
         free_host=free_host,
+        changes=changes if engine == FACTORED else None,
         why_dense=why_dense,
     )
 

@@ -1,6 +1,6 @@
 """Masks that a recipe gives, one for all models or for each: whether they fit, whose they are."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..common.errors import noted
 from ..mask.artifact import MaskSet
 from ..mask.file_content import provenance_of
-from ..mask.granularity import mask_layout, mask_shape_problem, weight_storage
+from ..mask.granularity import mask_shape_problem, weight_storage
 from ..mask.masking import PROBABILITY_EDGE
 from .headers import planned_tensors
 from .plan import PlannedMerge
@@ -59,6 +59,20 @@ class GivenMask:
 
 
 Given = Mapping[ModelReference, GivenMask]
+
+
+def starting_logits(
+    given: Given, learned: Sequence[Sequence[ModelReference]], name: str
+) -> tuple[Callable[[], Tensor] | None, ...]:
+    """Return, for each mask that is learned, what gives the logits it starts from, if any.
+
+    Args:
+        given: the masks of a tensor's models.
+        learned: the models of each mask that is learned.
+        name: under which the tensor's mask is stored.
+    """
+    own = (given.get(models[0]) for models in learned)
+    return tuple(mask.start(name) if mask else None for mask in own)
 
 
 def given_masks(planned: PlannedMerge, problems: list[str]) -> dict[ModelReference, GivenMask]:
@@ -174,11 +188,8 @@ def _misfits(planned: PlannedMerge, masks: MaskSet, source: str) -> Iterator[str
             if problem:
                 yield problem
                 continue
-            asked = mask_layout(
-                tensor.granularity, name, tensor.shape, storage, tensor.has_vocabulary
-            )
             found = own.layout(tensor.mask_name).shape
-            if asks and found != asked.shape:
+            if asks and found != tensor.layout(name, storage).shape:
                 yield (
                     f"parameters.granularity: {tensor.granularity} does not fit the mask {source}, "
                     f"whose entries for {name} have the shape {found}: leave granularity out, or "

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from ..common.errors import RecipeError, few
 from ..common.model_classes import empty_model, shapes_of
 from ..fusion.fuse import is_linear
+from ..mask.granularity import Layout, Storage, mask_layout
 from .plan import PlannedMerge, gather_task, mask_name, task_parameters
 from .tensor_sets import is_missing, names_of, tensor_set_problems
 
@@ -104,29 +105,32 @@ class PlannedTensor:
     delta_tensors: int
     itemsize: int
 
+    def layout(self, name: str, storage: Storage) -> Layout:
+        """Return how the entries of a mask that would be learned lie on the tensor of this name."""
+        return mask_layout(self.granularity, name, self.shape, storage, self.has_vocabulary)
+
 
 def planned_tensors(planned: PlannedMerge) -> dict[str, PlannedTensor]:
     """Return the tensors of a somf merge by name, whose shapes file headers say."""
     shapes = tensor_shapes(planned)
 
-    def of_task(task: Any) -> tuple[int, int]:
-        """Return how many masks are learned, and tensors of task vectors held for them."""
-        models = [model for model in task.model_order if model != task.base_model]
+    def planned_tensor(weight: WeightInfo, task: Any) -> PlannedTensor:
+        models = tuple(model for model in task.model_order if model != task.base_model)
         learned = planned.learned(models)
-        is_linear_in_them = is_linear(task_parameters(task), learned == (tuple(models),))
-        return len(learned), len(learned) if is_linear_in_them else len(task.model_order)
-
-    return {
-        weight.name: PlannedTensor(
+        is_linear_in_them = is_linear(task_parameters(task), learned == (models,))
+        return PlannedTensor(
             may_get_mask=planned.may_get_mask(weight.name),
             has_vocabulary=weight.vocabulary_axis is not None,
             mask_name=mask_name(task),
             shape=shapes[weight.name],
             granularity=str(task.parameters["granularity"]),
-            masks=of_task(task)[0],
-            delta_tensors=of_task(task)[1],
+            masks=len(learned),
+            delta_tensors=len(learned if is_linear_in_them else task.model_order),
             itemsize=_itemsize(planned, weight, task),
         )
+
+    return {
+        weight.name: planned_tensor(weight, task)
         for weight, task in planned.tensors
         # Of weights that are tied, the first stands for both.
         if weight.name in shapes and weight.name == task.output_weight.name

@@ -13,7 +13,7 @@ from ..common.process_group import Processes
 from ..learner.learning_model import LearningModel
 from ..mask.artifact import MaskSet
 from ..mask.artifact_files import MASKS_FILE
-from ..mask.file_content import Content
+from ..mask.file_content import FileContent
 from ..mask.format import stored_name
 from ..mask.granularity import Layout
 from ..mask.writing import copy_masks, write_masks
@@ -54,10 +54,10 @@ def _are_all_of_merge(planned: PlannedMerge, given: Given) -> bool:
     )
 
 
-def content_of(planned: PlannedMerge, given: Given) -> Content:
+def content_of(planned: PlannedMerge, given: Given) -> FileContent:
     """Return the masks of models that have one, as they were given, to be stored together."""
     models = [m for m in planned.models if m in given or m in planned.learners]
-    content = Content(sorted(map(str, models)))
+    content = FileContent(sorted(map(str, models)))
     for model, own in given.items():
         if not own.is_start:
             content.copy(own.masks, content.models.index(str(model)))
@@ -70,7 +70,7 @@ def written_masks(
     group: Processes,
     record: dict[str, Any],
     history: list[dict[str, Any]],
-    content: Content | None,
+    content: FileContent | None,
 ) -> MaskSet:
     """Return the learned mask, which the first process writes into ``folder``.
 

@@ -11,7 +11,7 @@ from ..common.errors import RecipeError
 from ..fusion.groups import are_equal, is_shared_buffer, not_finite
 from ..fusion.masked_fusion import merge_of
 from ..fusion.merges import LinearMerge, LoadedTensor
-from .given_masks import Given
+from .given_masks import Given, starting_logits
 from .plan import PlannedMerge, gather_task, mask_name, task_parameters
 
 
@@ -67,10 +67,7 @@ def loaded_tensors(planned: PlannedMerge, given: Given) -> Iterator[LoadedTensor
             base=base,
             merge=merge,
             learned=learned if merge else (),
-            starts=tuple(
-                own[models[0]].start(mask_name(task)) if models[0] in own else None
-                for models in learned
-            ),
+            starts=starting_logits(own, learned, mask_name(task)),
             changed=changed,
             parameters=parameters,
             vocabulary_axis=weight.vocabulary_axis,

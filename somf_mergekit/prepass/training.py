@@ -72,10 +72,13 @@ def training_setup(
         shard_group=group if chosen == machine.SHARDED else ALONE,
         is_factored=chosen == machine.FACTORED,
     )
-    loaded = factored_tensors if placement.is_factored else loaded_tensors
+    if expected.changes is None:
+        loaded = loaded_tensors(planned, inputs.given)
+    else:
+        loaded = factored_tensors(planned, inputs.given, expected.changes)
     learning = learning_model(
         planned.out_config,
-        loaded(planned, inputs.given),
+        loaded,
         planned.settings,
         {weight.name for weight, _ in planned.text_tensors if planned.may_get_mask(weight.name)},
         placement,
