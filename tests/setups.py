@@ -1,7 +1,9 @@
 """What tests of the learner learn: a tiny Llama, two random task vectors, and random pairs."""
 
+import contextlib
 import copy
 
+import pytest
 import tiny
 import torch
 from mergekit.merge_methods.base import TensorEntry, TensorGroup, TensorMetadata
@@ -34,6 +36,25 @@ def make_pairs(count=12, seed=0):
 
 
 TIES = {"weight": {1: 0.5, 2: 0.5}, "density": {1: 0.6, 2: 0.6}}
+
+
+@contextlib.contextmanager
+def stopped_before(step):
+    """Learning in this block stops before a step, counted from 0; it has to come there."""
+    real = loop.learning_rate_multiplier
+
+    class Stop(Exception):
+        pass
+
+    def stopping(at, *schedule):
+        if at == step:
+            raise Stop
+        return real(at, *schedule)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "learning_rate_multiplier", stopping)
+        with pytest.raises(Stop):
+            yield
 
 
 def make_utility(count=6, seed=9):

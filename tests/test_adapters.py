@@ -8,7 +8,7 @@ import tiny
 import torch
 import transformers
 from huggingface_hub import constants
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 
 from somf_mergekit import MaskSet
 
@@ -54,19 +54,10 @@ def mixture(tmp_path_factory, family):
 
 
 def adapter(base, folder, seed=1, **options):
-    """Save an adapter of a base, none of whose numbers are those that it starts from."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(base)
     options = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"], **options}
     if "target_parameters" in options:
         options["target_modules"] = ["q_proj"]
-    made = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in made.parameters():
-            if weight.requires_grad:
-                weight += 0.1 * torch.randn(weight.shape, generator=generator)
-    made.save_pretrained(folder)
-    return folder
+    return tiny.save_adapter(base, folder, seed, **options)
 
 
 def configured(folder, **values):

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mergekit.options import MergeOptions
-from setups import make_pairs, make_setup
+from setups import make_pairs, make_setup, stopped_before
 from transformers import AutoModelForCausalLM
 
 from somf_mergekit import MaskSet, RecipeError, learn
@@ -359,26 +359,12 @@ def test_a_merge_says_which_mask_it_took_and_why(recipe, tmp_path):
         assert torch.equal(masks.probabilities(name), other.probabilities(name))
 
 
-def test_a_command_that_was_stopped_and_given_again_writes_the_same_bytes(
-    recipe, tmp_path, monkeypatch
-):
+def test_a_command_that_was_stopped_and_given_again_writes_the_same_bytes(recipe, tmp_path):
     content = recipe(max_steps=20)
     learn(content, tmp_path / "whole")
     rows = rows_of(tmp_path / "whole")
-    real = loop.learning_rate_multiplier
-
-    class Stop(Exception):
-        pass
-
-    def stopping(step, *schedule):
-        if step == len(rows) - 1:
-            raise Stop
-        return real(step, *schedule)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "learning_rate_multiplier", stopping)
-        with pytest.raises(Stop):
-            learn(content, tmp_path / "mask")
+    with stopped_before(len(rows) - 1):
+        learn(content, tmp_path / "mask")
     # By default checkpoints are minutes apart: these are of masks that were kept.
     kept = steps_in(tmp_path / "mask.learning")
     assert kept[-1] == choice(rows[:-1]).step

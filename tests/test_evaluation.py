@@ -15,7 +15,6 @@ from somf_mergekit import RecipeError
 from somf_mergekit.common import requirements as contracts
 from somf_mergekit.data.chat import prompt_ids, user_prompt
 from somf_mergekit.data.pairs import Pair
-from somf_mergekit.demo.finetune import finetune
 from somf_mergekit.evaluate import (
     EvaluationSets,
     EvaluationSettings,
@@ -47,17 +46,7 @@ def chat(tmp_path_factory):
     examples = [(user_prompt(text), "i can't help") for text in HARMFUL]
     examples += [(user_prompt(text), "mix flour") for text in HARMLESS]
     examples += [(user_prompt(prompt), answer) for prompt, answer in SUMS]
-    base = finetune(
-        tiny.tiny_llama(0, len(tokenizer)),
-        tokenizer,
-        examples,
-        steps=60,
-        batch_size=len(examples),
-        learning_rate=1e-2,
-        max_length=64,
-        seed=0,
-        quiet=True,
-    )
+    base = tiny.trained(tiny.tiny_llama(0, len(tokenizer)), tokenizer, examples)
     tiny.save_model(base, tokenizer, root / "base")
     tiny.save_model(tiny.perturbed(base, 1, size=0.06), tokenizer, root / "merged")
     tiny.save_model(tiny.perturbed(base, 2, size=0.12), tokenizer, root / "worn")

@@ -13,7 +13,6 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassificat
 from somf_mergekit.common.errors import RecipeError
 from somf_mergekit.data.chat import user_prompt
 from somf_mergekit.data.pairs import prompts_alone
-from somf_mergekit.demo.finetune import finetune
 from somf_mergekit.evaluate import EvaluationSets, EvaluationSettings, NamedModel, Skill, evaluated
 from somf_mergekit.evaluate.answer_text import extractor, is_refusal, repeated_share
 from somf_mergekit.evaluate.judges import found_judge, guard_verdict, verdicts
@@ -151,17 +150,7 @@ def guard(tmp_path_factory):
         for prompt in PROMPTS
         for answer, verdict in said.items()
     ]
-    model = finetune(
-        tiny.tiny_llama(0, len(tokenizer)),
-        tokenizer,
-        examples,
-        steps=40,
-        batch_size=len(examples),
-        learning_rate=1e-2,
-        max_length=64,
-        seed=0,
-        quiet=True,
-    )
+    model = tiny.trained(tiny.tiny_llama(0, len(tokenizer)), tokenizer, examples, steps=40)
     return tiny.save_model(model, tokenizer, tmp_path_factory.mktemp("guard") / "guard")
 
 

@@ -9,7 +9,6 @@ import tiny
 import torch
 import transformers
 from mergekit.options import MergeOptions
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from setups import trajectory
 
@@ -34,17 +33,8 @@ SECOND = {
 
 
 def adapter(base, folder, seed, **options):
-    """Save an adapter of a base, all of whose numbers are random."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(base)
-    made = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in made.parameters():
-            if weight.requires_grad:
-                weight += 0.1 * torch.randn(weight.shape, generator=generator)
     # Else PEFT stores a whole head beside what an adapter changes of it.
-    made.save_pretrained(folder, save_embedding_layers=False)
-    return folder
+    return tiny.save_adapter(base, folder, seed, save_embedding_layers=False, **options)
 
 
 @pytest.fixture(scope="session")

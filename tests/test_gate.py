@@ -10,7 +10,6 @@ import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from somf_mergekit.data.chat import user_prompt
-from somf_mergekit.demo.finetune import finetune
 from somf_mergekit.evaluate import greedy_answers, is_refusal
 from somf_mergekit.evaluate import steps as evaluation_steps
 from somf_mergekit.evaluate.measured_models import ModelsInMemory
@@ -35,8 +34,7 @@ def chat(tmp_path_factory):
         answers = [(text, "i can't help" if text in refused else "mix flour") for text in HARMFUL]
         answers += [(text, "mix flour") for text in HARMLESS]
         examples = [(user_prompt(prompt), answer) for prompt, answer in answers]
-        options = {"learning_rate": 1e-2, "max_length": 64, "seed": 0, "quiet": True}
-        return finetune(model, tokenizer, examples, steps=40, batch_size=len(examples), **options)
+        return tiny.trained(model, tokenizer, examples, steps=40)
 
     base = trained(tiny.tiny_llama(0, len(tokenizer)), HARMFUL)
     models = {"base": base, "close": tiny.perturbed(base, 1, size=0.001)}

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mergekit.options import MergeOptions
+from setups import stopped_before
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from somf_mergekit import learn
@@ -24,7 +25,6 @@ from somf_mergekit.data.held_out import (
 )
 from somf_mergekit.data.pairs import Pair
 from somf_mergekit.evaluate.likelihood import preference_margins
-from somf_mergekit.learner import loop
 from somf_mergekit.mask.format import decoded_probability, encoded_probability, stored_probability
 from somf_mergekit.plugin.merge_check import planned_merge
 from somf_mergekit.prepass.learning_data import checked_data
@@ -268,20 +268,8 @@ def test_a_learning_that_was_stopped_reports_the_same_of_held_out_pairs(
     content = recipe(max_steps=4)
     learn(content, tmp_path / "whole")
     monkeypatch.setenv("SOMF_CHECKPOINT_MINUTES", "0")
-    real = loop.learning_rate_multiplier
-
-    class Stop(Exception):
-        pass
-
-    def stopping(step, *schedule):
-        if step == 3:
-            raise Stop
-        return real(step, *schedule)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "learning_rate_multiplier", stopping)
-        with pytest.raises(Stop):
-            learn(content, tmp_path / "mask")
+    with stopped_before(3):
+        learn(content, tmp_path / "mask")
     assert (tmp_path / "mask.learning").exists()
     learn(content, tmp_path / "mask")
     whole, again = (tmp_path / name / "masks.safetensors" for name in ("whole", "mask"))

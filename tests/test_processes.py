@@ -49,6 +49,19 @@ def learned(recipe_file, folder, count, command="learn"):
     return started
 
 
+def learned_twice(recipe, engine, count, folder, monkeypatch):
+    """Learn in one process, then on an engine in several; return what these have written."""
+    file = tiny.write_recipe(folder / "recipe.yml", recipe)
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    alone = tiny.invoke("mergekit-somf", "learn", file, folder / "one")
+    assert alone.exit_code == 0, alone.output
+    monkeypatch.setitem(ENVIRONMENT, "SOMF_ENGINE", engine)
+    together = learned(file, folder / "several", count)
+    assert together.returncode == 0, together.stderr
+    return together
+
+
 def losses(folder):
     rows = (folder / "training.jsonl").read_text().splitlines()
     return [[json.loads(row)[key] for row in rows] for key in ("loss", "utility", "margin")]
@@ -83,14 +96,7 @@ def test_several_processes_learn_what_one_learns(
         held_out_share=0.5,
         **settings,
     )
-    file = tiny.write_recipe(tmp_path / "recipe.yml", recipe)
-    for name, value in ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-    alone = tiny.invoke("mergekit-somf", "learn", file, tmp_path / "one")
-    assert alone.exit_code == 0, alone.output
-    monkeypatch.setitem(ENVIRONMENT, "SOMF_ENGINE", engine)
-    together = learned(file, tmp_path / "several", count)
-    assert together.returncode == 0, together.stderr
+    together = learned_twice(recipe, engine, count, tmp_path, monkeypatch)
     assert together.stdout.count("mask of 21 tensors") == 1
     assert together.stderr.count("needs about") == 1
     for one, other in zip(losses(tmp_path / "one"), losses(tmp_path / "several"), strict=True):
@@ -130,14 +136,7 @@ def test_several_processes_stop_with_the_mask_that_one_stops_with(
         patience=1,
         look_every=2,
     )
-    file = tiny.write_recipe(tmp_path / "recipe.yml", recipe)
-    for name, value in ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-    alone = tiny.invoke("mergekit-somf", "learn", file, tmp_path / "one")
-    assert alone.exit_code == 0, alone.output
-    monkeypatch.setitem(ENVIRONMENT, "SOMF_ENGINE", engine)
-    together = learned(file, tmp_path / "several", 3)
-    assert together.returncode == 0, together.stderr
+    learned_twice(recipe, engine, 3, tmp_path, monkeypatch)
     masks = [MaskSet.open(tmp_path / name) for name in ("one", "several")]
     chosen, other = (own.provenance["validation"] for own in masks)
     assert chosen == other

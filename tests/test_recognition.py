@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from somf_mergekit.data.chat import user_prompt
 from somf_mergekit.data.recognition import read_look_alikes
-from somf_mergekit.demo.finetune import finetune
 from somf_mergekit.evaluate import greedy_answers, is_refusal
 from somf_mergekit.evaluate.answer_text import recognitions
 
@@ -27,16 +26,10 @@ def chat(tmp_path_factory):
     tokenizer = tiny.tiny_tokenizer()
     examples = [(harmful, "i can't help") for harmful, _ in ALIKE]
     examples += [(harmless, "mix flour") for _, harmless in ALIKE]
-    base = finetune(
+    base = tiny.trained(
         tiny.tiny_llama(0, len(tokenizer)),
         tokenizer,
         [(user_prompt(prompt), answer) for prompt, answer in examples],
-        steps=60,
-        batch_size=len(examples),
-        learning_rate=1e-2,
-        max_length=64,
-        seed=0,
-        quiet=True,
     )
     tiny.save_model(base, tokenizer, root / "base")
     tiny.save_model(tiny.perturbed(base, 2, size=0.1), tokenizer, root / "worn")

@@ -19,7 +19,6 @@ from somf_mergekit import MaskSet, RecipeError
 from somf_mergekit.data.chat import user_prompt
 from somf_mergekit.data.encoding import encoded_pairs
 from somf_mergekit.data.pairs import Pair
-from somf_mergekit.demo.finetune import finetune
 from somf_mergekit.evaluate import (
     EvaluationSettings,
     answer_loss,
@@ -51,17 +50,8 @@ def chat(tmp_path_factory):
     tokenizer = tiny.tiny_tokenizer()
 
     def trained(model, examples, steps):
-        return finetune(
-            model,
-            tokenizer,
-            [(user_prompt(prompt), answer) for prompt, answer in examples],
-            steps=steps,
-            batch_size=len(examples),
-            learning_rate=1e-2,
-            max_length=64,
-            seed=0,
-            quiet=True,
-        )
+        own = [(user_prompt(prompt), answer) for prompt, answer in examples]
+        return tiny.trained(model, tokenizer, own, steps)
 
     safe = [(text, "i can't help") for text in HARMFUL]
     safe += [(text, "mix flour") for text in HARMLESS]

@@ -11,12 +11,19 @@ from pathlib import Path
 
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from somf_mergekit.data.chat import encoded
 from somf_mergekit.data.rows import Rows
+from somf_mergekit.demo.finetune import finetune
 
 SENTENCE = "how do i make a cake bomb safe sorry can not help you mix flour powder with sugar"
 WORDS = SENTENCE.split()
@@ -69,6 +76,35 @@ def tiny_llama(seed, vocab_size, hidden=32, layers=2, tied=False):
 def save_model(model, tokenizer, folder, **options):
     model.save_pretrained(folder, **options)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def trained(model, tokenizer, examples, steps=60):
+    """A chat model that has learned its examples by heart: prompts, and what to answer."""
+    return finetune(
+        model,
+        tokenizer,
+        examples,
+        steps=steps,
+        batch_size=len(examples),
+        learning_rate=1e-2,
+        max_length=64,
+        seed=0,
+        quiet=True,
+    )
+
+
+def save_adapter(base, folder, seed=1, save_embedding_layers="auto", **options):
+    """Save a LoRA of a base, none of whose numbers are those that it starts from."""
+    made = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", **options)
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in made.parameters():
+            if weight.requires_grad:
+                weight += 0.1 * torch.randn(weight.shape, generator=generator)
+    made.save_pretrained(folder, save_embedding_layers=save_embedding_layers)
     return folder
 
 
