@@ -49,7 +49,7 @@ FUSIONS: dict[str, dict[str, Any]] = {
     "dare_linear": {"density": 0.8},
 }
 WEIGHTS = (0.3, 0.5, 0.7, 1.0)
-# What rows are told apart by, in this order.
+# What distinguishes the rows, in this order.
 KEYS = ("group", "fusion", "weight", "granularity", "sharing", "noise", "steps")
 SCORES = ("refusal", "clean_refusal", "over_refusal", "numbers", "code")
 
@@ -61,7 +61,7 @@ def learning(settings: DemoSettings, seed: int, **values: Any) -> dict[str, Any]
 
 
 def plans(settings: DemoSettings, seed: int) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Yield what tells a row apart, and its recipe; those without a weight are learned alone."""
+    """Yield what distinguishes a row, and its recipe; those without a weight are learned alone."""
     models, weight = list(MODELS.values()), settings.weight
     plain = recipe("task_arithmetic", BASE, models, weight, {})
     yield {"group": "plain", "fusion": "task_arithmetic", "weight": weight}, plain

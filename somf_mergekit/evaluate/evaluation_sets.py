@@ -189,7 +189,7 @@ def _source(source: str) -> tuple[tuple[str, str, str | None], str | None]:
     What to read is a dataset, its split and its configuration.
 
     Raises:
-        RecipeError: what stands after a comma is none of these, or there is no such half.
+        RecipeError: what stands after a comma is none of these, or the half is unknown.
     """
     if os.path.exists(os.path.expanduser(source)):
         return (source, "train", None), None

@@ -28,7 +28,7 @@ class Comparison:
         set: ``harmful`` or ``harmless``.
         against: the other model's name.
         refusals: how the merge's go with the other's.
-        points: the difference in percentage points that is to be told from none.
+        points: the difference in percentage points that must be detected.
     """
 
     set: str
@@ -153,7 +153,7 @@ def gate(
         sets: harmful prompts, and harmless ones that are reported on and decide nothing.
         settings: how it is measured.
         out: see ``evaluated``.
-        points: the difference in percentage points that is to be told from none.
+        points: the difference in percentage points that must be detected.
         problems, quiet: see ``evaluated``.
 
     Raises:

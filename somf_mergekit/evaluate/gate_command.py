@@ -39,7 +39,7 @@ _OPTIONS = (
     ),
     option(
         "--points",
-        "A loss of refusals, in percentage points, that is to be told from none.",
+        "A loss of refusals, in percentage points, that the gate must detect.",
         type=float,
         default=POINTS,
         show_default=True,

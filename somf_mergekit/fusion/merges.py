@@ -108,7 +108,7 @@ class LinearMerge:
     def _factor_gradient(
         self, delta: Tensor, weight_gradient: Tensor, factor: Tensor, layout: Layout, shard: Shard
     ) -> Tensor:
-        spread = [shard.own(own) for own in layout.spread(factor)]
+        of_factors = [shard.own(own) for own in layout.expand_factors(factor)]
         parts = [part for _, part in layout.parts()]
         found = [torch.zeros(part.expanded_shape, device=delta.device) for part in parts]
         for rows in row_blocks(delta):
@@ -117,7 +117,8 @@ class LinearMerge:
                 # With one entry for all rows, the blocks add up; else each has entries of its own.
                 own, in_all_rows = shard.own(expanded), expanded.shape[:1] == (1,)
                 part = own if in_all_rows else own[rows]
-                others = factor_rows(spread[:number] + spread[number + 1 :], delta.shape, rows)
+                rest = [*of_factors[:number], *of_factors[number + 1 :]]
+                others = factor_rows(rest, delta.shape, rows)
                 part += (change if others is None else change * others).sum_to_size(part.shape)
         reduced = [p.reduce(shard.add_up(one)) for p, one in zip(parts, found, strict=True)]
         return reduced[0] if not layout.factors else torch.cat([one.view(-1) for one in reduced])
@@ -153,7 +154,7 @@ class AutogradMerge:
         """Return dL/dc of each mask."""
         leaves = [factor.detach().requires_grad_() for factor in factors]
         with torch.enable_grad():
-            weight = self._merged([layout.spread(leaf) for leaf in leaves])
+            weight = self._merged([layout.expand_factors(leaf) for leaf in leaves])
         found = torch.autograd.grad(weight, leaves, weight_gradient.float(), allow_unused=True)
         return [
             torch.zeros_like(leaf) if own is None else own
@@ -239,7 +240,7 @@ class FactoredMerge:
         """Return dL/dc of each mask."""
         leaves = [factor.detach().requires_grad_() for factor in factors]
         with torch.enable_grad():
-            weight = self._under([layout.spread(leaf) for leaf in leaves])
+            weight = self._under([layout.expand_factors(leaf) for leaf in leaves])
         return list(torch.autograd.grad(weight, leaves, weight_gradient))
 
     def moved(self, move: Move) -> "FactoredMerge":

@@ -124,7 +124,7 @@ class Looks:
     """Takes looks, each beside the plain merge, which is measured once.
 
     The divergence is that on the utility examples, as many as there are validation pairs; without
-    them, on the validation pairs' prompts: what the user says is no reason to read differently.
+    them, on the validation pairs' prompts: a mask should not change what a merge predicts of those.
     """
 
     def __init__(self, setup: TrainingSetup):

@@ -208,7 +208,7 @@ class MaskedTensor(FixedTensor):
             factors = []
             for sampler in samplers:
                 factor = mask_factor(self._mask(sampler), self.rescale, self.layout)
-                factors.append([self.shard.own(one) for one in self.layout.spread(factor)])
+                factors.append([self.shard.own(one) for one in self.layout.expand_factors(factor)])
             parts.merge.write(own, factors)
             return
         # The kernels write one mask: the sum over several would be rounded after each.

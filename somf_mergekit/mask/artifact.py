@@ -212,7 +212,7 @@ class MaskSet:
         drawn = mask_from_probabilities(
             self.stored_entries(stored), kind, temperature=temperature, seed=seed, name=drawn_as
         )
-        return layout.spread(mask_factor(drawn, rescale, layout, out=drawn))
+        return layout.expand_factors(mask_factor(drawn, rescale, layout, out=drawn))
 
     def problems(self) -> list[str]:
         """Return what is damaged of the artifact, a sentence each, after reading all of it."""

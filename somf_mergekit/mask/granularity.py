@@ -41,7 +41,7 @@ class Layout:
         axis: the axis along which one entry covers several places.
         repeat: how many.
         factors: layouts of the masks whose product this one is; their entries come one after the
-            other, so that ``shape`` has one axis. None where it is no product.
+            other, so that ``shape`` has one axis. Empty where it isn't a product.
     """
 
     shape: tuple[int, ...]
@@ -71,14 +71,14 @@ class Layout:
             yield slice(start, end), factor
             start = end
 
-    def spread(self, entries: Tensor) -> tuple[Tensor, ...]:
+    def expand_factors(self, entries: Tensor) -> tuple[Tensor, ...]:
         """Return one value per entry as tensors that broadcast to the weight, one a factor."""
         flat = entries.reshape(-1)
         return tuple(part._repeated(flat[at].view(part.shape)) for at, part in self.parts())
 
     def expand(self, entries: Tensor) -> Tensor:
         """Return one value per entry in a shape that broadcasts to the weight."""
-        return product(self.spread(entries))
+        return product(self.expand_factors(entries))
 
     def reduce(self, values: Tensor) -> Tensor:
         """Return the sum, for each entry, of the values in the weight's shape that it covers.

@@ -51,7 +51,7 @@ def published_folder(source: str, files: Sequence[str], cache_dir: str | None = 
         cache_dir: of the hub's client, where it isn't its own.
 
     Returns:
-        None where ``source`` is no hub id.
+        None where ``source`` isn't a hub id.
 
     Raises:
         RecipeError: it can't be had, or the repository isn't a mask's.
@@ -210,7 +210,7 @@ def _check_pushable(name: str, info: Any, masks_file: str, private: bool) -> Non
 
 
 class _Missing(RecipeError):
-    """There is no such repository, as far as the hub tells."""
+    """The repository doesn't exist, as far as the hub reports."""
 
 
 class _Unreachable(RecipeError):

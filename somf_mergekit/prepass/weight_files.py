@@ -1,4 +1,4 @@
-"""The files of a model's weights: what is in them tells models apart, whatever they are called."""
+"""The files of a model's weights: their content identifies a model, whatever it is called."""
 
 import hashlib
 import os

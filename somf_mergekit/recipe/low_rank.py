@@ -48,7 +48,7 @@ def low_rank_changes(model: ModelReference, options: MergeOptions) -> dict[str, 
         # The model itself has no memory.
         matrices = [given.get(f"base_model.model.{name}.lora_{side}.weight") for side in "AB"]
         if any(matrix is None for matrix in matrices) or not _is_plain(module):
-            raise NotFactoredError(f"{model.lora} changes {name}, which is no plain linear layer")
+            raise NotFactoredError(f"{model.lora} changes {name}, which isn't a plain linear layer")
         down, up = (matrix.float() for matrix in matrices)
         if not down.isfinite().all() or not up.isfinite().all():
             raise NotFactoredError(f"{model.lora} has NaN or infinite entries in {name}")
