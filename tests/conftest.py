@@ -13,6 +13,9 @@ os.environ["TRITON_INTERPRET"] = "1"
 import hypothesis
 import pytest
 import tiny
+import torch
+import transformers
+from setups import FIRST, SECOND, adapter
 
 # `make test-hostile` tries thousands; the same examples every time in a run of all tests.
 hypothesis.settings.register_profile(
@@ -50,6 +53,38 @@ def family(tmp_path_factory):
     tiny.save_model(tiny.perturbed(base, 2), tokenizer, root / "code")
     tiny.save_model(tiny.perturbed(base, 5), tokenizer, root / "unaligned")
     tiny.save_model(tiny.perturbed(base, 6), tokenizer, root / "safety-tuned")
+    tiny.write_jsonl(root / "pairs.jsonl", tiny.preference_rows())
+    return root
+
+
+@pytest.fixture(scope="session")
+def adapted(tmp_path_factory):
+    """A base whose linear layers have biases, two adapters, pairs, and where mergekit puts them."""
+    root = tmp_path_factory.mktemp("adapted")
+    tokenizer = tiny.tiny_tokenizer()
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        attention_bias=True,
+        mlp_bias=True,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("bias"):
+                weight.normal_(std=0.1)
+    tiny.save_model(model, tokenizer, root / "base")
+    adapter(root / "base", root / "first", 1, **FIRST)
+    adapter(root / "base", root / "second", 2, **SECOND)
     tiny.write_jsonl(root / "pairs.jsonl", tiny.preference_rows())
     return root
 

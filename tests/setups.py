@@ -2,13 +2,16 @@
 
 import contextlib
 import copy
+import dataclasses
 
 import pytest
 import tiny
 import torch
 from mergekit.merge_methods.base import TensorEntry, TensorGroup, TensorMetadata
+from mergekit.options import MergeOptions
 
 from somf_mergekit.common.model_classes import Slice
+from somf_mergekit.common.process_group import ALONE
 from somf_mergekit.data.encoding import EncodedPair
 from somf_mergekit.fusion.merges import AutogradMerge, LinearMerge
 from somf_mergekit.fusion.shards import Shard
@@ -17,7 +20,11 @@ from somf_mergekit.learner.parts import Learned, Parts
 from somf_mergekit.learner.tensors import MaskedTensor
 from somf_mergekit.learner.training_setup import TrainingSetup
 from somf_mergekit.mask.granularity import Storage, mask_layout
+from somf_mergekit.plugin.merge_check import checked_merge
+from somf_mergekit.prepass.forecast import forecast
+from somf_mergekit.prepass.training import training_setup
 from somf_mergekit.recipe.settings import Settings
+from somf_mergekit.recipe.validate import read_recipe
 
 VOCABULARY = 64
 
@@ -212,3 +219,51 @@ FOR_ENGINES = {
         "adamw, ties",
     )
 }
+
+
+# Two adapters of other ranks, scales and layers.
+FIRST = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "o_proj", "down_proj"]}
+SECOND = {
+    "r": 3,
+    "lora_alpha": 5,
+    "use_rslora": True,
+    "target_modules": ["q_proj", "v_proj", "up_proj"],
+    "rank_pattern": {"v_proj": 2},
+    "alpha_pattern": {"up_proj": 9},
+}
+
+
+def adapter(base, folder, seed, **options):
+    # Else PEFT stores a whole head beside what an adapter changes of it.
+    return tiny.save_adapter(base, folder, seed, save_embedding_layers=False, **options)
+
+
+def adapter_recipe(root, *models, **parameters):
+    """The recipe of a merge of ``adapted``'s adapters, or of others on its base."""
+    base = root / "base"
+    values = {"max_steps": 4, "learning_rate": 0.1, "batch_size": 4, "max_length": 48}
+    values |= {"safety_dataset": str(root / "pairs.jsonl"), **parameters}
+    models = models or (root / "first", root / "second")
+    specialists = [f"{base}+{model}" for model in models]
+    return tiny.recipe(base, specialists, weights=[0.7, 0.4][: len(models)], **values)
+
+
+def adapter_plan(root, content, engine=None, **machine):
+    """The checked plan of a recipe with adapters, and what its masks are learned from."""
+    options = MergeOptions(lora_merge_cache=str(root / "cache"), quiet=True)
+    checked = checked_merge(read_recipe(content), options)
+    planned = tiny.on_machine(checked.planned, engine=engine, **machine)
+    return planned, checked.inputs
+
+
+def adapters_learned(root, folder, machine=(), engine="factored", forecast_as=(), **parameters):
+    """Losses and logits of a training run of ``adapter_recipe``."""
+    content = adapter_recipe(root, **parameters)
+    machine = {"micro_batch_size": 2, "precision": "float32", **dict(machine)}
+    planned, inputs = adapter_plan(root, content, engine, **machine)
+    expected = dataclasses.replace(forecast(planned, inputs.data), **dict(forecast_as))
+    assert expected.engine == engine
+    with contextlib.ExitStack() as ending:
+        _, setup, ways = training_setup(planned, str(folder), inputs, expected, ALONE, ending)
+    assert ways["engine"] == engine
+    return trajectory(setup)

@@ -1,100 +1,21 @@
 """Adapters that stay factored while a mask is learned: the mask of their whole products."""
 
-import contextlib
 import json
+import math
 import sys
 
 import pytest
 import tiny
 import torch
-import transformers
-from mergekit.options import MergeOptions
 from safetensors.torch import save_file
-from setups import trajectory
+from setups import FIRST, adapter, adapter_plan, adapter_recipe, adapters_learned
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from somf_mergekit import MaskSet
+from somf_mergekit.common import machine
 from somf_mergekit.common.errors import RecipeError
-from somf_mergekit.common.process_group import ALONE
 from somf_mergekit.learner.engine import ResidentEngine
-from somf_mergekit.plugin.merge_check import checked_merge
 from somf_mergekit.prepass.forecast import forecast
-from somf_mergekit.prepass.training import training_setup
-from somf_mergekit.recipe.validate import read_recipe
-
-FIRST = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "o_proj", "down_proj"]}
-SECOND = {
-    "r": 3,
-    "lora_alpha": 5,
-    "use_rslora": True,
-    "target_modules": ["q_proj", "v_proj", "up_proj"],
-    "rank_pattern": {"v_proj": 2},
-    "alpha_pattern": {"up_proj": 9},
-}
-
-
-def adapter(base, folder, seed, **options):
-    # Else PEFT stores a whole head beside what an adapter changes of it.
-    return tiny.save_adapter(base, folder, seed, save_embedding_layers=False, **options)
-
-
-@pytest.fixture(scope="session")
-def adapted(tmp_path_factory):
-    """A base whose linear layers have biases, two adapters, pairs, and where mergekit puts them."""
-    root = tmp_path_factory.mktemp("adapted")
-    tokenizer = tiny.tiny_tokenizer()
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        attention_bias=True,
-        mlp_bias=True,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
-    model = transformers.LlamaForCausalLM(config)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith("bias"):
-                weight.normal_(std=0.1)
-    tiny.save_model(model, tokenizer, root / "base")
-    adapter(root / "base", root / "first", 1, **FIRST)
-    adapter(root / "base", root / "second", 2, **SECOND)
-    tiny.write_jsonl(root / "pairs.jsonl", tiny.preference_rows())
-    return root
-
-
-def recipe_of(root, *models, **parameters):
-    base = root / "base"
-    values = {"max_steps": 4, "learning_rate": 0.1, "batch_size": 4, "max_length": 48}
-    values |= {"safety_dataset": str(root / "pairs.jsonl"), **parameters}
-    models = models or (root / "first", root / "second")
-    specialists = [f"{base}+{model}" for model in models]
-    return tiny.recipe(base, specialists, weights=[0.7, 0.4][: len(models)], **values)
-
-
-def planned_with(root, content, engine, **machine):
-    options = MergeOptions(lora_merge_cache=str(root / "cache"), quiet=True)
-    checked = checked_merge(read_recipe(content), options)
-    planned = tiny.on_machine(checked.planned, engine=engine, **machine)
-    return planned, checked.inputs
-
-
-def learned(root, engine, folder, precision="float32", **parameters):
-    """Losses and logits of a training run on an engine."""
-    content, machine = recipe_of(root, **parameters), {"micro_batch_size": 2}
-    planned, inputs = planned_with(root, content, engine, precision=precision, **machine)
-    expected = forecast(planned, inputs.data)
-    assert expected.engine == engine
-    with contextlib.ExitStack() as ending:
-        _, setup, ways = training_setup(planned, str(folder), inputs, expected, ALONE, ending)
-    assert ways["engine"] == engine
-    return trajectory(setup)
 
 
 @pytest.mark.parametrize(
@@ -115,8 +36,8 @@ def learned(root, engine, folder, precision="float32", **parameters):
     ids=lambda changes: " ".join(map(str, changes.values())),
 )
 def test_the_trajectory_is_that_of_whole_task_vectors(adapted, tmp_path, changes):
-    losses, logits = learned(adapted, "resident", tmp_path, **changes)
-    own_losses, own_logits = learned(adapted, "factored", tmp_path, **changes)
+    losses, logits = adapters_learned(adapted, tmp_path, engine="resident", **changes)
+    own_losses, own_logits = adapters_learned(adapted, tmp_path, **changes)
     torch.testing.assert_close(own_losses, losses, rtol=1e-5, atol=1e-5)
     assert len(own_logits) == len(logits)
     moved = torch.cat([own.flatten() for own in logits])
@@ -128,7 +49,7 @@ def test_the_trajectory_is_that_of_whole_task_vectors(adapted, tmp_path, changes
 
 def test_a_merge_of_two_adapters(adapted, tmp_path, monkeypatch):
     """It is chosen and named, learns the mask that whole task vectors give, and merges with it."""
-    content = recipe_of(
+    content = adapter_recipe(
         adapted, granularity="row_column", mask_sharing="per_model", held_out_share=0.5, max_steps=2
     )
     masks, weights, compared = {}, {}, {}
@@ -193,20 +114,20 @@ def test_what_can_not_stay_factored_is_multiplied_out(kind, adapted, tmp_path):
         models.append(adapter(adapted / "base", tmp_path / "other", 3, **{**FIRST, **changes}))
     else:
         models.append(adapted / "second")
-    content = recipe_of(adapted, *models, **parameters)
+    content = adapter_recipe(adapted, *models, **parameters)
     line = engine_line(adapted, content, tmp_path)
     assert line.split()[1] == "resident:"
     assert f"; adapters are multiplied out: {'' if kind in OTHER_RECIPES else models[1]}" in line
     assert why in line
     # Asked for another engine, nobody wonders.
     assert "adapters" not in engine_line(adapted, content, tmp_path, "--engine", "streaming")
-    planned, inputs = planned_with(adapted, content, "factored")
+    planned, inputs = adapter_plan(adapted, content, "factored")
     with pytest.raises(RecipeError, match="the factored engine can't learn this mask: "):
         forecast(planned, inputs.data)
 
 
 def test_masks_that_learning_starts_from_and_masks_that_stay(adapted, tmp_path):
-    content = recipe_of(adapted, mask_sharing="per_model", max_steps=2)
+    content = adapter_recipe(adapted, mask_sharing="per_model", max_steps=2)
     file = tiny.write_recipe(tmp_path / "recipe.yml", content)
     cache = ("--lora-merge-cache", adapted / "cache")
 
@@ -239,7 +160,7 @@ def test_an_adapter_with_nan_is_reported_by_its_weights(adapted, tmp_path):
     tensors = tiny.tensors_of(place)
     next(iter(tensors.values()))[0, 0] = torch.nan
     save_file(tensors, place / "adapter_model.safetensors", metadata={"format": "pt"})
-    file = tiny.write_recipe(tmp_path / "recipe.yml", recipe_of(adapted, place))
+    file = tiny.write_recipe(tmp_path / "recipe.yml", adapter_recipe(adapted, place))
     cache = ("--lora-merge-cache", tmp_path / "cache")
     result = tiny.invoke("mergekit-somf", "learn", file, tmp_path / "mask", *cache)
     assert result.exit_code == 1
@@ -248,7 +169,7 @@ def test_an_adapter_with_nan_is_reported_by_its_weights(adapted, tmp_path):
 
 def test_models_that_are_no_adapters_are_not_spoken_of(family, family_recipe, tmp_path):
     assert "adapters" not in engine_line(family, family_recipe(granularity="row"), tmp_path)
-    with_adapter = recipe_of(family, adapter(family / "base", tmp_path / "first", 1, **FIRST))
+    with_adapter = adapter_recipe(family, adapter(family / "base", tmp_path / "first", 1, **FIRST))
     line = engine_line(family, with_adapter, tmp_path)
     assert line.split()[1] == "factored:"
     with_adapter["models"].append({"model": str(family / "math"), "parameters": {"weight": 0.5}})
@@ -259,8 +180,8 @@ def test_models_that_are_no_adapters_are_not_spoken_of(family, family_recipe, tm
 def test_the_base_and_the_ranks_are_what_it_needs(adapted):
     needs = {}
     for engine in ("factored", "resident"):
-        planned, inputs = planned_with(
-            adapted, recipe_of(adapted), engine, micro_batch_size=1, precision="bfloat16"
+        planned, inputs = adapter_plan(
+            adapted, adapter_recipe(adapted), engine, micro_batch_size=1, precision="bfloat16"
         )
         needs[engine] = forecast(planned, inputs.data).memory
     assert needs["factored"] < needs["resident"]
@@ -269,11 +190,45 @@ def test_the_base_and_the_ranks_are_what_it_needs(adapted):
     assert needs["resident"] - needs["factored"] < 10 * weights
 
 
+@pytest.mark.parametrize("few_bits", [None, "4bit"])
+def test_layers_that_are_computed_again_learn_the_same(adapted, tmp_path, few_bits, monkeypatch):
+    calls = []
+    real = LlamaDecoderLayer.forward
+
+    def counted(self, *arguments, **keywords):
+        calls.append(torch.is_grad_enabled())
+        return real(self, *arguments, **keywords)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", counted)
+    own = {"machine": {"base_precision": few_bits}, "granularity": "row_column"}
+    found = adapters_learned(adapted, tmp_path, **own)
+    once = sum(calls)
+    calls.clear()
+    again = adapters_learned(adapted, tmp_path, forecast_as={"recomputes": True}, **own)
+    assert sum(calls) == 2 * once > 0
+    assert again[0] == found[0]
+    assert all(map(torch.equal, again[1], found[1]))
+
+
+def test_layers_are_computed_again_where_activations_would_not_fit(adapted, tmp_path, monkeypatch):
+    planned, inputs = adapter_plan(adapted, adapter_recipe(adapted), "factored")
+    one_pair = tiny.on_machine(planned, engine="factored", micro_batch_size=1)
+    needed = forecast(one_pair, inputs.data).memory
+    lines = {}
+    for usable in (needed, needed - 1):
+        free = math.ceil(usable / 0.9)
+        monkeypatch.setattr(machine, "free_memory", lambda device, free=free: free)
+        lines[usable] = engine_line(adapted, adapter_recipe(adapted), tmp_path)
+        assert lines[usable].split()[1] == "factored:"
+    what = "to save memory, backward passes compute each layer again"
+    assert [what in line for line in lines.values()] == [False, True]
+
+
 @pytest.mark.slow
 def test_learning_goes_on_on_another_engine(adapted, tmp_path, monkeypatch):
     """What is learned is the same state, so that a run may begin on one and end on the other."""
     monkeypatch.setenv("SOMF_CHECKPOINT_MINUTES", "0")
-    content = recipe_of(adapted, optimizer="adamw", max_steps=6)
+    content = adapter_recipe(adapted, optimizer="adamw", max_steps=6)
     file = tiny.write_recipe(tmp_path / "recipe.yml", content)
     cache = ("--lora-merge-cache", adapted / "cache")
 
@@ -305,15 +260,15 @@ def test_learning_goes_on_on_another_engine(adapted, tmp_path, monkeypatch):
 
 
 def test_under_autocast_it_learns_alike(adapted, tmp_path):
-    losses, _ = learned(adapted, "factored", tmp_path)
-    in_bfloat16, _ = learned(adapted, "factored", tmp_path, precision="bfloat16")
+    losses, _ = adapters_learned(adapted, tmp_path)
+    in_bfloat16, _ = adapters_learned(adapted, tmp_path, machine={"precision": "bfloat16"})
     assert in_bfloat16 != losses
     assert in_bfloat16 == pytest.approx(losses, abs=0.05)
 
 
 @pytest.mark.slow
 def test_several_processes_learn_it_together(adapted, tmp_path):
-    content = recipe_of(adapted, granularity="row_column", mask_sharing="per_model")
+    content = adapter_recipe(adapted, granularity="row_column", mask_sharing="per_model")
     file = tiny.write_recipe(tmp_path / "recipe.yml", content)
     command = [file, "--lora-merge-cache", adapted / "cache"]
     env = {"SOMF_PRECISION": "float32", "ACCELERATE_USE_CPU": "1"}

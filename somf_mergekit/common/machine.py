@@ -17,6 +17,7 @@ ENGINES = RESIDENT, SHARDED, STREAMING, FACTORED = (
     "streaming",
     "factored",
 )
+BASE_PRECISIONS = FOUR_BITS, EIGHT_BITS = ("4bit", "8bit")
 REPORTS = NO_REPORT, TEXT_REPORT, FULL_REPORT = ("none", "text", "full")
 
 
@@ -50,6 +51,12 @@ class MachineOptions:
         click.Choice(["float32", "bfloat16"]),
         "What the model computes in while learning: bfloat16 (autocast) where the device is fast "
         "at it, else float32.",
+    )
+    base_precision: str | None = _option(
+        None,
+        click.Choice(BASE_PRECISIONS),
+        "In how many bits the factored engine has the base's linear layers while it learns, by "
+        "bitsandbytes; as they are where it is not set. The merge itself is exact.",
     )
     checkpoint_minutes: float = _option(
         5.0,

@@ -1,9 +1,14 @@
 """Layers that add what adapters change to what the base computes: no weight is written."""
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 
+from ..common.model_classes import text_decoder
 from ..fusion.merges import FactoredMerge
 from ..mask.granularity import Layout
 
@@ -32,3 +37,16 @@ def adapted(layer: torch.nn.Linear, merge: FactoredMerge, layout: Layout) -> tor
 
     layer.register_forward_hook(added)
     return numbers
+
+
+def recompute_layers(model: Any) -> None:
+    """Let backward passes compute each layer again, so that one layer's activations exist at once.
+
+    Args:
+        model: of transformers, whose layers keep nothing from one call to the next.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for layer in text_decoder(model).modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

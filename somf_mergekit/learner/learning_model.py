@@ -1,6 +1,5 @@
 """The model that learns: a transformers model whose weights are the merge under the mask."""
 
-import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,16 +8,18 @@ import torch
 from torch import Tensor
 
 from ..common.errors import RecipeError
-from ..common.model_classes import Slice, auto_class, stored_slices, text_names
+from ..common.model_classes import Slice, stored_slices, text_names
 from ..common.process_group import ALONE, Processes
 from ..fusion.merges import FactoredMerge, LinearMerge, LoadedTensor
 from ..fusion.shards import Shard
 from ..mask.granularity import Layout, mask_layout, weight_storage
 from ..recipe.settings import Settings
 from .factored import adapted
+from .few_bits import FewBits, in_few_bits
 from .parts import Learned, Parts
 from .stores import PinnedMemory, Store
 from .tensors import FixedTensor, MaskedTensor
+from .unfilled_model import unfilled_model
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Placement:
         shard_group: the processes that share each tensor, rows of it each.
         is_factored: whether the model has the base's weights throughout, and layers add what
             changes; else all weights are written anew in each pass.
+        few_bits: the weights that are in few bits then; None for none.
     """
 
     device: torch.device | str
@@ -40,6 +42,7 @@ class Placement:
     store: Store | None = None
     shard_group: Processes = ALONE
     is_factored: bool = False
+    few_bits: FewBits | None = None
 
     def shard(self, tensor: LoadedTensor) -> Shard:
         """Return which rows of a tensor this process has: all that a fusion needs at once."""
@@ -112,15 +115,17 @@ def learning_model(
         RecipeError: the merge isn't a model of the base's architecture, or nothing has changed.
     """
     loaded = [placement.placed(tensor) for tensor in loaded]
-    model = _empty_model(config, loaded, trust_remote_code)
+    sizes = [t.shape[t.vocabulary_axis] for t in loaded if t.vocabulary_axis is not None]
+    model = unfilled_model(
+        config,
+        sizes[-1] if sizes else None,
+        trust_remote_code,
+        device=placement.device,
+        autocast=placement.autocast,
+        is_brought=isinstance(placement.store, PinnedMemory),
+        without=placement.few_bits.weights if placement.few_bits else (),
+    )
     text = text_names(model)
-    for name, weight in model.named_parameters():
-        if name not in text:
-            # What sees and hears takes no part in a text.
-            weight.data = weight.data.new_empty(0)
-    if placement.autocast:
-        _set_layers_type(model, placement.autocast)
-    _move(model, placement)
     places = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     slices = stored_slices(model, {tensor.name: tensor.shape for tensor in loaded})
     storage = weight_storage(config)
@@ -146,11 +151,16 @@ def learning_model(
             continue
         if key in fixed:
             continue
-        if placement.is_factored:
+        name = place.name.removesuffix(".weight")
+        if placement.few_bits and place.name in placement.few_bits.weights:
+            layer, precision = model.get_submodule(name), placement.few_bits.precision
+            small = in_few_bits(layer, tensor.base, precision, placement.device)
+            model.set_submodule(name, small)
+        elif placement.is_factored:
             place.of(parameter).copy_(tensor.base)
         if isinstance(tensor.merge, FactoredMerge):
-            layer = model.get_submodule(place.name.removesuffix(".weight"))
-            parameter, place = adapted(layer, tensor.merge, layout(tensor)), Slice(place.name)
+            layer, place = model.get_submodule(name), Slice(place.name)
+            parameter = adapted(layer, tensor.merge, layout(tensor))
             tensor = replace(tensor, base=parameter.new_zeros(()).expand(len(parameter)))
         elif placement.is_factored:
             continue
@@ -213,23 +223,6 @@ def _masked_tensor(
     return masked
 
 
-def _move(model: Any, placement: Placement) -> None:
-    """Put a model, whose weights hold nothing yet, where it learns.
-
-    Where that is a GPU which can't hold all of it, no weight has memory there until the engine
-    gives it some.
-    """
-    if not isinstance(placement.store, PinnedMemory):
-        model.to(placement.device)
-        return
-    for weight in model.parameters():
-        weight.data = torch.empty_like(weight.data, device=placement.device)
-        weight.untyped_storage().resize_(0)
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = buffer.to(placement.device)
-
-
 def _found(
     places: dict[str, Any], place: Slice | None, tensor: LoadedTensor, model: Any
 ) -> tuple[Slice, Any]:
@@ -247,45 +240,6 @@ def _found(
         f"{f'expects {expected}' if expected else 'has no such weight'}. A learned mask can still "
         "be applied with the parameter `mask`."
     )
-
-
-def _empty_model(config: Any, loaded: list[LoadedTensor], trust_remote_code: bool) -> Any:
-    from transformers.initialization import no_init_weights
-
-    config = copy.deepcopy(config)
-    for tensor in loaded:
-        if tensor.vocabulary_axis is not None:
-            config.get_text_config().vocab_size = tensor.shape[tensor.vocabulary_axis]
-    try:
-        with no_init_weights():
-            model = auto_class(config).from_config(
-                config, dtype=torch.float32, trust_remote_code=trust_remote_code
-            )
-        model.tie_weights()
-    except ValueError as error:
-        raise RecipeError(
-            f"transformers can't make a model that writes text of the merge: {error}"
-        ) from error
-    return model.eval().requires_grad_(False)
-
-
-def _set_layers_type(model: Any, dtype: torch.dtype) -> None:
-    """Give the weights of linear layers ``dtype``: what they held is lost.
-
-    Others, such as embeddings, norms and routers of experts, compute in float32 under autocast too.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    modules = list(model.modules())
-    layers = [module for module in modules if isinstance(module, (torch.nn.Linear, Conv1D))]
-    elsewhere = {
-        weight
-        for module in set(modules) - set(layers)
-        for weight in module.parameters(recurse=False)
-    }
-    for layer in layers:
-        if layer.weight not in elsewhere:
-            layer.weight.data = torch.empty_like(layer.weight.data, dtype=dtype)
 
 
 def _check_complete(model: Any, filled: set[str], text: set[str]) -> None:

@@ -1,6 +1,6 @@
 """One weight under its masks: the two steps of learning."""
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -272,6 +272,17 @@ class MaskedTensor(FixedTensor):
                 sample = replace(sampler, logits=sampler.logits[part], first=part.start)
                 whole = Shard((len(own),))
                 yield FactorGradient(own, None, sample, self.rescale, whole, room)
+
+
+def set_masks(tensors: Iterable[MaskedTensor], others: Iterable[MaskedTensor]) -> None:
+    """Set what is learned of tensors to that of others of the same names.
+
+    All processes that learn must ask.
+    """
+    by_name = {other.name: other for other in others}
+    for tensor in tensors:
+        for name in tensor.state:
+            tensor.set_whole(by_name[tensor.name].whole(name), name)
 
 
 def _of_mask(name: str, number: int) -> str:

@@ -16,10 +16,11 @@ from mergekit.plan import MergePlanner
 
 from ..common.errors import RecipeError, noted, raise_together
 from ..common.merge_options import SomfOptions
-from ..common.process_group import is_first, started
+from ..common.process_group import is_first, own_device, started
 from ..common.timing import Timer
 from ..evaluate.evaluation_sets import EvaluationSets
 from ..evaluate.for_recipe import checked_sets
+from ..learner.few_bits import few_bits_problem
 from ..prepass.learning_data import MaskInputs, merge_inputs
 from ..prepass.places import place_problems
 from ..prepass.plan import MergedTokenizer, PlannedMerge
@@ -114,6 +115,9 @@ def _planned(
     learns = planned.config.merge_method == recipe.METHOD_NAME
     wrong = tie_problems(planned)
     wrong += plan_problems(planned) if learns else []
+    if learns and planned.learners:
+        device = own_device(planned.options.device)
+        wrong += filter(None, [few_bits_problem(planned.options.machine, device)])
     if not options.quiet and is_first() and is_untied(planned):
         click.echo(
             "somf: a model has an output head of its own, so the merge's is untied from its "

@@ -17,6 +17,7 @@ from ..fusion.fuse import SUMS
 from ..fusion.groups import not_finite
 from ..fusion.masked_fusion import WeightedSum, weighted_sum
 from ..fusion.merges import FactoredMerge, LoadedTensor, LowRank
+from ..learner.few_bits import FewBits, weights_for_few_bits
 from ..recipe.low_rank import NotFactoredError, low_rank_changes
 from .given_masks import Given, starting_logits
 from .headers import tensor_shapes
@@ -32,16 +33,18 @@ def changes_or_why(planned: PlannedMerge) -> tuple[Changes | None, str]:
     Raises:
         RecipeError: they can't, and the engine for it was asked for.
     """
-    chosen = planned.options.machine.engine
-    if chosen not in (None, FACTORED):
+    options = planned.options.machine
+    if options.engine not in (None, FACTORED):
         return None, ""
+    asked_for = "--engine (SOMF_ENGINE)" if options.engine else ""
+    asked_for = "--base-precision (SOMF_BASE_PRECISION)" if options.base_precision else asked_for
     try:
         return factored_changes(planned), ""
     except NotFactoredError as error:
-        if chosen == FACTORED:
+        if asked_for:
             raise RecipeError(
-                f"the factored engine can't learn this mask: {error}. Leave --engine (SOMF_ENGINE) "
-                "out: another one is found"
+                f"the factored engine can't learn this mask: {error}. Leave {asked_for} out: "
+                "another one is found"
             ) from error
         has_adapters = any(model.lora for model in planned.models)
         return None, str(error) if has_adapters else ""
@@ -87,6 +90,15 @@ def factored_changes(planned: PlannedMerge) -> Changes:
         if is_learned and task.parameters["granularity"] == "weight":
             raise NotFactoredError("a mask with an entry for each weight needs their gradients")
     return changes
+
+
+def few_bits_of(planned: PlannedMerge, precision: str) -> tuple[FewBits, set[str]]:
+    """Return which weights of a merge's model can be in few bits, and the tensors that they are."""
+    model = empty_model(planned.out_config, planned.options.trust_remote_code)
+    slices, weights = stored_slices(model, tensor_shapes(planned)), weights_for_few_bits(model)
+    # What is joined of several tensors is filled one by one.
+    whole = {n: s.name for n, s in slices.items() if s.name in weights and not s.steps}
+    return FewBits(precision, frozenset(whole.values())), set(whole)
 
 
 def factored_tensors(

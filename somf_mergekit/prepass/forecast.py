@@ -1,32 +1,29 @@
 """What learning a mask takes on this machine, and so which engine runs it: read off headers."""
 
 import math
-import re
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mergekit.common import dtype_from_name
 from mergekit.io.tasks import LoaderCache
 
 from ..common import machine
 from ..common.errors import RecipeError
-from ..common.machine import FACTORED, RESIDENT, SHARDED, STREAMING
+from ..common.machine import FACTORED, SHARDED
 from ..common.process_group import ALONE, Processes, own_device
 from ..learner.checkpoints import GENERATIONS
+from ..learner.few_bits import FewBits
 from ..learner.loop import step_count
 from ..mask.granularity import weight_storage
-from .factored_tensors import Changes, changes_or_why
-from .headers import PlannedTensor, planned_tensors, tensor_shapes
+from .engine_needs import LOGIT_BYTES, Need, engine_needs
+from .factored_tensors import Changes, changes_or_why, few_bits_of
+from .headers import planned_tensors, tensor_shapes
 from .learning_data import SafetyData
 from .places import File, weight_bytes
 from .plan import PlannedMerge
 
 # What a forecast leaves to the rest of the system, and to what it does not know.
 _USABLE_SHARE = 0.9
-_LOGIT_BYTES = 4
 _GIB = 1 << 30
-_LAYER = re.compile(r"^(.*?\.\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -47,6 +44,9 @@ class Forecast:
         host: bytes of the host's memory that a process holds for its GPU.
         free_host: bytes of it that each process can have.
         changes: of the adapters, with the factored engine; None with others.
+        few_bits: the weights of the base that are in few bits; None for none.
+        recomputes: whether a backward pass computes each layer again, for want of memory.
+        exact: of the comparison of held-out pairs, where the base is in few bits; else None.
         why_dense: why adapters are multiplied out; empty where they aren't, or it was asked for.
     """
 
@@ -63,6 +63,9 @@ class Forecast:
     host: int
     free_host: int
     changes: Changes | None = None
+    few_bits: FewBits | None = None
+    recomputes: bool = False
+    exact: "Forecast | None" = None
     why_dense: str = ""
 
     @property
@@ -72,13 +75,17 @@ class Forecast:
         if self.host:
             line += f", and {_gib(self.host)} of {_gib(self.free_host)} GiB beside the GPU"
         line += f", and {_gib(self.disk)} GiB of disk" if self.disk else ""
+        if self.few_bits:
+            line += f"; the base's linear layers are in {self.few_bits.bits} bits"
+        if self.recomputes:
+            line += "; to save memory, backward passes compute each layer again"
         return line + (f"; adapters are multiplied out: {self.why_dense}" if self.why_dense else "")
 
     def files(self, folder: str) -> list[File]:
         """Return what learning writes into the mask's folder or beside it, see ``check_room``."""
         return [
             ("the mask", folder, self.entries),
-            ("checkpoints", folder, _LOGIT_BYTES * self.entries * self.checkpoints),
+            ("checkpoints", folder, LOGIT_BYTES * self.entries * self.checkpoints),
             ("weights while learning", folder, self.disk),
         ]
 
@@ -110,7 +117,13 @@ def forecast(planned: PlannedMerge, data: SafetyData, group: Processes = ALONE) 
         if tensor.may_get_mask and tensor.masks
     }
     computed = autocast.itemsize if autocast else 4
-    needs = _engine_needs(planned, tensors, entries, changes, computed, group.count, on_cpu)
+    few_bits, in_few_bits = None, {}
+    if chosen.base_precision and changes is not None:
+        few_bits, names = few_bits_of(planned, chosen.base_precision)
+        in_few_bits = dict.fromkeys(names, few_bits.bytes_each)
+    needs = engine_needs(
+        planned, tensors, entries, changes, in_few_bits, computed, group.count, on_cpu
+    )
     if group.count == 1:
         if chosen.engine == SHARDED:
             raise RecipeError(
@@ -120,15 +133,23 @@ def forecast(planned: PlannedMerge, data: SafetyData, group: Processes = ALONE) 
         del needs[SHARDED]
     if changes is None:
         del needs[FACTORED]
+    elif few_bits:
+        needs = {FACTORED: needs[FACTORED]}
     usable, usable_host = int(_USABLE_SHARE * free), int(_USABLE_SHARE * free_host)
     fitting = [n for n, need in needs.items() if need.least <= usable and need.host <= usable_host]
     if not chosen.engine and not fitting:
         raise RecipeError(_does_not_fit(needs, free, free_host))
     engine = chosen.engine or fitting[0]
-    need = needs[engine]
+    need, exact = needs[engine], None
+    if few_bits and data.held_out:
+        # Any engine may run what is compared: the merge that is written.
+        exact = forecast(_on_exact_base(planned), data, group)
     # At most half of what is free: larger micro-batches save little time.
     room = min(usable - need.held, free // 2)
-    micro_batch = chosen.micro_batch_size or room // need.pair
+    pair, recomputes = need.pair, False
+    if need.pair_recomputed is not None and need.held + pair > usable:
+        pair, recomputes = need.pair_recomputed, True
+    micro_batch = chosen.micro_batch_size or room // pair
     micro_batch = max(1, min(settings.batch_size, micro_batch))
     return Forecast(
         tensors=len(entries),
@@ -139,12 +160,15 @@ def forecast(planned: PlannedMerge, data: SafetyData, group: Processes = ALONE) 
         checkpoints=GENERATIONS + 1 + (GENERATIONS if data.validation else 0),
         engine=engine,
         micro_batch=micro_batch,
-        memory=need.held + micro_batch * need.pair,
+        memory=need.held + micro_batch * pair,
         free=free,
         disk=need.disk,
         host=need.host,
         free_host=free_host,
         changes=changes if engine == FACTORED else None,
+        few_bits=few_bits,
+        recomputes=recomputes,
+        exact=exact,
         why_dense=why_dense,
     )
 
@@ -158,107 +182,12 @@ def merge_bytes(planned: PlannedMerge) -> int:
     return entries * dtype_from_name(name).itemsize
 
 
-@dataclass(frozen=True)
-class _Need:
-    """What an engine needs in each process, in bytes.
-
-    Attributes:
-        held: in memory throughout.
-        pair: for the activations of each pair that goes through the model at once.
-        disk: in files while learning.
-        host: in the host's memory, where the rest is on a GPU.
-    """
-
-    held: int
-    pair: int
-    disk: int = 0
-    host: int = 0
-
-    @property
-    def least(self) -> int:
-        """Memory with one pair at once."""
-        return self.held + self.pair
+def _on_exact_base(planned: PlannedMerge) -> PlannedMerge:
+    own = replace(planned.options.machine, base_precision=None, engine=None)
+    return replace(planned, options=planned.options.model_copy(update={"machine": own}))
 
 
-def _engine_needs(
-    planned: PlannedMerge,
-    tensors: Mapping[str, PlannedTensor],
-    entries: Mapping[str, int],
-    changes: Changes | None,
-    computed: int,
-    processes: int,
-    on_cpu: bool,
-) -> dict[str, _Need]:
-    """Return what each engine needs, the fastest one first.
-
-    Args:
-        planned: the recipe.
-        tensors: of the merge, by name.
-        entries: of the masks of those that may get one.
-        changes: of adapters, where they can stay factored.
-        computed: bytes of a number in the type the model computes in.
-        processes: how many learn together.
-        on_cpu: whether the model learns there, not on a GPU.
-    """
-    settings, text = planned.settings, planned.out_config.get_text_config()
-    # Beside a logit, AdamW holds two numbers.
-    has_moments = settings.optimizer == "adamw"
-    resident = factored = outside = stores = shards = visitor = 0
-    layers: Counter[str] = Counter()
-    brought: Counter[str] = Counter()
-    for name, tensor in tensors.items():
-        size = math.prod(tensor.shape)
-        # Embeddings stay float32 under autocast.
-        in_model = size * (4 if tensor.has_vocabulary else computed)
-        held = size * tensor.itemsize
-        # While it is read, the base is in the host's memory as it is stored.
-        factored += in_model + (held if on_cpu else 0)
-        for change in (changes or {}).get(name, {}).values():
-            # Both matrices, what they are under the mask, and the gradient of that.
-            factored += 3 * _LOGIT_BYTES * sum(matrix.numel() for matrix in change)
-        linear = tensor.delta_tensors == tensor.masks
-        if name in entries:
-            in_model *= 2  # with the gradient
-            held += size * tensor.delta_tensors * (computed if linear else tensor.itemsize)
-            logits = _LOGIT_BYTES * entries[name] * (3 if has_moments else 1)
-            held += logits
-            factored += logits
-            if has_moments and not linear:
-                # The gradient and slope of each entry, until the norm of the whole is known.
-                resident += 2 * _LOGIT_BYTES * entries[name]
-        resident += in_model + held
-        stores += held
-        shards += held // processes if linear else held
-        layer = _LAYER.match(name)
-        if layer:
-            layers[layer[1]] += in_model
-            brought[layer[1]] += held
-        else:
-            outside += in_model
-            visitor = max(visitor, held)
-    pair_tokens = 2 * settings.max_length
-    # Between layers the hidden states of a process' share of a step are stored, in float32.
-    states = 4 * pair_tokens * settings.batch_size * text.hidden_size * text.num_hidden_layers
-    by_layer = outside + max(layers.values(), default=0) + states // processes
-    # Of each token, a backward pass keeps about twelve vectors of the model's width and four of the
-    # feed-forward's in each layer, in float32.
-    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    pair_in_layer = pair_tokens * 4 * (12 * text.hidden_size + 4 * inner)
-    if on_cpu:
-        streaming = _Need(by_layer, pair_in_layer, disk=stores)
-    else:
-        # Two layers, and one tensor outside of layers, are on the GPU with what they are made of.
-        on_gpu = by_layer + 2 * max(brought.values(), default=0) + visitor
-        streaming = _Need(on_gpu, pair_in_layer, host=stores)
-    return {
-        FACTORED: _Need(factored, pair_in_layer * text.num_hidden_layers),
-        RESIDENT: _Need(resident, pair_in_layer * text.num_hidden_layers),
-        SHARDED: _Need(by_layer + shards, pair_in_layer),
-        STREAMING: streaming,
-    }
-
-
-def _does_not_fit(needs: dict[str, _Need], free: int, free_host: int) -> str:
+def _does_not_fit(needs: dict[str, Need], free: int, free_host: int) -> str:
     listed = ", ".join(
         f"{name} needs about {_gib(need.least)} GiB"
         + (f" and {_gib(need.host)} GiB beside the GPU" if need.host else "")

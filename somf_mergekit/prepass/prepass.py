@@ -1,5 +1,6 @@
 """The pre-pass: a planned merge in, a mask artifact out."""
 
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,6 +22,7 @@ from ..learner.checkpoints import (
 from ..learner.looks import outcome
 from ..learner.loop import step_count
 from ..learner.stopping import LearningDiverged
+from ..learner.tensors import set_masks
 from ..mask.artifact import MaskSet
 from ..mask.artifact_files import MASKS_FILE
 from ..mask.writing import without_mask
@@ -181,6 +183,15 @@ def _learned_mask(
         compared: HeldOut | str = data.why_none or "nothing was learned"
         if data.held_out and progress.step:
             with _stage(timer, "held-out pairs"):
+                if expected.exact:
+                    masked = learning.masked
+                    # Both bases may not fit beside each other.
+                    del learning, setup
+                    gc.collect()
+                    learning, setup, _ = training_setup(
+                        planned, folder, inputs, expected.exact, group, ending
+                    )
+                    set_masks(learning.masked, masked)
                 compared = comparison(planned, setup, quiet)
         with _stage(timer, "writing the mask"):
             chosen = outcome(progress.history, planned.settings.patience)

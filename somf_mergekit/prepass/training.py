@@ -15,6 +15,7 @@ from ..data.held_out import HeldOut
 from ..learner.checkpoint_file import Progress
 from ..learner.checkpoints import Checkpoints
 from ..learner.engine import ResidentEngine
+from ..learner.factored import recompute_layers
 from ..learner.layered import StreamingImpossible
 from ..learner.learning_model import LearningModel, Placement, learning_model
 from ..learner.loop import StepReport, learn_logits
@@ -71,6 +72,7 @@ def training_setup(
         store=store,
         shard_group=group if chosen == machine.SHARDED else ALONE,
         is_factored=chosen == machine.FACTORED,
+        few_bits=expected.few_bits,
     )
     if expected.changes is None:
         loaded = loaded_tensors(planned, inputs.given)
@@ -84,6 +86,8 @@ def training_setup(
         placement,
         options.trust_remote_code,
     )
+    if expected.recomputes:
+        recompute_layers(learning.model)
     is_whole = chosen in (machine.RESIDENT, machine.FACTORED)
     engine = ResidentEngine if is_whole else StreamingEngine
     try:
@@ -111,6 +115,8 @@ def training_setup(
         "processes": group.count,
         "micro_batch": expected.micro_batch,
     }
+    if expected.few_bits:
+        ways["base_precision"] = expected.few_bits.precision
     return learning, setup, ways
 
 
@@ -198,7 +204,9 @@ def learned_line(masks: MaskSet, compared: HeldOut | str) -> str:
         compared: what the held-out pairs say, or why they say nothing.
     """
     steps = masks.provenance["steps"]
-    parts = [f"learned in {steps:,} steps"]
+    few_bits = masks.provenance["learned_with"].get("base_precision", "")
+    where = f" on a base in {few_bits.removesuffix('bit')} bits" if few_bits else ""
+    parts = [f"learned in {steps:,} steps{where}"]
     chosen = masks.provenance.get(VALIDATION)
     if chosen:
         parts += [f"the mask is that of step {chosen['mask_step']:,}: {chosen['why_ended']}"]
