@@ -10,11 +10,12 @@ from typing import Any
 import click
 import yaml
 
-from .compare_inputs import make_inputs
+from .compare_inputs import BRIEF, FULL, QUICK, make_inputs
 from .real_training import PUBLISHED_MODEL
 
 HERE = Path(__file__).parent
 FILES = ("compare", "compare-three")
+BRIEF_FILES = ("forms", "composition")
 PAGES = (HERE.parent / "README.md", *sorted((HERE.parent / "docs").glob("*.md")))
 # Before a table of the documentation, with the names of its rows.
 _SHOWN = re.compile(r"(<!-- compared: ([\w ]+) -->\n)(?:\n(?:\|.*\n)+)?")
@@ -46,6 +47,9 @@ _QUICK = {"max_new_tokens": 16, "max_length": 96, "batch_size": 8, "resamples": 
 @click.option("--seeds", default="0,1,2", show_default=True, help="Whole numbers.")
 @click.option("--only", help="Names of rows, with commas between them.")
 @click.option("--quick", is_flag=True, help="Few prompts, steps and settings, to try the script.")
+@click.option(
+    "--brief", is_flag=True, help="Forms of masks and their composition alone, on briefer training."
+)
 @click.option("--docs", is_flag=True, help="Write the documentation's tables alone.")
 def main(
     data: Path | None,
@@ -55,6 +59,7 @@ def main(
     seeds: str,
     only: str | None,
     quick: bool,
+    brief: bool,
     docs: bool,
 ) -> None:
     """Compare safe merges of a small model's specialists over seeds, and write the record.
@@ -71,12 +76,14 @@ def main(
     if docs:
         write_docs()
         return
-    work = (work or HERE / "work" / ("compare-quick" if quick else "compare")).resolve()
+    name = f"compare{'-brief' if brief else ''}{'-quick' if quick else ''}"
+    work = (work or HERE / "work" / name).resolve()
     # The record of the whole comparison is not to be lost to a part of it.
     out = out or (work if quick or only else HERE / "results")
     numbers = [int(seed) for seed in seeds.split(",")]
-    make_inputs(work, data and data.resolve(), model, numbers, quick)
-    for name in FILES:
+    effort = QUICK if quick else BRIEF if brief else FULL
+    make_inputs(work, data and data.resolve(), model, numbers, effort)
+    for name in BRIEF_FILES if brief else FILES:
         text = (HERE / f"{name}.yml").read_text(encoding="utf-8")
         filled = text.replace("WORK", str(work)).replace("PYTHON", sys.executable)
         content = listed(yaml.safe_load(filled), numbers, only, quick)

@@ -11,7 +11,7 @@ from mergekit.options import MergeOptions
 
 import somf_mergekit
 from benchmarks import compare, plain_dpo, real_data
-from benchmarks.compare_inputs import halves, write_splits
+from benchmarks.compare_inputs import FULL, halves, write_splits
 from somf_mergekit.evaluate.sweep.sweep_file import read_file
 from somf_mergekit.learner.loop import batches
 from somf_mergekit.plugin.merge_check import planned_merge
@@ -61,7 +61,7 @@ def test_halves_share_no_key():
 
 def test_validation_and_test_share_no_prompt_with_each_other_or_with_training(data, tmp_path):
     pairs, held_out = real_data.write_sets(tmp_path, data)
-    write_splits(tmp_path, data, pairs, held_out, quick=False)
+    write_splits(tmp_path, data, pairs, held_out, FULL.sizes)
     asked = {
         split: {file.stem: prompts(file) for file in (tmp_path / split).glob("*.jsonl")}
         for split in ("validation", "test")
