@@ -11,6 +11,7 @@ os.environ.setdefault("SOMF_REPORT", "text")
 os.environ["TRITON_INTERPRET"] = "1"
 
 import hypothesis
+import loopback_hub
 import pytest
 import tiny
 import torch
@@ -111,3 +112,11 @@ def family_recipe(family):
         return tiny.recipe(family / "base", [family / "math", family / "code"], **values)
 
     return make
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A hub on loopback, with nothing on it."""
+    hub = loopback_hub.Hub(tmp_path / "home")
+    yield hub
+    hub.stop()

@@ -35,13 +35,6 @@ print(json.dumps(found))
 """
 
 
-@pytest.fixture
-def hub(tmp_path):
-    hub = loopback_hub.Hub(tmp_path / "home")
-    yield hub
-    hub.stop()
-
-
 @pytest.fixture(scope="module")
 def learned(family, tmp_path_factory):
     """A mask and the parameters of a merge that uses it."""
