@@ -157,7 +157,7 @@ def _measured_here(name: str, folder: Path, options: dict[str, Any], model: str)
         return _merge(name, folder, model, options["device"])
     mask_seconds: list[float] = []
     with peak_memory() as memory:
-        if name in ENGINES:
+        if name.partition("_")[0] in ENGINES:
             seconds, mask_seconds = _ours(name, folder, options, model)
         else:
             seconds = _other(name, folder, options)
@@ -186,7 +186,8 @@ def _other(name: str, folder: Path, options: dict[str, Any]) -> list[float]:
         max_length=options["max_length"],
         device=options["device"],
     )
-    return {"plain_dpo": speed_ways.plain_dpo, "naive": speed_ways.naive}[name](work)
+    ways = (speed_ways.plain_dpo, speed_ways.lora_dpo, speed_ways.naive)
+    return next(way for way in ways if way.__name__ == name)(work)
 
 
 def _ours(
@@ -198,6 +199,7 @@ def _ours(
     from somf_mergekit import learn
     from somf_mergekit.learner import passes, tensors
 
+    engine, _, os.environ["SOMF_BASE_PRECISION"] = engine.partition("_")
     os.environ["SOMF_ENGINE"] = engine
     os.environ["SOMF_MICRO_BATCH_SIZE"] = str(options["micro_batch"])
     spent: list[float] = []

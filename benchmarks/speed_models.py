@@ -55,9 +55,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
+SHAPES |= {f"{name}-adapters": SHAPES[name] for name in ("tiny", "tinyllama")}
 VOCABULARY = 32_000
 _LARGE = "llama-8b"
-_ADAPTED = "smollm2-adapters"
+_ADAPTED = "-adapters"
 RANK = 16
 # Of a specialist's change, against a weight's usual 0.02.
 CHANGE = 1e-3
@@ -70,13 +71,14 @@ def specialists_of(source: str) -> tuple[str, ...]:
 
 def references_of(folder: Path, source: str) -> list[str]:
     """Return what a recipe names the specialists in a folder."""
-    base = f"{folder / BASE}+" if source == _ADAPTED else ""
+    base = f"{folder / BASE}+" if source.endswith(_ADAPTED) else ""
     return [base + str(folder / name) for name in specialists_of(source)]
 
 
 def has_way(source: str, way: str) -> bool:
     """Return whether a mask can be learned for these specialists in one of the ways."""
-    return way != ("naive" if source == _ADAPTED else FACTORED)
+    is_of_adapters = way.startswith(FACTORED) or way == "lora_dpo"
+    return way != "naive" if source.endswith(_ADAPTED) else not is_of_adapters
 
 
 def make_models(folder: Path, source: str, texts: list[str], device: str = "cpu") -> None:
@@ -97,7 +99,7 @@ def make_models(folder: Path, source: str, texts: list[str], device: str = "cpu"
         _random(SHAPES[source], texts, device) if source in SHAPES else load_published(source)
     )
     model = model.to(device, torch.bfloat16)
-    if source == _ADAPTED:
+    if source.endswith(_ADAPTED):
         _save_adapted(folder, model, tokenizer, settings)
         return
     original = {name: weight.clone() for name, weight in model.named_parameters()}

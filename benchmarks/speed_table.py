@@ -8,11 +8,14 @@ from .circumstances import circumstances
 
 WAYS = {
     "plain_dpo": "plain DPO, all weights by AdamW",
+    "lora_dpo": "DPO of a LoRA of rank 16 by PEFT",
     "naive": "mask by autograd, RelaxedBernoulli",
     "resident": "mask by this package, resident engine",
     "streaming": "mask by this package, streaming engine",
     "sharded": "mask by this package, two processes, sharded engine",
     "factored": "mask by this package, factored engine",
+    "factored_8bit": "mask by this package, factored engine, base in 8 bits",
+    "factored_4bit": "mask by this package, factored engine, base in 4 bits",
 }
 MERGES = {"task_arithmetic": "task_arithmetic", "somf": "somf with a given mask"}
 # A merge takes seconds, which vary with the disk: in turn, and the median counts.

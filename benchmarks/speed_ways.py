@@ -15,7 +15,7 @@ from somf_mergekit.data.pairs import read_pairs
 
 from .plain_dpo import dpo_backward, dpo_seconds, log_ratios, micro_batches, wait_for
 from .real_training import load_saved
-from .speed_models import BASE, SPECIALISTS, WEIGHT
+from .speed_models import BASE, RANK, SPECIALISTS, WEIGHT
 
 TEMPERATURE = 0.5
 
@@ -48,6 +48,18 @@ def plain_dpo(work: Work) -> list[float]:
     model, tokenizer = load_saved(work.folder / BASE)
     optimizer = torch.optim.AdamW(model.to(work.device).parameters(), lr=1e-6)
     return dpo_seconds(model, optimizer, list(_batches(work, tokenizer)))
+
+
+def lora_dpo(work: Work) -> list[float]:
+    """Return the seconds of each step of DPO that trains a LoRA of PEFT's with AdamW."""
+    from peft import LoraConfig, get_peft_model
+
+    model, tokenizer = load_saved(work.folder / BASE)
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear")
+    adapted = get_peft_model(model.to(work.device), config)
+    learned = [weight for weight in adapted.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=1e-4)
+    return dpo_seconds(adapted.get_base_model(), optimizer, list(_batches(work, tokenizer)))
 
 
 def naive(work: Work) -> list[float]:

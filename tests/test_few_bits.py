@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from setups import FIRST, adapter, adapter_plan, adapter_recipe, adapters_learned
 from transformers import AutoModelForCausalLM
 
+from somf_mergekit.common import machine
+from somf_mergekit.common.errors import RecipeError
 from somf_mergekit.evaluate.likelihood import preference_margins
 from somf_mergekit.prepass.forecast import forecast
 
@@ -139,7 +141,19 @@ def test_what_can_not_be_is_said_before_anything_is_loaded(adapted, tmp_path, mo
     assert "pip install 'somf-mergekit[few-bits]'" in result.output
 
 
-@pytest.mark.parametrize("precision", ["4bit", "8bit"])
+def test_the_comparison_must_fit_too(adapted, monkeypatch):
+    content = adapter_recipe(adapted, held_out_share=0.5)
+    planned, inputs = adapter_plan(adapted, content, base_precision="4bit")
+    free = iter([1 << 40, 1])
+    monkeypatch.setattr(machine, "free_memory", lambda device: next(free))
+    with pytest.raises(RecipeError) as error:
+        forecast(planned, inputs.data)
+    assert "held-out pairs are compared with the base as it is" in error.value.message
+    assert "does not fit in memory: factored needs about" in error.value.message
+    assert "`held_out_share: 0` leaves the comparison out" in error.value.message
+
+
+@PRECISIONS
 def test_nothing_is_logged_in_each_step(adapted, tmp_path, precision, caplog):
     adapters_learned(adapted, tmp_path, machine={"base_precision": precision}, max_steps=1)
     assert [record for record in caplog.records if "bitsandbytes" in record.name] == []

@@ -22,10 +22,10 @@ class Need:
     Attributes:
         held: in memory throughout.
         pair: for the activations of each pair that goes through the model at once.
-        pair_recomputed: the same where a backward pass computes each layer again; None where the
-            engine can't choose.
         disk: in files while learning.
         host: in the host's memory, where the rest is on a GPU.
+        pair_recomputed: ``pair`` where a backward pass computes each layer again; None where the
+            engine doesn't.
     """
 
     held: int

@@ -142,8 +142,7 @@ def forecast(planned: PlannedMerge, data: SafetyData, group: Processes = ALONE) 
     engine = chosen.engine or fitting[0]
     need, exact = needs[engine], None
     if few_bits and data.held_out:
-        # Any engine may run what is compared: the merge that is written.
-        exact = forecast(_on_exact_base(planned), data, group)
+        exact = _of_exact_base(planned, data, group)
     # At most half of what is free: larger micro-batches save little time.
     room = min(usable - need.held, free // 2)
     pair, recomputes = need.pair, False
@@ -182,9 +181,21 @@ def merge_bytes(planned: PlannedMerge) -> int:
     return entries * dtype_from_name(name).itemsize
 
 
-def _on_exact_base(planned: PlannedMerge) -> PlannedMerge:
+def _of_exact_base(planned: PlannedMerge, data: SafetyData, group: Processes) -> Forecast:
+    """Return what comparing held-out pairs takes, on any engine, under the merge that is written.
+
+    Raises:
+        RecipeError: no engine fits in what is free.
+    """
     own = replace(planned.options.machine, base_precision=None, engine=None)
-    return replace(planned, options=planned.options.model_copy(update={"machine": own}))
+    options = planned.options.model_copy(update={"machine": own})
+    try:
+        return forecast(replace(planned, options=options), data, group)
+    except RecipeError as error:
+        raise RecipeError(
+            "held-out pairs are compared with the base as it is, whatever --base-precision says: "
+            f"{error.message} `held_out_share: 0` leaves the comparison out."
+        ) from error
 
 
 def _does_not_fit(needs: dict[str, Need], free: int, free_host: int) -> str:
