@@ -39,16 +39,9 @@ def tiny_pairs():
     return [Pair((("user", row["prompt"]),), row["chosen"], row["rejected"]) for row in rows]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("model", "granularity", "own"),
-    [
-        ("tiny", "weight", "mask by autograd, RelaxedBernoulli"),
-        ("tiny-adapters", "row", "DPO of a LoRA of rank 16 by PEFT"),
-    ],
-)
-def test_each_way_is_timed_and_tabulated(model, granularity, own, tmp_path, monkeypatch):
-    # What a way changes in the process that it has for itself.
+@pytest.fixture
+def own_process(monkeypatch):
+    """Undo what a way changes in the process that it has for itself."""
     for name in ("SOMF_ENGINE", "SOMF_MICRO_BATCH_SIZE", "SOMF_BASE_PRECISION"):
         monkeypatch.setenv(name, "")
     for owner, name in (
@@ -57,33 +50,34 @@ def test_each_way_is_timed_and_tabulated(model, granularity, own, tmp_path, monk
         (passes.Passes, "learn"),
     ):
         monkeypatch.setattr(owner, name, getattr(owner, name))
-    folder = tmp_path / f"speed-{model}"
-    rows = [
-        Pair((("user", r["prompt"]),), r["chosen"], r["rejected"]) for r in tiny.preference_rows(8)
-    ]
+
+
+@pytest.mark.slow
+def test_each_way_is_timed_and_tabulated(tmp_path, own_process):
+    folder = tmp_path / "speed-tiny"
+    rows = tiny_pairs()
     folder.mkdir()
     write_pairs(folder / "pairs.jsonl", rows)
-    make_models(folder, model, [pair.chosen for pair in rows])
+    make_models(folder, "tiny", [pair.chosen for pair in rows])
     options = {"steps": 2, "batch_size": 4, "micro_batch": 2, "max_length": 32}
-    options["granularity"] = granularity
+    options["granularity"] = "weight"
     options |= {"device": "cpu", "gpu_memory": None}
     found = {
-        name: speed._measured_here(name, folder, options, model)
+        name: speed._measured_here(name, folder, options, "tiny")
         for name in speed.WAYS
-        if name != speed.SHARDED and speed.has_way(model, name)
+        if name != speed.SHARDED and speed.has_way("tiny", name)
     }
     shown = {**options, "batch_size": 4}
-    found[speed.SHARDED] = speed._in_a_process(speed.SHARDED, model, tmp_path, shown)
-    found |= {name: speed._measured_here(name, folder, options, model) for name in speed.MERGES}
+    found[speed.SHARDED] = speed._in_a_process(speed.SHARDED, "tiny", tmp_path, shown)
+    found |= {name: speed._measured_here(name, folder, options, "tiny") for name in speed.MERGES}
     for name in found.keys() & speed.WAYS.keys():
         assert len(found[name]["all_seconds"]) == 2
         assert found[name]["seconds"] == found[name]["all_seconds"][1] > 0
     assert all(row["peak_bytes"] > 0 for row in found.values())
     found["import"] = {"with": 2.0, "without": 1.0}
     weights = speed._weight_count(folder / "base")
-    text = write_record(found, weights, model, {**options, "out": tmp_path / "out"})
-    file = model if granularity == "weight" else f"{model}-{granularity}"
-    assert text == (tmp_path / f"out/speed-{file}.md").read_text().rstrip()
+    text = write_record(found, weights, "tiny", {**options, "out": tmp_path / "out"})
+    assert text == (tmp_path / "out/speed-tiny.md").read_text().rstrip()
     assert f"the model has {weights:,} weights" in text
     for name in found.keys() & set(speed.ENGINES):
         row = found[name]
@@ -91,17 +85,35 @@ def test_each_way_is_timed_and_tabulated(model, granularity, own, tmp_path, monk
         share = row["mask_seconds"] / row["seconds"]
         assert 0 < share < 1
         assert f"{name} engine | {row['seconds']:.2f} | {ratio:.2f} | {share:.0%} |" in text
-    record = json.loads((tmp_path / f"out/speed-{file}.json").read_text())
+    record = json.loads((tmp_path / "out/speed-tiny.json").read_text())
     assert "device" not in record["settings"]
-    assert record["results"]["plain_dpo"] == found["plain_dpo"]
-    assert own in text
+    assert record["results"]["naive"]["all_seconds"] == found["naive"]["all_seconds"]
     # Measured again alone, under the same circumstances or others.
     again = {"somf": {**found["somf"], "seconds": 1234.0}, "import": found["import"]}
-    text = write_record(again, weights, model, {**options, "out": tmp_path / "out"})
+    text = write_record(again, weights, "tiny", {**options, "out": tmp_path / "out"})
     assert "| somf with a given mask | 1234.00 |" in text
-    assert own in text
-    text = write_record(again, weights, model, {**options, "steps": 3, "out": tmp_path / "out"})
-    assert own not in text
+    assert "RelaxedBernoulli" in text
+    text = write_record(again, weights, "tiny", {**options, "steps": 3, "out": tmp_path / "out"})
+    assert "RelaxedBernoulli" not in text
+
+
+@pytest.mark.slow
+def test_adapters_are_timed_beside_a_lora_that_learns(tmp_path, own_process):
+    model, folder = "tiny-adapters", tmp_path / "speed-tiny-adapters"
+    folder.mkdir()
+    rows = tiny_pairs()
+    write_pairs(folder / "pairs.jsonl", rows)
+    make_models(folder, model, [pair.chosen for pair in rows])
+    options = {"steps": 2, "batch_size": 4, "micro_batch": 2, "max_length": 32}
+    options |= {"device": "cpu", "gpu_memory": None, "granularity": "row", "out": tmp_path}
+    ways = ("lora_dpo", "factored", "factored_4bit")
+    assert all(speed.has_way(model, name) and not speed.has_way("tiny", name) for name in ways)
+    found = {name: speed._measured_here(name, folder, options, model) for name in ways}
+    assert all(len(row["all_seconds"]) == 2 for row in found.values())
+    text = write_record(found, 1, model, options)
+    assert "DPO of a LoRA of rank 16 by PEFT" in text
+    learned = json.loads((folder / "mask" / "somf.json").read_text())["learned_with"]
+    assert (learned["engine"], learned["base_precision"]) == ("factored", "4bit")
 
 
 def test_what_a_gpu_took_is_tabulated_in_a_record_of_its_own(tmp_path, monkeypatch):
