@@ -145,7 +145,8 @@ def recipe(base, specialists, *, weights=None, **parameters):
             {"model": str(model), "parameters": {"weight": weight}}
             for model, weight in zip(specialists, weights, strict=True)
         ],
-        "parameters": parameters,
+        # A recipe that says nothing has no key for it.
+        **({"parameters": parameters} if parameters else {}),
         "dtype": "float32",
     }
 

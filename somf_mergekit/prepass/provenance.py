@@ -247,7 +247,7 @@ def _recorded(given: Given) -> dict[str, Any]:
 def recorded_settings(planned: PlannedMerge) -> dict[str, Any]:
     """Return all settings; those that differ between tensors as the recipe says them."""
     settings = planned.settings.model_dump()
-    content = plain(planned.config.parameters)
+    content = plain(planned.config.parameters or {})
     varied = {k: v for k, v in content.items() if k in settings and isinstance(v, (dict, list))}
     return settings | varied
 
