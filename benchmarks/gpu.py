@@ -1,266 +1,141 @@
-"""Whether a GPU computes what the CPU computes: learning, merging, repairs, measuring.
+"""What a GPU does in a few minutes, the most telling first; what is known when time is up is kept.
 
-The kernels are compared with torch when they are first used, see ``learner/triton_check.py``.
+``python -m benchmarks.gpu --minutes 12 --data DIR`` times steps of a mask beside plain DPO at
+1.1 B, adapters and whole weights of 8 B on a GPU of 12 and 24 GiB, and a whole training run; then
+it checks that the GPU computes what the CPU does (gpu_agreement.py). Weights are random.
 """
 
 import json
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from itertools import product
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import click
-import torch
-import yaml
-
-from somf_mergekit.repairs.catalogue import REPAIRS
 
 from .circumstances import circumstances
-from .real_data import pairs_of, write_examples, write_pairs
-from .speed_models import BASE, SPECIALISTS, WEIGHT, make_models
+from .gpu_agreement import name_of
 
-STEPS = 6
-# Each is learned on both devices by both engines.
-LEARNED: dict[str, dict[str, Any]] = {
-    "defaults": {},
-    "one entry a weight": {"granularity": "weight"},
-    "sampled, reference redrawn": {"mask_kind": "sampled", "reference": "redrawn"},
-    "binary, IPO, a weight": {"mask_kind": "binary", "objective": "ipo", "granularity": "weight"},
-    "linear, not rescaled": {"fusion": "linear", "mask_rescale": "none", "reference": "base"},
-    "TIES": {"fusion": "ties"},
-}
-FUSIONS: dict[str, dict[str, Any]] = {
-    "task_arithmetic": {},
-    "linear": {},
-    "ties": {"density": 0.5},
-    "breadcrumbs": {"density": 0.8, "gamma": 0.05},
-    "della": {"density": 0.6, "epsilon": 0.2},
-    "dare_ties": {"density": 0.6},
-}
+_RECORD = "gpu_minutes.json"
+_MAX_LENGTH = 128
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is timed by ``benchmarks.speed``, see its options.
+
+    Attributes:
+        name: in the record.
+        model, ways, granularity: as there.
+        memory: GiB of the GPU that are left free for it; None for all.
+        steps: of 8 pairs.
+    """
+
+    name: str
+    model: str
+    ways: tuple[str, ...]
+    granularity: str = "row"
+    memory: float | None = None
+    steps: int = 5
+
+    def command(self, data: Path | None, work: Path, device: str) -> list[str]:
+        """Return the command line; its record is written into ``work``."""
+        options = {
+            "model": self.model,
+            "granularity": self.granularity,
+            "gpu-memory": self.memory,
+            "steps": self.steps,
+            "batch-size": 8,
+            "micro-batch": 1 if self.memory else 4,
+            "max-length": _MAX_LENGTH,
+            "device": device,
+            "data": data,
+            "work": work,
+            "out": work / "speed",
+        }
+        given = [part for k, v in options.items() if v is not None for part in (f"--{k}", str(v))]
+        ways = [part for way in self.ways for part in ("--way", way)]
+        return [sys.executable, "-m", "benchmarks.speed", *given, *ways]
+
+
+JOBS = (
+    Job("a step, 1.1 B", "tinyllama", ("plain_dpo", "resident")),
+    Job("a step, 1.1 B, an entry a weight", "tinyllama", ("plain_dpo", "resident"), "weight"),
+    Job("8 B, an adapter, 4 bits, 24 GiB", "llama-8b-adapters", ("factored_4bit",), memory=24),
+    Job("8 B, an adapter, 4 bits, 12 GiB", "llama-8b-adapters", ("factored_4bit",), memory=12),
+    Job("8 B, an adapter, bfloat16, 24 GiB", "llama-8b-adapters", ("factored",), memory=24),
+    Job("8 B, an adapter, 4 bits", "llama-8b-adapters", ("factored_4bit",)),
+    Job("a whole training run, 1.1 B", "tinyllama", ("resident",), steps=240),
+    Job("8 B, whole weights, 24 GiB", "llama-8b", ("streaming",), memory=24),
+)
+# On models that a CPU learns in seconds, to try the script.
+TINY = (Job("an adapter, 4 bits", "tiny-adapters", ("factored_4bit",), steps=2),)
 
 
 @click.command()
+@click.option("--minutes", type=click.FloatRange(min=0), default=12.0, show_default=True)
 @click.option("--data", type=click.Path(exists=True, path_type=Path), help="Folder with the pairs.")
 @click.option("--work", type=click.Path(path_type=Path), default=Path(__file__).parent / "work")
 @click.option("--device", default="cuda", show_default=True, help="Of torch.")
+@click.option("--tiny", is_flag=True, help="Tiny models alone, to try the script.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path(__file__).parent / "results")
-def main(data: Path | None, work: Path, device: str, out: Path) -> None:
-    """Do everything on the CPU and on another device, and write how far the results are apart."""
-    folder = work.resolve() / "gpu"
-    folder.mkdir(parents=True, exist_ok=True)
-    pairs = pairs_of(data)[:160]
-    write_pairs(folder / "pairs.jsonl", pairs)
-    write_examples(folder / "answers.jsonl", [(p.messages, p.chosen) for p in pairs[:24]])
-    texts = [pair.messages[-1]["content"] + pair.chosen for pair in pairs]
-    make_models(folder, "tiny", texts)
+def main(minutes: float, data: Path | None, work: Path, device: str, tiny: bool, out: Path) -> None:
+    """Measure what fits into some minutes, in order of worth, and print it as it comes."""
+    end = time.monotonic() + 60 * minutes
+    work, out = work.resolve() / "gpu-minutes", out.resolve()
+    for folder in (work, out):
+        folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {}
-    out.mkdir(parents=True, exist_ok=True)
-    record = {**circumstances(), "device": _name_of(device), "results": found}
-    for name, difference in _Checks(folder, device).all():
-        found[name] = difference
-        click.echo(f"{name}: {difference}", err=True)
-        (out / "gpu.json").write_text(json.dumps(record, indent=1) + "\n")
+    record = {**circumstances(), "device": name_of(device), "results": found}
+    for job in TINY if tiny else JOBS:
+        for name, result in _timed(job, data, work, device, end):
+            found[name] = result
+            click.echo(f"{name}: {json.dumps(result)}")
+            (out / _RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    if tiny:
+        return
+    checks = [sys.executable, "-m", "benchmarks.gpu_agreement", "--device", device]
+    checks += ["--work", str(work), "--out", str(out)]
+    checks += ["--data", str(data)] if data else []
+    click.echo(f"agreement with the CPU: {_ended(checks, end)}")
 
 
-class _Checks:
-    def __init__(self, folder: Path, device: str):
-        self.folder = folder
-        self.device = device
-
-    def all(self) -> Iterator[tuple[str, Any]]:
-        """Yield what was done, and by how much the results differ, or what went wrong."""
-        checks: dict[str, Callable[[], Any]] = {}
-        checks["learning twice on the device"] = lambda: self._again()
-        for fusion in FUSIONS:
-            checks[f"merging: {fusion}"] = lambda f=fusion: self._merging(f)
-        for method in REPAIRS:
-            checks[f"repairing: {method}"] = lambda m=method: self._repairing(m)
-        checks["mergekit-yaml --device, learning and merging"] = lambda: self._stock()
-        checks["measuring"] = lambda: self._measuring()
-        for name, engine in product(LEARNED, ("resident", "streaming")):
-            checks[f"learning: {name}, {engine}"] = lambda n=name, e=engine: self._learning(n, e)
-        for name, check in checks.items():
-            try:
-                yield name, check()
-            # The others are still tried.
-            except Exception as error:
-                yield name, f"failed: {type(error).__name__}: {str(error)[:600]}"
-
-    def _learning(self, name: str, engine: str) -> dict[str, Any]:
-        # On the CPU the engines learn the same mask, bit for bit.
-        expected = self._learned(name, "resident", "cpu")
-        return _difference(self._learned(name, engine, self.device), expected)
-
-    def _again(self) -> dict[str, Any]:
-        first = self._learned("one entry a weight", "resident", self.device)
-        return _difference(first, self._learned("one entry a weight", "resident", self.device, "2"))
-
-    def _learned(self, name: str, engine: str, device: str, again: str = "") -> Path:
-        from mergekit.options import MergeOptions
-
-        from somf_mergekit import learn
-
-        place = self.folder / "masks" / f"{name}-{engine}-{device}{again}".replace(" ", "-")
-        if not (place / "training.jsonl").exists():
-            content = self._recipe(
-                "somf",
-                safety_dataset=str(self.folder / "pairs.jsonl"),
-                max_steps=STEPS,
-                batch_size=8,
-                max_length=128,
-                **LEARNED[name],
-            )
-            with _environment(SOMF_ENGINE=engine, SOMF_PRECISION="float32"):
-                learn(content, place, MergeOptions(device=device))
-        return place
-
-    def _merging(self, fusion: str) -> dict[str, Any]:
-        mask = str(self._learned("one entry a weight", "resident", "cpu"))
-        content = self._recipe("somf", mask=mask, fusion=fusion, **FUSIONS[fusion])
-        return self._merged(content, f"merged-{fusion}")
-
-    def _repairing(self, method: str) -> dict[str, Any]:
-        base = str(self.folder / BASE)
-        models: list[dict[str, Any]] = []
-        for role in REPAIRS[method].needs:
-            # Any model will do, under a name of its own.
-            model = self.folder / role
-            if not model.exists():
-                model.symlink_to(self.folder / SPECIALISTS[role != "fine_tuned"])
-            models.append({"model": str(model)})
-            if role != "fine_tuned":
-                models[-1]["parameters"] = {"role": role}
-        content = {
-            "merge_method": method,
-            "base_model": base,
-            "models": models,
-            "dtype": "float32",
-        }
-        return self._merged(content, f"repaired-{method}")
-
-    def _merged(self, content: dict[str, Any], name: str) -> dict[str, Any]:
-        from mergekit.config import MergeConfiguration
-        from mergekit.merge import run_merge
-        from mergekit.options import MergeOptions
-
-        outs = []
-        for device in ("cpu", self.device):
-            outs.append(self.folder / f"{name}-{device}")
-            with _environment(SOMF_REPORT="none"):
-                run_merge(
-                    MergeConfiguration.model_validate(content),
-                    str(outs[-1]),
-                    MergeOptions(device=device, quiet=True),
-                )
-        return _of_tensors(*map(_tensors_of, outs))
-
-    def _stock(self) -> dict[str, Any]:
-        content = self._recipe(
-            "somf", safety_dataset=str(self.folder / "pairs.jsonl"), max_steps=STEPS, batch_size=8
-        )
-        place = self.folder / "stock.yml"
-        place.write_text(yaml.safe_dump(content))
-        outs = []
-        for device in ("cpu", self.device):
-            outs.append(self.folder / f"stock-{device}")
-            script = "from mergekit.scripts.run_yaml import main; main()"
-            with _environment(SOMF_PRECISION="float32"):
-                done = subprocess.run(
-                    [sys.executable, "-c", script, place, outs[-1], "--device", device],
-                    capture_output=True,
-                    text=True,
-                    check=False,
-                )
-            if done.returncode:
-                raise RuntimeError(done.stderr[-500:])
-        return _of_tensors(*map(_tensors_of, outs))
-
-    def _measuring(self) -> dict[str, Any]:
-        results = []
-        for device in ("cpu", self.device):
-            out = self.folder / f"measured-{device}"
-            said = str(self.folder / "answers.jsonl")
-            command = [sys.executable, "-m", "somf_mergekit", "evaluate"]
-            command += [str(self.folder / name) for name in (BASE, SPECIALISTS[0])]
-            command += ["--safety", said, "--pairs", str(self.folder / "pairs.jsonl")]
-            command += ["--skill", f"math={said}", "--device", device, "--out", str(out)]
-            command += ["--max-new-tokens", "16", "--dtype", "float32"]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise RuntimeError(done.stderr[-500:])
-            results.append(json.loads((out / "evaluation.json").read_text())["measures"])
-        apart = {}
-        for ours, theirs in zip(*results, strict=True):
-            for model, found in ours["models"].items():
-                name = f"{ours['set']}, {ours['measure']}, {model}"
-                apart[name] = abs(found["value"] - theirs["models"][model]["value"])
-        worst = max(apart, key=lambda name: apart[name])
-        return {"figures": len(apart), "largest": apart[worst], "of": worst}
-
-    def _recipe(self, method: str, **parameters: Any) -> dict[str, Any]:
-        return {
-            "merge_method": method,
-            "base_model": str(self.folder / BASE),
-            "models": [
-                {"model": str(self.folder / name), "parameters": {"weight": WEIGHT}}
-                for name in SPECIALISTS
-            ],
-            "parameters": parameters,
-            "dtype": "float32",
-            "tokenizer": {"source": "base"},
-        }
+def _timed(
+    job: Job, data: Path | None, work: Path, device: str, end: float
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield a job's ways with what they took, or why they did not end."""
+    place = work / "speed"
+    before = {file: file.read_bytes() for file in place.glob("*.json")}
+    ended = _ended(job.command(data, work, device), end)
+    rows: dict[str, Any] = {}
+    for file in place.glob("*.json"):
+        if before.get(file) != file.read_bytes():
+            rows = json.loads(file.read_text())["results"]
+    for way in job.ways:
+        row = dict(rows.get(way, {"failed": ended}))
+        if "seconds" in row:
+            # Of both answers of 8 pairs, none of which is longer.
+            row["most_tokens_a_second"] = 8 * 2 * _MAX_LENGTH / row["seconds"]
+            row["minutes_of_all_steps"] = sum(row.pop("all_seconds")) / 60
+        yield f"{job.name}: {way}", row
 
 
-def _difference(ours: Path, theirs: Path) -> dict[str, Any]:
-    """Return how far two learned masks, and the losses on the way, are apart."""
-    from somf_mergekit import MaskSet
-
-    losses = [
-        [json.loads(row)["loss"] for row in (place / "training.jsonl").read_text().splitlines()]
-        for place in (ours, theirs)
-    ]
-    masks = [MaskSet.open(place) for place in (ours, theirs)]
-    tensors = [{name: mask.probabilities(name) for name in mask.names()} for mask in masks]
-    return {
-        "steps": len(losses[1]),
-        "loss": max(abs(a - b) for a, b in zip(*losses, strict=True)),
-        **_of_tensors(*tensors),
-        "moved": max(float((t - t.mean()).abs().max()) for t in tensors[0].values()),
-    }
-
-
-def _of_tensors(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    if ours.keys() != theirs.keys():
-        raise RuntimeError("other tensors are there")
-    apart = torch.cat([(ours[name].float() - theirs[name].float()).flatten() for name in ours])
-    return {
-        "largest": float(apart.abs().max()),
-        "above 1e-3": float((apart.abs() > 1e-3).float().mean()),
-        "mean": float(apart.mean()),
-    }
-
-
-def _tensors_of(folder: Path) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
-    found: dict[str, Any] = {}
-    for file in folder.glob("*.safetensors"):
-        found |= load_file(file)
-    return found
-
-
-@contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    with mock.patch.dict("os.environ", values):
-        yield
-
-
-def _name_of(device: str) -> str:
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+def _ended(command: list[str], end: float) -> str:
+    """Run a command, with all that it starts, until it ends or time is up; return how it ended."""
+    left = end - time.monotonic()
+    if left <= 0:
+        return "no time left"
+    with subprocess.Popen(command, start_new_session=True) as process:
+        try:
+            return f"exit code {process.wait(timeout=left)}"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return "cut off: time was up"
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ UNTIMED_STEPS = 1
 @click.option(
     "--gpu-memory",
     type=click.FloatRange(min=0, min_open=True),
-    help="GiB of the GPU's memory that a process may take.  [default: all]",
+    help="GiB of the GPU's memory that are left free for a process.  [default: all]",
 )
 @click.option(
     "--way",
@@ -150,9 +150,12 @@ def _measured_here(name: str, folder: Path, options: dict[str, Any], model: str)
     import torch
 
     is_on_gpu = options["device"] != "cpu"
+    taken = 0
     if options["gpu_memory"]:
-        total = torch.cuda.get_device_properties(options["device"]).total_memory
-        torch.cuda.set_per_process_memory_fraction(options["gpu_memory"] * 2**30 / total)
+        # What fills the rest is seen by whoever asks what is free, unlike a limit of torch's.
+        free, _ = torch.cuda.mem_get_info(options["device"])
+        taken = max(0, free - int(options["gpu_memory"] * 2**30))
+    rest = torch.empty(taken, dtype=torch.uint8, device=options["device"])
     if name in MERGES:
         return _merge(name, folder, model, options["device"])
     mask_seconds: list[float] = []
@@ -167,7 +170,7 @@ def _measured_here(name: str, folder: Path, options: dict[str, Any], model: str)
         "peak_bytes": memory["peak"],
     }
     if is_on_gpu:
-        found["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
+        found["peak_gpu_bytes"] = torch.cuda.max_memory_allocated() - rest.nbytes
     # A GPU does its work later than it is asked to.
     if mask_seconds and not is_on_gpu:
         found["mask_seconds"] = median(mask_seconds[UNTIMED_STEPS:] or mask_seconds)

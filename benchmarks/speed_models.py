@@ -1,5 +1,6 @@
 """The models whose learning is timed: a real one, or random weights of a known shape."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-SHAPES |= {f"{name}-adapters": SHAPES[name] for name in ("tiny", "tinyllama")}
+SHAPES |= {f"{name}-adapters": SHAPES[name] for name in ("tiny", "tinyllama", "llama-8b")}
 VOCABULARY = 32_000
 _LARGE = "llama-8b"
 _ADAPTED = "-adapters"
@@ -66,7 +67,7 @@ CHANGE = 1e-3
 
 def specialists_of(source: str) -> tuple[str, ...]:
     """Return the names of the specialists that are merged."""
-    return SPECIALISTS[:1] if source == _LARGE else SPECIALISTS
+    return SPECIALISTS[:1] if source.startswith(_LARGE) else SPECIALISTS
 
 
 def references_of(folder: Path, source: str) -> list[str]:
@@ -100,7 +101,7 @@ def make_models(folder: Path, source: str, texts: list[str], device: str = "cpu"
     )
     model = model.to(device, torch.bfloat16)
     if source.endswith(_ADAPTED):
-        _save_adapted(folder, model, tokenizer, settings)
+        _save_adapted(folder, names, model, tokenizer, settings)
         return
     original = {name: weight.clone() for name, weight in model.named_parameters()}
     for seed, name in enumerate(names):
@@ -113,7 +114,9 @@ def make_models(folder: Path, source: str, texts: list[str], device: str = "cpu"
             save_whole(model, tokenizer, folder / name, {**settings, "seed": seed})
 
 
-def _save_adapted(folder: Path, model: Any, tokenizer: Any, settings: dict[str, Any]) -> None:
+def _save_adapted(
+    folder: Path, names: Sequence[str], model: Any, tokenizer: Any, settings: dict[str, Any]
+) -> None:
     """Save a base, and adapters of its linear layers."""
     from peft import LoraConfig, get_peft_model
 
@@ -121,7 +124,7 @@ def _save_adapted(folder: Path, model: Any, tokenizer: Any, settings: dict[str, 
         save_whole(model, tokenizer, folder / BASE, {**settings, "seed": 0})
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear")
     adapted = get_peft_model(model, config)
-    for seed, name in enumerate(SPECIALISTS, 1):
+    for seed, name in enumerate(names[1:], 1):
         torch.manual_seed(seed)
         with torch.no_grad():
             for key, weight in adapted.named_parameters():

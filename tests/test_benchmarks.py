@@ -6,8 +6,9 @@ import json
 import pytest
 import tiny
 import torch
+from click.testing import CliRunner
 
-from benchmarks import mask_routers, speed, speed_ways
+from benchmarks import gpu, mask_routers, real_data, speed, speed_ways
 from benchmarks.real_data import split_by_prompt, write_pairs
 from benchmarks.speed_models import make_models
 from benchmarks.speed_table import write_record
@@ -114,6 +115,26 @@ def test_adapters_are_timed_beside_a_lora_that_learns(tmp_path, own_process):
     assert "DPO of a LoRA of rank 16 by PEFT" in text
     learned = json.loads((folder / "mask" / "somf.json").read_text())["learned_with"]
     assert (learned["engine"], learned["base_precision"]) == ("factored", "4bit")
+
+
+@pytest.mark.slow
+def test_what_a_gpu_does_in_some_minutes_is_written_as_it_comes(tmp_path):
+    write_pairs(tmp_path / real_data.PAIRS.file, tiny_pairs())
+    options = ["--tiny", "--device", "cpu"]
+    for name in ("--data", "--work", "--out"):
+        options += [name, str(tmp_path)]
+    for minutes in (0, 10):
+        result = CliRunner().invoke(gpu.main, [*options, "--minutes", str(minutes)])
+        assert result.exit_code == 0, result.output
+        found = json.loads((tmp_path / "gpu_minutes.json").read_text())["results"]
+        names = [f"{job.name}: {way}" for job in gpu.TINY for way in job.ways]
+        assert list(found) == names
+        assert [line.partition(": {")[0] for line in result.output.splitlines()] == names
+        for row in found.values():
+            if minutes:
+                assert row["seconds"] * row["most_tokens_a_second"] == pytest.approx(8 * 2 * 128)
+            else:
+                assert row == {"failed": "no time left"}
 
 
 def test_what_a_gpu_took_is_tabulated_in_a_record_of_its_own(tmp_path, monkeypatch):
