@@ -155,14 +155,15 @@ def test_a_mask_learned_from_pinned_memory_is_the_same(
     monkeypatch.setattr(
         training, "weight_store", lambda device, folder: PinnedMemory(torch.device("cuda"))
     )
-    real = model._move
+    real = model.unfilled_model
 
-    def watched(whole, placement):
-        real(whole, placement)
+    def watched(*arguments, **keywords):
+        whole = real(*arguments, **keywords)
         moved.append(sum(weight.untyped_storage().nbytes() for weight in whole.parameters()))
         assert len(cuda.pinned) > len(list(whole.parameters()))
+        return whole
 
-    monkeypatch.setattr(model, "_move", watched)
+    monkeypatch.setattr(model, "unfilled_model", watched)
     learn(recipe, tmp_path / "pinned")
     # No weight had memory on the device before it was needed, and none is pinned any more.
     assert moved == [0]

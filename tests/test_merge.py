@@ -465,7 +465,13 @@ def test_options_of_the_machine_are_read_from_the_environment(monkeypatch):
         ("SOMF_CACHE_DIR", "somewhere"),
     ):
         monkeypatch.setenv(variable, text)
-    expected = MachineOptions(3, None, "float32", 0.5, None, "none", "somewhere")
+    expected = MachineOptions(
+        micro_batch_size=3,
+        precision="float32",
+        checkpoint_minutes=0.5,
+        report="none",
+        cache_dir="somewhere",
+    )
     found = SomfOptions.of(MergeOptions(cuda=True))
     assert (found.machine, found.device) == (expected, "cuda")
     assert SomfOptions.of(found) is found
