@@ -14,8 +14,7 @@ from test_repairs import PARAMETERS, recipe_of
 from test_streaming import FakeCuda
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from somf_mergekit.learner import learning_model as model
-from somf_mergekit.learner.stores import PinnedMemory
+from somf_mergekit.learner import unfilled_model
 
 # Older releases ask every device but the CPU for a module of its own.
 pytestmark = [
@@ -100,12 +99,12 @@ def answers(folder):
 def stands_in_for_cuda(monkeypatch):
     """Let memory be pinned that is not, and weights be moved though they are of another class."""
 
-    def move(moved, placement):
-        moved.to(placement.device)
-        if isinstance(placement.store, PinnedMemory):
+    def move(moved, device, is_brought):
+        moved.to(device)
+        if is_brought:
             for weight in moved.parameters():
                 weight.untyped_storage().resize_(0)
 
     runtime = FakeCuda()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    monkeypatch.setattr(model, "_move", move)
+    monkeypatch.setattr(unfilled_model, "_move", move)

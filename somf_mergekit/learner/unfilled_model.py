@@ -44,14 +44,7 @@ def unfilled_model(
     if autocast:
         _set_layers_type(model, autocast)
     take_away(model, without)
-    for weight in model.parameters():
-        if not weight.is_meta:
-            weight.data = torch.empty_like(weight.data, device=device)
-            if is_brought:
-                weight.untyped_storage().resize_(0)
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = buffer.to(device)
+    _move(model, device, is_brought)
     return model
 
 
@@ -72,6 +65,18 @@ def _made(config: Any, vocabulary: int | None, trust_remote_code: bool) -> Any:
             f"transformers can't make a model that writes text of the merge: {error}"
         ) from error
     return model.eval().requires_grad_(False)
+
+
+def _move(model: Any, device: torch.device | str, is_brought: bool) -> None:
+    """Put a model, whose weights hold nothing yet, where it learns."""
+    for weight in model.parameters():
+        if not weight.is_meta:
+            weight.data = torch.empty_like(weight.data, device=device)
+            if is_brought:
+                weight.untyped_storage().resize_(0)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
 
 
 def _set_layers_type(model: Any, dtype: torch.dtype) -> None:
