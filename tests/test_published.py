@@ -122,7 +122,6 @@ def test_a_published_mask_merges_as_its_folder_does(hub, learned, family, family
     assert not any("figure.png" in path or "gitattributes" in path for path in paths)
     assert {token for _, _, token in hub.requests} == {loopback_hub.TOKEN}
     hub.stop()
-    merged("offline", pinned, HF_HUB_OFFLINE="1")
     merged("unreachable", pinned)
 
 
