@@ -85,6 +85,7 @@ def test_it_runs_from_top_to_bottom(inputs, hub, tmp_path):
     assert "masks.safetensors" in hub.repositories["org/mask"].files
 
 
+@pytest.mark.slow
 def test_it_stops_where_a_command_fails(inputs, tmp_path):
     ended = run({**inputs, "FIRST_ADAPTER": str(tmp_path / "nowhere")}, tmp_path / "place")
     assert ended.returncode == 1
