@@ -76,8 +76,8 @@ def main(
     if docs:
         write_docs()
         return
-    name = f"compare{'-brief' if brief else ''}{'-quick' if quick else ''}"
-    work = (work or HERE / "work" / name).resolve()
+    own = f"compare{'-brief' if brief else ''}{'-quick' if quick else ''}"
+    work = (work or HERE / "work" / own).resolve()
     # The record of the whole comparison is not to be lost to a part of it.
     out = out or (work if quick or only else HERE / "results")
     numbers = [int(seed) for seed in seeds.split(",")]

@@ -1,7 +1,6 @@
 """Time and memory of learning a mask, against a plain DPO step and the naive way; of merging."""
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -12,7 +11,6 @@ from typing import Any
 
 import click
 import yaml
-from safetensors import safe_open
 
 from somf_mergekit.common.machine import ENGINES, SHARDED
 from somf_mergekit.common.process_group import is_first
@@ -20,7 +18,7 @@ from somf_mergekit.mask.granularity import GRANULARITIES
 
 from .memory import peak_memory
 from .real_data import pairs_of, write_pairs
-from .speed_models import BASE, SHAPES, WEIGHT, has_way, make_models, references_of
+from .speed_models import BASE, SHAPES, WEIGHT, has_way, make_models, references_of, weight_count
 from .speed_table import FINEST, MERGE_RUNS, MERGES, WAYS, write_record
 
 SHARING_PROCESSES = 2
@@ -95,7 +93,7 @@ def main(model: str, data: Path | None, work: Path, child: str | None, **options
     rows |= _merges([way for way in MERGES if way in ways], model, work, options)
     if options["device"] == "cpu":
         rows["import"] = _import_seconds()
-    click.echo(write_record(rows, _weight_count(folder / BASE), model, options))
+    click.echo(write_record(rows, weight_count(folder / BASE), model, options))
 
 
 def _give_back_gpu_memory() -> None:
@@ -189,8 +187,8 @@ def _other(name: str, folder: Path, options: dict[str, Any]) -> list[float]:
         max_length=options["max_length"],
         device=options["device"],
     )
-    ways = (speed_ways.plain_dpo, speed_ways.lora_dpo, speed_ways.naive)
-    return next(way for way in ways if way.__name__ == name)(work)
+    found: list[float] = getattr(speed_ways, name)(work)
+    return found
 
 
 def _ours(
@@ -290,15 +288,6 @@ def _import_seconds() -> dict[str, float]:
             )
             found[name].append(float(ended.stdout))
     return {name: median(values) for name, values in found.items()}
-
-
-def _weight_count(folder: Path) -> int:
-    count = 0
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as handle:
-            shapes = (handle.get_slice(name).get_shape() for name in handle.keys())  # noqa: SIM118
-            count += sum(math.prod(shape) for shape in shapes)
-    return count
 
 
 if __name__ == "__main__":

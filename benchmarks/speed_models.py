@@ -1,10 +1,12 @@
 """The models whose learning is timed: a real one, or random weights of a known shape."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from somf_mergekit.common.machine import FACTORED
 
@@ -112,6 +114,16 @@ def make_models(folder: Path, source: str, texts: list[str], device: str = "cpu"
                 weight.copy_(original[key] if name == BASE else original[key] + change)
         if not (folder / name).exists():
             save_whole(model, tokenizer, folder / name, {**settings, "seed": seed})
+
+
+def weight_count(folder: Path) -> int:
+    """Return how many weights a model has."""
+    count = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as handle:
+            shapes = (handle.get_slice(name).get_shape() for name in handle.keys())  # noqa: SIM118
+            count += sum(math.prod(shape) for shape in shapes)
+    return count
 
 
 def _save_adapted(

@@ -15,7 +15,6 @@ import loopback_hub
 import pytest
 import tiny
 import torch
-import transformers
 from setups import FIRST, SECOND, adapter
 
 # `make test-hostile` tries thousands; the same examples every time in a run of all tests.
@@ -63,22 +62,7 @@ def adapted(tmp_path_factory):
     """A base whose linear layers have biases, two adapters, pairs, and where mergekit puts them."""
     root = tmp_path_factory.mktemp("adapted")
     tokenizer = tiny.tiny_tokenizer()
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        attention_bias=True,
-        mlp_bias=True,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
-    model = transformers.LlamaForCausalLM(config)
+    model = tiny.tiny_llama(0, len(tokenizer), attention_bias=True, mlp_bias=True)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("bias"):

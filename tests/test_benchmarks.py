@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from benchmarks import gpu, mask_routers, real_data, speed, speed_ways
 from benchmarks.real_data import split_by_prompt, write_pairs
-from benchmarks.speed_models import make_models
+from benchmarks.speed_models import make_models, weight_count
 from benchmarks.speed_table import write_record
 from somf_mergekit.data.pairs import Pair
 from somf_mergekit.demo.demo_data import demo_data, texts
@@ -74,7 +74,7 @@ def test_each_way_is_timed_and_tabulated(tmp_path, own_process):
         assert found[name]["seconds"] == found[name]["all_seconds"][1] > 0
     assert all(row["peak_bytes"] > 0 for row in found.values())
     found["import"] = {"with": 2.0, "without": 1.0}
-    weights = speed._weight_count(folder / "base")
+    weights = weight_count(folder / "base")
     text = write_record(found, weights, "tiny", {**options, "out": tmp_path / "out"})
     assert text == (tmp_path / "out/speed-tiny.md").read_text().rstrip()
     assert f"the model has {weights:,} weights" in text

@@ -53,7 +53,7 @@ def tiny_tokenizer(chat_template=CHAT_TEMPLATE, extra_tokens=(), words=WORDS):
     return fast
 
 
-def tiny_llama(seed, vocab_size, hidden=32, layers=2, tied=False):
+def tiny_llama(seed, vocab_size, hidden=32, layers=2, tied=False, **further):
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -69,6 +69,7 @@ def tiny_llama(seed, vocab_size, hidden=32, layers=2, tied=False):
             bos_token_id=0,
             eos_token_id=1,
             pad_token_id=2,
+            **further,
         )
     )
 

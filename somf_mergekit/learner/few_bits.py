@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn import Linear, Parameter
 
 from ..common.errors import first_line
-from ..common.machine import FACTORED, FOUR_BITS, MachineOptions
+from ..common.machine import EIGHT_BITS, FACTORED, FOUR_BITS, MachineOptions
 from ..common.model_classes import text_names
 
 _LOG_OF_CASTS = "bitsandbytes.autograd._functions"
 # With their scales: one of 8 bits for 64 weights, and one of 32 for a row.
-_BYTES = {"4bit": 0.52, "8bit": 1.01}
+_BYTES = {FOUR_BITS: 0.52, EIGHT_BITS: 1.01}
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class FewBits:
     weights: frozenset[str]
 
     @property
-    def bits(self) -> int:
-        """Of an entry, without its share of the scales."""
-        return int(self.precision.removesuffix("bit"))
-
-    @property
     def bytes_each(self) -> float:
         """How many bytes an entry of them takes, with its share of the scales."""
         return _BYTES[self.precision]
+
+
+def precision_text(precision: str) -> str:
+    """Return a precision in words, as ``4 bits``."""
+    return f"{precision.removesuffix('bit')} bits"
 
 
 def weights_for_few_bits(model: Any) -> set[str]:

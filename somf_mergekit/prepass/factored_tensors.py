@@ -36,12 +36,12 @@ def changes_or_why(planned: PlannedMerge) -> tuple[Changes | None, str]:
     options = planned.options.machine
     if options.engine not in (None, FACTORED):
         return None, ""
-    asked_for = "--engine (SOMF_ENGINE)" if options.engine else ""
-    asked_for = "--base-precision (SOMF_BASE_PRECISION)" if options.base_precision else asked_for
     try:
         return factored_changes(planned), ""
     except NotFactoredError as error:
-        if asked_for:
+        if options.engine or options.base_precision:
+            of_base = "--base-precision (SOMF_BASE_PRECISION)"
+            asked_for = of_base if options.base_precision else "--engine (SOMF_ENGINE)"
             raise RecipeError(
                 f"the factored engine can't learn this mask: {error}. Leave {asked_for} out: "
                 "another one is found"
@@ -71,11 +71,9 @@ def factored_changes(planned: PlannedMerge) -> Changes:
             raise NotFactoredError(f"the fusion {parameters['fusion']} needs whole task vectors")
         if _weights(task, parameters).of_base != 1:
             raise NotFactoredError(f"the fusion scales the base's {weight.name}")
-    trust = planned.options.trust_remote_code
-    slices = stored_slices(empty_model(planned.out_config, trust), tensor_shapes(planned))
-    places = {name: place.name for name, place in slices.items() if not place.steps}
+    _, places = _model_and_places(planned)
     found = {model: low_rank_changes(model, planned.options) for model in models}
-    own = model_class(base, trust)
+    own = model_class(base, planned.options.trust_remote_code)
     of_tokens = {w.name for w, _ in planned.tensors if w.vocabulary_axis is not None}
     apart = {place for name, place in places.items() if name not in of_tokens} - own.tied.keys()
     for model in models:
@@ -94,11 +92,20 @@ def factored_changes(planned: PlannedMerge) -> Changes:
 
 def few_bits_of(planned: PlannedMerge, precision: str) -> tuple[FewBits, set[str]]:
     """Return which weights of a merge's model can be in few bits, and the tensors that they are."""
+    model, places = _model_and_places(planned)
+    weights = weights_for_few_bits(model)
+    of_merge = {name: place for name, place in places.items() if place in weights}
+    return FewBits(precision, frozenset(of_merge.values())), set(of_merge)
+
+
+def _model_and_places(planned: PlannedMerge) -> tuple[Any, dict[str, str]]:
+    """Return the model of a merge without its weights, and which of them each tensor is.
+
+    Weights that are joined of several tensors are left out: these are filled one by one.
+    """
     model = empty_model(planned.out_config, planned.options.trust_remote_code)
-    slices, weights = stored_slices(model, tensor_shapes(planned)), weights_for_few_bits(model)
-    # What is joined of several tensors is filled one by one.
-    whole = {n: s.name for n, s in slices.items() if s.name in weights and not s.steps}
-    return FewBits(precision, frozenset(whole.values())), set(whole)
+    slices = stored_slices(model, tensor_shapes(planned))
+    return model, {name: place.name for name, place in slices.items() if not place.steps}
 
 
 def factored_tensors(

@@ -11,7 +11,7 @@ from ..common.errors import RecipeError
 from ..common.machine import FACTORED, SHARDED
 from ..common.process_group import ALONE, Processes, own_device
 from ..learner.checkpoints import GENERATIONS
-from ..learner.few_bits import FewBits
+from ..learner.few_bits import FewBits, precision_text
 from ..learner.loop import step_count
 from ..mask.granularity import weight_storage
 from .engine_needs import LOGIT_BYTES, Need, engine_needs
@@ -76,7 +76,7 @@ class Forecast:
             line += f", and {_gib(self.host)} of {_gib(self.free_host)} GiB beside the GPU"
         line += f", and {_gib(self.disk)} GiB of disk" if self.disk else ""
         if self.few_bits:
-            line += f"; the base's linear layers are in {self.few_bits.bits} bits"
+            line += f"; the base's linear layers are in {precision_text(self.few_bits.precision)}"
         if self.recomputes:
             line += "; to save memory, backward passes compute each layer again"
         return line + (f"; adapters are multiplied out: {self.why_dense}" if self.why_dense else "")
@@ -101,7 +101,16 @@ def forecast(planned: PlannedMerge, data: SafetyData, group: Processes = ALONE) 
     Raises:
         RecipeError: no engine fits in what is free, or the one asked for can't run.
     """
-    changes, why_dense = changes_or_why(planned)
+    return _forecast(planned, data, group, *changes_or_why(planned))
+
+
+def _forecast(
+    planned: PlannedMerge,
+    data: SafetyData,
+    group: Processes,
+    changes: Changes | None,
+    why_dense: str,
+) -> Forecast:
     settings, device = planned.settings, own_device(planned.options.device)
     chosen = planned.options.machine
     free = min(group.gathered([machine.free_memory(device)]))
@@ -142,7 +151,7 @@ def forecast(planned: PlannedMerge, data: SafetyData, group: Processes = ALONE) 
     engine = chosen.engine or fitting[0]
     need, exact = needs[engine], None
     if few_bits and data.held_out:
-        exact = _of_exact_base(planned, data, group)
+        exact = _of_exact_base(planned, data, group, changes)
     # At most half of what is free: larger micro-batches save little time.
     room = min(usable - need.held, free // 2)
     pair, recomputes = need.pair, False
@@ -181,7 +190,9 @@ def merge_bytes(planned: PlannedMerge) -> int:
     return entries * dtype_from_name(name).itemsize
 
 
-def _of_exact_base(planned: PlannedMerge, data: SafetyData, group: Processes) -> Forecast:
+def _of_exact_base(
+    planned: PlannedMerge, data: SafetyData, group: Processes, changes: Changes | None
+) -> Forecast:
     """Return what comparing held-out pairs takes, on any engine, under the merge that is written.
 
     Raises:
@@ -190,7 +201,7 @@ def _of_exact_base(planned: PlannedMerge, data: SafetyData, group: Processes) ->
     own = replace(planned.options.machine, base_precision=None, engine=None)
     options = planned.options.model_copy(update={"machine": own})
     try:
-        return forecast(replace(planned, options=options), data, group)
+        return _forecast(replace(planned, options=options), data, group, changes, "")
     except RecipeError as error:
         raise RecipeError(
             "held-out pairs are compared with the base as it is, whatever --base-precision says: "

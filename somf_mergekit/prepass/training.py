@@ -16,6 +16,7 @@ from ..learner.checkpoint_file import Progress
 from ..learner.checkpoints import Checkpoints
 from ..learner.engine import ResidentEngine
 from ..learner.factored import recompute_layers
+from ..learner.few_bits import precision_text
 from ..learner.layered import StreamingImpossible
 from ..learner.learning_model import LearningModel, Placement, learning_model
 from ..learner.loop import StepReport, learn_logits
@@ -204,8 +205,8 @@ def learned_line(masks: MaskSet, compared: HeldOut | str) -> str:
         compared: what the held-out pairs say, or why they say nothing.
     """
     steps = masks.provenance["steps"]
-    few_bits = masks.provenance["learned_with"].get("base_precision", "")
-    where = f" on a base in {few_bits.removesuffix('bit')} bits" if few_bits else ""
+    precision = masks.provenance["learned_with"].get("base_precision")
+    where = f" on a base in {precision_text(precision)}" if precision else ""
     parts = [f"learned in {steps:,} steps{where}"]
     chosen = masks.provenance.get(VALIDATION)
     if chosen:
